@@ -1,0 +1,30 @@
+"""Cutting a raster map into cells (windows) and back, by index."""
+
+import torch
+from torch import Tensor
+
+
+def cell_slots(height: int, width: int, cell: tuple[int, int], device) -> tuple[Tensor, Tensor]:
+    """Cut a map into cells of ``cell`` from its top left; cells at the border are what is left of them.
+
+    Returns:
+        (index, inside), both (cells, slots): the raster index in each slot of each cell (some valid index where the slot lies
+        outside the map), and a bool, True inside. A map smaller than a cell is one cell of its own size.
+    """
+    ch, cw = min(cell[0], height), min(cell[1], width)
+    rows, cols = -(-height // ch), -(-width // cw)
+    y = torch.arange(rows * ch, device=device).view(rows, 1, ch, 1)
+    x = torch.arange(cols * cw, device=device).view(1, cols, 1, cw)
+    inside = (y < height) & (x < width)
+    index = y.clamp_max(height - 1) * width + x.clamp_max(width - 1)
+    return index.reshape(rows * cols, ch * cw), inside.reshape(rows * cols, ch * cw)
+
+
+def slot_of_token(height: int, width: int, cell: tuple[int, int], device) -> Tensor:
+    """(N,), the slot of each token in raster order: the inverse of the flattened ``cell_slots``."""
+    ch, cw = min(cell[0], height), min(cell[1], width)
+    cols = -(-width // cw)
+    y = torch.arange(height, device=device).unsqueeze(1)
+    x = torch.arange(width, device=device).unsqueeze(0)
+    slot = ((y // ch) * cols + x // cw) * (ch * cw) + (y % ch) * cw + x % cw
+    return slot.reshape(-1)

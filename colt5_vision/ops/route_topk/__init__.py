@@ -1,0 +1,3 @@
+from .api import route_topk
+
+__all__ = ["route_topk"]

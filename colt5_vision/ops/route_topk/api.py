@@ -1,0 +1,88 @@
+"""Hard selection of the tokens to route: checks around ``reference.py``."""
+
+import numbers
+
+import torch
+from torch import Tensor
+
+from ...checks import check_float_tensor, check_int, check_mask, check_pair
+from ..grid import cell_slots
+from . import reference
+
+
+def route_topk(
+    scores: Tensor,
+    k: int | Tensor,
+    *,
+    mask: Tensor | None = None,
+    num_slots: int | None = None,
+    grid_size: tuple[int, int] | None = None,
+    cell_size: int | tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Indices of the ``k`` largest scores of each row, a total order: ties go to the lower index.
+
+    Masked tokens are never taken while a valid one is left. With ``cell_size`` the selection is stratified: the map is
+    cut into cells and each gets its share of ``k`` (in proportion to its valid tokens, rounded to one), the best of the
+    cell first; cells at the border are smaller, nothing is dropped.
+
+    Args:
+        scores: (..., n) logits. Their values are only compared, so gates saturated at 1 are never ranked.
+        k: tokens to take, an int >= 1 (above n: every token) or an integer tensor (...), one count a row.
+        mask: (..., n) bool, True = valid.
+        num_slots: width of the result for a tensor ``k`` (default: its largest entry, which reads the tensor;
+            give it under ``torch.compile``). Larger entries of ``k`` are cut to it.
+        grid_size: (H, W) with H * W = n in raster order; needed by ``cell_size``.
+        cell_size: height and width of the cells of a stratified selection.
+
+    Returns:
+        ``(indices, valid)``, both (..., K), K = min(k, n): int64 indices in falling order of score, and a bool that
+        is False where a slot is empty (fewer valid tokens than slots, or beyond a row's own ``k``). Indices of empty
+        slots are in range.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype or shape, ``k`` < 1, a grid that does not match n.
+    """
+    check_float_tensor("scores", scores)
+    if scores.ndim < 1 or scores.shape[-1] < 1:
+        raise ValueError(f"scores: expected shape (..., n) with n >= 1, got {tuple(scores.shape)}")
+    check_mask("mask", mask, scores.shape)
+    n = scores.shape[-1]
+    scores = scores.detach().to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    if isinstance(k, Tensor):
+        if k.is_floating_point() or k.dtype == torch.bool or k.shape != scores.shape[:-1]:
+            raise ValueError(
+                f"k: expected an int or an integer tensor of shape {tuple(scores.shape[:-1])}, "
+                f"got {k.dtype} of shape {tuple(k.shape)}"
+            )
+        if num_slots is None:
+            num_slots = int(k.max()) if k.numel() else 1
+        slots = min(check_int("num_slots", num_slots), n)
+    elif num_slots is not None:
+        raise ValueError("num_slots: only used with a tensor k, got an int k")
+    else:
+        if not isinstance(k, (numbers.Integral, torch.SymInt)) or isinstance(k, bool):
+            raise TypeError(f"k: expected an int or an integer tensor, got {k!r} ({type(k).__name__})")
+        slots = min(check_int("k", k), n)
+
+    lowest = torch.finfo(scores.dtype).min
+    if mask is not None:
+        # a valid -inf stays above every masked token
+        scores = torch.where(mask, scores.clamp_min(lowest), float("-inf"))
+    if cell_size is not None:
+        cell = check_pair("cell_size", cell_size)
+        if grid_size is None:
+            raise ValueError("grid_size: needed with cell_size, got None")
+        height, width = check_pair("grid_size", grid_size)
+        if height * width != n:
+            raise ValueError(f"grid_size: expected H * W = {n}, got {height} * {width}")
+        valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+        index, inside = cell_slots(height, width, cell, scores.device)
+        scores = reference.stratified_order(scores.clamp_min(lowest), valid, index, inside)
+    elif grid_size is not None:
+        raise ValueError("grid_size: only used with cell_size, got no cell_size")
+
+    indices = reference.top_indices(scores, slots)
+    valid = torch.ones_like(indices, dtype=torch.bool) if mask is None else mask.gather(-1, indices)
+    if isinstance(k, Tensor):
+        valid = valid & (torch.arange(slots, device=indices.device) < k.unsqueeze(-1))
+    return indices, valid

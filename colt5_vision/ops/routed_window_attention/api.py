@@ -1,0 +1,224 @@
+"""Window ∪ routed attention as one operator: checks, registration, autograd."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...checks import check_float_tensor, check_int, check_mask, check_pair
+from . import reference
+from .reference import Geometry
+
+
+def _geometry(query: Tensor, grid: list[int], scale: float) -> Geometry:
+    prefix, height, width, window_height, window_width = grid
+    return Geometry(prefix, height, width, (window_height, window_width), scale)
+
+
+def _head_last(x: Tensor) -> Tensor:
+    """One memory layout whatever the path: (B, L, heads, D) underneath, so merging heads later is a view."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _empty_head_last(x: Tensor, length: int) -> Tensor:
+    return x.new_empty(x.shape[0], length, x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+@torch.library.custom_op("colt5_vision::routed_window_attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routed: Tensor,
+    log_weights: Tensor | None,
+    key_mask: Tensor | None,
+    query_indices: Tensor | None,
+    grid: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = reference.forward(
+            q, k, v, routed, log_weights, key_mask, query_indices, _geometry(q, grid, scale)
+        )
+    return _head_last(out), lse.contiguous()
+
+
+@_attention.register_fake
+def _(q, k, v, routed, log_weights, key_mask, query_indices, grid, scale):
+    length = q.shape[2] if query_indices is None else grid[0] + query_indices.shape[1]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return _empty_head_last(q, length), q.new_empty(q.shape[0], q.shape[1], length, dtype=wide)
+
+
+@torch.library.custom_op("colt5_vision::routed_window_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routed: Tensor,
+    log_weights: Tensor | None,
+    key_mask: Tensor | None,
+    query_indices: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grid: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        grad_q, grad_k, grad_v, grad_log_weights = reference.backward(
+            grad.contiguous(), q, k, v, routed, log_weights, key_mask, query_indices, out, lse, _geometry(q, grid, scale)
+        )
+    if grad_log_weights is None:
+        grad_log_weights = q.new_empty(0)
+    return _head_last(grad_q), _head_last(grad_k), _head_last(grad_v), grad_log_weights.contiguous()
+
+
+@_attention_backward.register_fake
+def _(grad, q, k, v, routed, log_weights, key_mask, query_indices, out, lse, grid, scale):
+    grad_log_weights = q.new_empty(0) if log_weights is None else torch.empty_like(log_weights).contiguous()
+    return (*(_empty_head_last(x, x.shape[2]) for x in (q, k, v)), grad_log_weights)
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, routed, log_weights, key_mask, query_indices, ctx.grid, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, routed, log_weights, key_mask, query_indices, *output)
+
+
+def _backward(ctx, grad, _):
+    grads = _attention_backward(grad, *ctx.saved_tensors, ctx.grid, ctx.scale)
+    grad_log_weights = grads[3] if ctx.needs_input_grad[4] else None
+    return *grads[:3], None, grad_log_weights, None, None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def _check_indices(name: str, indices: Tensor, num_tokens: int, lowest: int) -> None:
+    if indices.dtype != torch.int64:
+        raise TypeError(f"{name}: expected torch.int64, got {indices.dtype}")
+    # reading values costs nothing on the CPU; an accelerator's own gather checks them without a host sync
+    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in indices.aminmax())
+        if low < lowest or high >= num_tokens:
+            raise ValueError(f"{name}: expected entries in [{lowest}, {num_tokens}), got [{low}, {high}]")
+
+
+def routed_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid_size: int | tuple[int, int],
+    window_size: int | tuple[int, int],
+    routed_indices: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    num_prefix_tokens: int = 0,
+    scale: float | None = None,
+    query_indices: Tensor | None = None,
+) -> Tensor:
+    """One softmax over the keys of a token's own window and a few routed keys of the whole map.
+
+    Equals dense attention under the mask ``window ∪ routed`` (a routed key inside the window counts once), hence full
+    attention when every token is routed. Computed as a window part and a routed part joined by their logsumexps; the
+    backward calls each part's fused backward with the global output and logsumexp. Time O(N (w² + K)), memory O(N).
+
+    Args:
+        q, k, v: (B, heads, P + N, head_dim), P prefix tokens (class, registers, text), then N = H * W in raster order.
+            Prefix tokens attend to every token and every token attends to them.
+        grid_size: (H, W).
+        window_size: side of the windows in tokens, or (height, width); windows at the border are smaller.
+        routed_indices: (B, K) or (B, R, K) int64 raster indices in [0, N), distinct within a row; -1 is an empty slot. With R
+            routes, the heads are split into R groups of neighbours. None: window (and prefix) attention alone.
+        log_weights: same shape, added to the logits of the routed keys, differentiable; -inf removes the key. None: 0.
+        key_mask: (B, N) or (B, P + N) bool, True = may be attended to. A query without any key gets 0.
+        num_prefix_tokens: P.
+        scale: factor of the logits, default head_dim ** -0.5.
+        query_indices: (B, Q) int64 raster indices: only these tokens (and the prefix) query; None: all of them.
+
+    Returns:
+        (B, heads, P + N, head_dim), or (B, heads, P + Q, head_dim) with ``query_indices``; the dtype of ``q``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: CoLT5 (arXiv 2303.09752) with one shared softmax; joining by logsumexp as in ring attention (arXiv 2310.01889).
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_float_tensor(name, x, ndim=4)
+    if k.shape != q.shape or v.shape != q.shape:
+        raise ValueError(f"q, k, v: expected one shape, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    batch, heads, length, head_dim = q.shape
+    height, width = check_pair("grid_size", grid_size)
+    window = check_pair("window_size", window_size)
+    prefix = check_int("num_prefix_tokens", num_prefix_tokens, minimum=0)
+    tokens = height * width
+    if length != prefix + tokens:
+        raise ValueError(f"grid_size: expected {prefix} prefix tokens + {height} * {width} = {length} tokens of q")
+    if routed_indices is None:
+        if log_weights is not None:
+            raise ValueError("log_weights: given without routed_indices")
+        routed_indices = torch.empty(batch, 1, 0, dtype=torch.int64, device=q.device)
+    if routed_indices.ndim not in (2, 3) or routed_indices.shape[0] != batch:
+        raise ValueError(
+            f"routed_indices: expected shape ({batch}, K) or ({batch}, R, K), got {tuple(routed_indices.shape)}"
+        )
+    _check_indices("routed_indices", routed_indices, tokens, -1)
+    if log_weights is not None:
+        check_float_tensor("log_weights", log_weights)
+        if log_weights.shape != routed_indices.shape:
+            raise ValueError(
+                f"log_weights: expected the shape of routed_indices, {tuple(routed_indices.shape)}, "
+                f"got {tuple(log_weights.shape)}"
+            )
+    if routed_indices.ndim == 2:
+        routed_indices = routed_indices.unsqueeze(1)
+        log_weights = None if log_weights is None else log_weights.unsqueeze(1)
+    if heads % routed_indices.shape[1]:
+        raise ValueError(f"routed_indices: {heads} heads are not divisible by {routed_indices.shape[1]} routes")
+    if key_mask is not None:
+        if prefix and key_mask.shape == (batch, tokens):
+            key_mask = torch.nn.functional.pad(key_mask, (prefix, 0), value=True)
+        check_mask("key_mask", key_mask, (batch, length))
+    if query_indices is not None:
+        if query_indices.ndim != 2 or query_indices.shape[0] != batch:
+            raise ValueError(f"query_indices: expected shape ({batch}, Q), got {tuple(query_indices.shape)}")
+        _check_indices("query_indices", query_indices, tokens, 0)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if not math.isfinite(scale) or scale == 0:
+        raise ValueError(f"scale: expected a finite number other than 0, got {scale}")
+    grid = [prefix, height, width, min(window[0], height), min(window[1], width)]
+    return _attention(q, k, v, routed_indices, log_weights, key_mask, query_indices, grid, scale)[0]
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid_size: int | tuple[int, int],
+    window_size: int | tuple[int, int],
+    key_mask: Tensor | None = None,
+    num_prefix_tokens: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of each token to its own window (and the prefix tokens): :func:`routed_window_attention`, nothing routed.
+
+    Arguments, shapes, return value and errors are those of :func:`routed_window_attention`.
+
+    Source: local attention as CoLT5's light branch (arXiv 2303.09752), in 2-D windows (Swin, arXiv 2103.14030).
+    """
+    return routed_window_attention(
+        q,
+        k,
+        v,
+        grid_size=grid_size,
+        window_size=window_size,
+        key_mask=key_mask,
+        num_prefix_tokens=num_prefix_tokens,
+        scale=scale,
+    )

@@ -1,0 +1,210 @@
+"""Window ∪ routed attention in plain torch: parts by SDPA, joined by their logsumexps; memory O(N).
+
+Three parts. *Window*: every token to the keys of its window that are not routed. *Routed*: every querying token to the
+prefix tokens and the routed keys, with their log weights. *Prefix*: the prefix tokens to everything. No key counts
+twice for a query, so window and routed part join into one softmax.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..grid import cell_slots, slot_of_token
+from .sdpa import attend, attend_backward, masked_logit
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The static part of a call: prefix tokens, map, window, factor of the logits."""
+
+    prefix: int
+    height: int
+    width: int
+    window: tuple[int, int]
+    scale: float
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+
+@dataclass
+class _Plan:
+    """Indices and biases that forward and backward share, made from the integer and bool inputs."""
+
+    slots: Tensor  # (windows, w*w) raster index
+    inside: Tensor  # (windows, w*w)
+    slot: Tensor  # (N,) slot of each token
+    window_bias: Tensor | None  # (B * windows, heads or 1, 1, w*w)
+    routed: Tensor | None  # (B, heads, K, 1) index into the P + N keys
+    routed_bias: Tensor | None  # (B, heads or 1, 1, P + K)
+    prefix_bias: Tensor | None  # (B, 1, 1, P + N)
+
+
+def _plan(query: Tensor, routed: Tensor, log_weights: Tensor | None, key_mask: Tensor | None, geo: Geometry) -> _Plan:
+    batch, heads = query.shape[:2]
+    routes, num_routed = routed.shape[1:]
+    off = masked_logit(query)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+
+    def bias(valid: Tensor) -> Tensor:
+        return torch.zeros(valid.shape, dtype=wide, device=valid.device).masked_fill_(~valid, off)
+
+    def per_head(x: Tensor, dim: int) -> Tensor:
+        return x if routes == 1 else x.repeat_interleave(heads // routes, dim)
+
+    slots, inside = cell_slots(geo.height, geo.width, geo.window, query.device)
+    slot = slot_of_token(geo.height, geo.width, geo.window, query.device)
+    plan = _Plan(slots, inside, slot, None, None, None, None)
+
+    used = routed >= 0
+    if num_routed or key_mask is not None or slots.numel() != geo.tokens:
+        taken = torch.zeros(batch, routes, geo.tokens + 1, dtype=torch.bool, device=query.device)
+        taken.scatter_(-1, torch.where(used, routed, geo.tokens), True)  # empty slots land in the spare last column
+        free = ~taken[..., : geo.tokens]
+        if key_mask is not None:
+            free &= key_mask[:, None, geo.prefix :]
+        valid = free[..., slots] & inside  # (B, R, windows, w*w)
+        plan.window_bias = per_head(bias(valid.transpose(1, 2).flatten(0, 1)), 1).unsqueeze(2)
+    if num_routed or geo.prefix:
+        index = routed.clamp_min(0) + geo.prefix
+        if key_mask is not None:
+            used = used & key_mask.unsqueeze(1).expand(-1, routes, -1).gather(-1, index)
+        part = bias(used)
+        if log_weights is not None:
+            part = torch.where(used, log_weights.to(wide).clamp_min(off), part)
+        prefix = torch.zeros(batch, routes, geo.prefix, dtype=wide, device=query.device)
+        if key_mask is not None:
+            prefix.masked_fill_(~key_mask[:, None, : geo.prefix], off)
+        plan.routed_bias = per_head(torch.cat([prefix, part], -1), 1).unsqueeze(2)
+        plan.routed = index.repeat_interleave(heads // routes, 1).unsqueeze(-1)
+    if geo.prefix and key_mask is not None:
+        plan.prefix_bias = bias(key_mask)[:, None, None]
+    return plan
+
+
+def _windows(x: Tensor, plan: _Plan, geo: Geometry) -> Tensor:
+    """(B, heads, P + N, D) -> (B * windows, heads, w*w, D), rows of all heads copied at once."""
+    x = x.transpose(1, 2).index_select(1, plan.slots.flatten() + geo.prefix)
+    return x.reshape(-1, plan.slots.shape[1], *x.shape[2:]).transpose(1, 2)
+
+
+def _raster(x: Tensor, plan: _Plan, batch: int) -> Tensor:
+    """(B * windows, heads, w*w, D) -> (B, heads, N, D)."""
+    x = x.transpose(1, 2)
+    x = x.reshape(batch, plan.slots.numel(), *x.shape[2:])
+    return x.index_select(1, plan.slot).transpose(1, 2)
+
+
+def _routed_keys(x: Tensor, plan: _Plan, geo: Geometry) -> Tensor:
+    routed = x.gather(2, plan.routed.expand(-1, -1, -1, x.shape[-1]))
+    return torch.cat([x[:, :, : geo.prefix], routed], 2) if geo.prefix else routed
+
+
+def _queries(x: Tensor, geo: Geometry, query_indices: Tensor | None) -> Tensor:
+    """The querying image tokens of (B, heads, P + N, ...)."""
+    x = x[:, :, geo.prefix :]
+    if query_indices is None:
+        return x
+    index = query_indices.unsqueeze(1).expand(-1, x.shape[1], -1)
+    return x.gather(2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]) if x.ndim == 4 else index)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routed: Tensor,
+    log_weights: Tensor | None,
+    key_mask: Tensor | None,
+    query_indices: Tensor | None,
+    geo: Geometry,
+) -> tuple[Tensor, Tensor]:
+    """out (B, heads, P + Q, D) and lse (B, heads, P + Q); lse is +inf for a query without any key (out 0)."""
+    batch = q.shape[0]
+    plan = _plan(q, routed, log_weights, key_mask, geo)
+    out, lse = attend(*(_windows(x, plan, geo) for x in (q, k, v)), plan.window_bias, geo.scale)
+    out, lse = _raster(out, plan, batch), _raster(lse.unsqueeze(-1), plan, batch).squeeze(-1)
+    if query_indices is not None:
+        whole = Geometry(0, geo.height, geo.width, geo.window, geo.scale)
+        out, lse = _queries(out, whole, query_indices), _queries(lse, whole, query_indices)
+    if plan.routed is not None:
+        keys, values = _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
+        routed_out, routed_lse = attend(_queries(q, geo, query_indices), keys, values, plan.routed_bias, geo.scale)
+        share = torch.sigmoid(routed_lse - lse).unsqueeze(-1)  # exp(routed_lse - logaddexp(lse, routed_lse))
+        out, lse = torch.lerp(out, routed_out, share.to(out.dtype)), torch.logaddexp(lse, routed_lse)
+    if geo.prefix:
+        prefix_out, prefix_lse = attend(q[:, :, : geo.prefix], k, v, plan.prefix_bias, geo.scale)
+        out, lse = torch.cat([prefix_out, out], 2), torch.cat([prefix_lse, lse], 2)
+    empty = lse < masked_logit(q) / 2
+    return out.masked_fill(empty.unsqueeze(-1), 0), lse.masked_fill(empty, float("inf"))
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routed: Tensor,
+    log_weights: Tensor | None,
+    key_mask: Tensor | None,
+    query_indices: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    geo: Geometry,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and (if given) log_weights."""
+    batch, heads = q.shape[:2]
+    plan = _plan(q, routed, log_weights, key_mask, geo)
+    own = (grad[:, :, geo.prefix :], out[:, :, geo.prefix :], lse[:, :, geo.prefix :])
+
+    # window part; with query_indices all other tokens, and always the slots outside the map, are switched off
+    full = own
+    if query_indices is not None:
+        index = query_indices.unsqueeze(1).expand(-1, heads, -1)
+        wide = index.unsqueeze(-1).expand(*index.shape, q.shape[-1])
+        shape = (batch, heads, geo.tokens)
+        full = (
+            grad.new_zeros(*shape, q.shape[-1]).scatter_(2, wide, own[0]),
+            out.new_zeros(*shape, q.shape[-1]).scatter_(2, wide, own[1]),
+            lse.new_full(shape, float("inf")).scatter_(2, index, own[2]),
+        )
+    whole = Geometry(0, geo.height, geo.width, geo.window, geo.scale)
+    g, o, l = (_windows(x, plan, whole) for x in (full[0], full[1], full[2].unsqueeze(-1)))
+    l = l.squeeze(-1).reshape(batch, -1, heads, plan.slots.shape[1])
+    l = l.masked_fill(~plan.inside.unsqueeze(1), float("inf")).flatten(0, 1)
+    parts = attend_backward(g, *(_windows(x, plan, geo) for x in (q, k, v)), o, l, plan.window_bias, geo.scale)
+    grad_q, grad_k, grad_v = (_raster(x, plan, batch) for x in parts)
+
+    grad_log_weights = None
+    prefix_k = prefix_v = None
+    if plan.routed is not None:
+        query, keys, values = _queries(q, geo, query_indices), _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
+        g, o, l = own
+        need_log_weights = log_weights is not None
+        if need_log_weights:
+            # one more feature, 1 in every query and 0 elsewhere, changes no logit, and its key gradient is the bias's
+            pad = (0, 8)  # eight features keep the row alignment of the CUDA kernels
+            query = torch.nn.functional.pad(query, pad, value=1.0)
+            keys, values, g, o = (torch.nn.functional.pad(x, pad) for x in (keys, values, g, o))
+        dq, dk, dv = attend_backward(g, query, keys, values, o, l, plan.routed_bias, geo.scale)
+        if need_log_weights:
+            dlog = dk[:, :, geo.prefix :, -1].unflatten(1, (routed.shape[1], -1)).sum(2) / geo.scale
+            grad_log_weights = dlog.to(log_weights.dtype)
+            dq, dk, dv = (x[..., : q.shape[-1]] for x in (dq, dk, dv))
+        if query_indices is not None:
+            grad_q.scatter_add_(2, wide, dq)
+        else:
+            grad_q = grad_q + dq
+        index = (plan.routed - geo.prefix).expand(-1, -1, -1, q.shape[-1])
+        prefix_k, grad_k = dk[:, :, : geo.prefix], grad_k.scatter_add(2, index, dk[:, :, geo.prefix :])
+        prefix_v, grad_v = dv[:, :, : geo.prefix], grad_v.scatter_add(2, index, dv[:, :, geo.prefix :])
+    if geo.prefix:
+        rows = slice(0, geo.prefix)
+        query, bias = q[:, :, rows], plan.prefix_bias
+        dq, dk, dv = attend_backward(grad[:, :, rows], query, k, v, out[:, :, rows], lse[:, :, rows], bias, geo.scale)
+        grad_q = torch.cat([dq, grad_q], 2)
+        grad_k = torch.cat([prefix_k, grad_k], 2) + dk
+        grad_v = torch.cat([prefix_v, grad_v], 2) + dv
+    return grad_q, grad_k, grad_v, grad_log_weights

@@ -1,0 +1,3 @@
+from .api import coordinate_descent, soft_topk
+
+__all__ = ["coordinate_descent", "soft_topk"]

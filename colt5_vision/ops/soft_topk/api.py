@@ -1,0 +1,173 @@
+"""Soft top-k operators: checks, dispatch and autograd around ``reference.py``."""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+from ...checks import check_float_tensor, check_int, check_mask, check_positive
+from . import reference
+
+
+@torch.library.custom_op("colt5_vision::soft_topk", mutates_args=())
+def _soft_topk(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float, head_size: int) -> Tensor:
+    return reference.soft_topk_forward(scores, k, num_valid, eps, head_size)
+
+
+@_soft_topk.register_fake
+def _(scores, k, num_valid, eps, head_size):
+    return torch.empty_like(scores)
+
+
+def _soft_topk_setup(ctx, inputs, output):
+    ctx.eps = inputs[3]
+    ctx.save_for_backward(output)  # the gates alone: U and the gradient follow from them
+
+
+def _soft_topk_backward(ctx, grad):
+    (gates,) = ctx.saved_tensors
+    grad_scores, grad_k = reference.soft_topk_backward(grad, gates, ctx.eps)
+    return grad_scores, grad_k, None, None, None
+
+
+_soft_topk.register_autograd(_soft_topk_backward, setup_context=_soft_topk_setup)
+
+
+@torch.library.custom_op("colt5_vision::coordinate_descent", mutates_args=())
+def _coordinate_descent(scores: Tensor, k: Tensor, num_valid: Tensor, schedule: list[float]) -> tuple[Tensor, Tensor]:
+    return reference.coordinate_descent_forward(scores, k, num_valid, schedule)
+
+
+@_coordinate_descent.register_fake
+def _(scores, k, num_valid, schedule):
+    return torch.empty_like(scores), scores.new_empty(scores.shape[0], len(schedule) - 1)
+
+
+@torch.library.custom_op("colt5_vision::coordinate_descent_backward", mutates_args=())
+def _coordinate_descent_backward(
+    grad: Tensor, scores: Tensor, gates: Tensor, iterates: Tensor, k: Tensor, num_valid: Tensor, schedule: list[float]
+) -> tuple[Tensor, Tensor]:
+    return reference.coordinate_descent_backward(grad, scores, gates, iterates, k, num_valid, schedule)
+
+
+@_coordinate_descent_backward.register_fake
+def _(grad, scores, gates, iterates, k, num_valid, schedule):
+    return torch.empty_like(scores), torch.empty_like(k)
+
+
+def _coordinate_descent_setup(ctx, inputs, output):
+    scores, k, num_valid, ctx.schedule = inputs
+    gates, iterates = output
+    ctx.mark_non_differentiable(iterates)
+    ctx.save_for_backward(scores, gates, iterates, k, num_valid)
+
+
+def _coordinate_descent_autograd(ctx, grad, _):
+    grad_scores, grad_k = _coordinate_descent_backward(grad, *ctx.saved_tensors, ctx.schedule)
+    return grad_scores, grad_k, None, None
+
+
+_coordinate_descent.register_autograd(_coordinate_descent_autograd, setup_context=_coordinate_descent_setup)
+
+
+def _rows(scores: Tensor, k, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Checked input as rows: scores (rows, n) in float32 or float64, k and num_valid (rows, 1), and ceil(max k) or n."""
+    check_float_tensor("scores", scores)
+    if scores.ndim < 1 or scores.shape[-1] < 1:
+        raise ValueError(f"scores: expected shape (..., n) with n >= 1, got {tuple(scores.shape)}")
+    check_mask("mask", mask, scores.shape)
+    shape, n = scores.shape, scores.shape[-1]
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    rows = scores.to(dtype)
+    num_valid = torch.full((*shape[:-1], 1), n, dtype=torch.int64, device=scores.device)
+    if mask is not None:
+        # the dtype's minimum, not -inf: differences stay free of NaN
+        rows = torch.where(mask, rows, torch.finfo(dtype).min)
+        num_valid = mask.sum(-1, keepdim=True)
+    if isinstance(k, Tensor):
+        if k.ndim > 0 and k.shape != shape[:-1]:
+            raise ValueError(f"k: expected a number or a tensor of shape {tuple(shape[:-1])}, got {tuple(k.shape)}")
+        if k.dtype == torch.bool or k.is_complex():
+            raise TypeError(f"k: expected a real number or tensor, got {k.dtype}")
+        if k.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((k > 0).all()):
+            raise ValueError(f"k: expected every entry > 0, got {k.detach().tolist()}")
+        k_rows, head = k.to(device=scores.device, dtype=dtype).expand(shape[:-1]).unsqueeze(-1), n
+    else:
+        if isinstance(k, bool) or not isinstance(k, (numbers.Real, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"k: expected a number or a tensor, got {k!r} ({type(k).__name__})")
+        if not k > 0:
+            raise ValueError(f"k: expected a number > 0, got {k}")
+        k_rows = torch.full((*shape[:-1], 1), k, dtype=dtype, device=scores.device)
+        head = n if isinstance(k, numbers.Real) and k >= n else min(math.ceil(k), n)
+    return rows.reshape(-1, n), k_rows.reshape(-1, 1), num_valid.reshape(-1, 1), head
+
+
+def soft_topk(scores: Tensor, k: float | Tensor, *, eps: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    """Exact differentiable top-k gates: ``min(1, exp((scores + a) / eps))`` with ``a`` such that they sum to ``k``.
+
+    The KL projection of ``exp(scores / eps)`` onto the capped simplex, which is the fixed point that coordinate descent
+    approaches. Solved from one ``torch.topk`` and one pass over the rest, no iteration; the gradient is closed-form
+    (implicit function theorem) and twice differentiable. One tensor of the scores' size is kept for backward.
+
+    Args:
+        scores: (..., n) logits, any floating dtype.
+        k: the sum of the gates of a row: a positive number, or a tensor of shape (...), fractional allowed,
+            differentiable. A ``k`` of at least the number of valid entries gives gates of 1.
+        eps: temperature in units of the scores, > 0; smaller is harder.
+        mask: (..., n) bool, True = valid. Masked entries get gate 0 and gradient 0.
+
+    Returns:
+        Gates (..., n) in [0, 1], float32 (float64 for float64 scores) whatever the input or autocast.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype or shape, ``k <= 0`` or ``eps <= 0``.
+
+    Source: Wright 2015 (arXiv 1502.04759); Qian et al. 2022 (arXiv 2211.01267); CoLT5 (arXiv 2303.09752) section 3.
+    """
+    eps = check_positive("eps", eps)
+    rows, k_rows, num_valid, head = _rows(scores, k, mask)
+    gates = _soft_topk(rows, k_rows, num_valid, eps, head).reshape(scores.shape)
+    return gates if mask is None else torch.where(mask, gates, 0)
+
+
+def coordinate_descent(
+    scores: Tensor,
+    k: float | Tensor,
+    *,
+    n_iters: int = 50,
+    eps: float = 1.0,
+    eps_init: float | None = None,
+    eps_decay: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """CoLT5's iterative soft top-k, stopped after ``n_iters``: for parity with ``colt5_attention.coor_descent``.
+
+    Its gates sum to ``k`` only in the limit; :func:`soft_topk` is that limit, exact and faster. The state is one scalar per
+    row and iteration, forward and backward; the gradient equals autograd's through all iterations. Once differentiable.
+
+    Args:
+        scores: (..., n) logits, any floating dtype.
+        k: a positive number, or a tensor of shape (...), differentiable.
+        n_iters: iterations, >= 1.
+        eps: final temperature, > 0.
+        eps_init: first temperature (default ``eps``), multiplied by ``eps_decay`` each iteration down to ``eps``.
+        eps_decay: in (0, 1].
+        mask: (..., n) bool, True = valid.
+
+    Returns:
+        Gates (..., n), float32 (float64 for float64 scores).
+
+    Raises:
+        TypeError, ValueError: as :func:`soft_topk`.
+
+    Source: Wright 2015 (arXiv 1502.04759); eps scaling: Schmitzer 2016 (arXiv 1610.06519).
+    """
+    n_iters, eps = check_int("n_iters", n_iters), check_positive("eps", eps)
+    eps_init = None if eps_init is None else check_positive("eps_init", eps_init)
+    if check_positive("eps_decay", eps_decay) > 1:
+        raise ValueError(f"eps_decay: expected a number in (0, 1], got {eps_decay}")
+    rows, k_rows, num_valid, _ = _rows(scores, k, mask)
+    schedule = reference.eps_schedule(n_iters, eps, eps_init, eps_decay)
+    gates = _coordinate_descent(rows, k_rows, num_valid, schedule)[0].reshape(scores.shape)
+    return gates if mask is None else torch.where(mask, gates, 0)

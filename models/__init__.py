@@ -1,0 +1,1 @@
+"""timm backbones (imported as ``colt5_vision.models``)."""

@@ -1,0 +1,1 @@
+"""diffusers attention processors (imported as ``colt5_vision.pipelines``)."""
