@@ -1,0 +1,307 @@
+"""Conditionally routed attention over image maps: every token sees its window, few tokens are seen by all."""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .checks import check_float_tensor, check_int, check_mask, check_pair, check_token_count
+from .ops import routed_window_attention, window_attention
+from .positions import axial_rotary
+from .router import CoordinateDescentRouter, Routing, gather_tokens
+
+FUSIONS = ("sum", "softmax")
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def _raster_positions(indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    return indices // width, indices % width
+
+
+class WindowAttention(nn.Module):
+    """The light branch: pre-normalised self-attention of every token (B, N, C) inside its window."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, window_size: tuple[int, int]):
+        super().__init__()
+        self.heads, self.window_size = heads, window_size
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def forward(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None) -> Tensor:
+        q, k, v = (_split_heads(t, self.heads) for t in self.to_qkv(self.norm(x)).chunk(3, -1))
+        out = window_attention(q, k, v, grid_size=grid_size, window_size=self.window_size, key_mask=mask)
+        return self.to_out(_merge_heads(out))
+
+
+class RoutedAttention(nn.Module):
+    """The heavy branch: routed queries (B, Q, C) attend to routed keys and values (B, R, K, C) and one null key.
+
+    The heads are split over the R routes. The null key and value start at 0, so an empty selection gives 0.
+    """
+
+    def __init__(self, dim: int, heads: int, dim_head: int, multiply_keys_by_score: bool, rotary_emb: bool):
+        super().__init__()
+        self.heads, self.rotary_emb = heads, rotary_emb
+        self.multiply_keys_by_score = multiply_keys_by_score
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.null_kv = nn.Parameter(torch.zeros(2, heads, dim_head))
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def forward(
+        self,
+        queries: Tensor,
+        context: Tensor,
+        query_positions: tuple[Tensor, Tensor],
+        key_positions: tuple[Tensor, Tensor],
+        key_gates: Tensor,
+        key_mask: Tensor | None,
+        query_gates: Tensor | None,
+    ) -> Tensor:
+        routes, group = context.shape[1], self.heads // context.shape[1]
+        q = _split_heads(self.to_q(self.norm(queries)), self.heads)
+        if query_gates is not None:
+            q = q * query_gates.to(q.dtype)[:, None, :, None]
+        # each route has its own rows of to_kv: (route, head of the route, key and value)
+        context = self.norm(context)
+        kv = torch.stack(
+            [nn.functional.linear(context[:, r], w) for r, w in enumerate(self.to_kv.weight.chunk(routes))], 1
+        )
+        k, v = rearrange(kv, "b r n (h s d) -> s b (r h) n d", h=group, s=2).unbind(0)
+        gates = key_gates.to(v.dtype).repeat_interleave(group, 1).unsqueeze(-1)
+        v = v * gates
+        if self.multiply_keys_by_score:
+            k = k * gates
+        if self.rotary_emb:
+            q = axial_rotary(q, tuple(p.unsqueeze(1) for p in query_positions))
+            k = axial_rotary(k, tuple(p.repeat_interleave(group, 1) for p in key_positions))
+        null_k, null_v = self.null_kv.to(v.dtype).unsqueeze(2).expand(2, self.heads, 1, v.shape[-1])
+        k = torch.cat([null_k.expand(k.shape[0], -1, -1, -1), k], 2)
+        v = torch.cat([null_v.expand(v.shape[0], -1, -1, -1), v], 2)
+        bias = None
+        if key_mask is not None:
+            bias = nn.functional.pad(key_mask, (1, 0), value=True).repeat_interleave(group, 1).unsqueeze(2)
+            bias = bias if routes > 1 else bias[:, :1]
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.to_out(_merge_heads(out))
+
+
+class ConditionalRoutedImageAttention(nn.Module):
+    """Attention over a map: window attention for every token, full attention to (and by) a few routed ones.
+
+    ``fusion="sum"`` is CoLT5: separate weights, ``light(x) + scatter(gate_q · heavy(x_q, gate_kv · x_kv))``; a token that is not
+    routed gets the learned null token in place of a heavy output. ``fusion="softmax"`` has one set of weights and one softmax
+    over window ∪ routed keys (:func:`~colt5_vision.ops.routed_window_attention`): with every token routed it *is* full attention.
+    Routing is global over the map. Normalisation is included, the residual is not.
+
+    Args:
+        dim: channels C.
+        num_heavy_tokens_q: queries of the heavy branch, an int >= 1 (that many) or a float in (0, 1] (that share of the map).
+            None: every token queries the routed keys, and there is no query router.
+        num_heavy_tokens_kv: routed keys and values, likewise.
+        num_routed_kv: R sets of routed keys, the heads split over them.
+        light_dim_head, light_heads, light_window_size: head width, heads and window side (int or (height, width)) of the light
+            branch.
+        heavy_dim_head, heavy_heads: of the heavy branch. ``fusion="softmax"`` has one set of heads: both must agree.
+        router_straight_through: gates of exactly 1 in forward.
+        router_kwargs: further arguments of both routers, see :class:`CoordinateDescentRouter`.
+        multiply_keys_by_score, multiply_queries_by_score: ``sum`` only: gates scale the keys (queries) too, not only the values.
+        use_null_q_tokens: ``sum`` only: the null token for queries that were not routed; default: where queries are routed.
+        channel_first: (B, C, H, W); False: (B, H, W, C).
+        fusion: ``"sum"`` or ``"softmax"``.
+        rotary_emb: 2-D axial rotary positions, of the heavy branch (``sum``) or of all (``softmax``).
+        router: kind of both routers: ``"learned"``, ``"mean_query"``, ``"random"``, ``"grid"``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: CoLT5 (arXiv 2303.09752), for images as in ``docs`` and DESIGN §2.2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heavy_tokens_q: int | float | None = None,
+        num_heavy_tokens_kv: int | float,
+        num_routed_kv: int = 1,
+        light_dim_head: int = 64,
+        light_heads: int = 8,
+        light_window_size: int | tuple[int, int] = 16,
+        heavy_dim_head: int = 64,
+        heavy_heads: int = 8,
+        router_straight_through: bool = True,
+        router_kwargs: dict | None = None,
+        multiply_keys_by_score: bool = False,
+        multiply_queries_by_score: bool = False,
+        use_null_q_tokens: bool | None = None,
+        channel_first: bool = True,
+        fusion: str = "sum",
+        rotary_emb: bool = False,
+        router: str = "learned",
+    ):
+        super().__init__()
+        self.dim = check_int("dim", dim)
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion: expected one of {FUSIONS}, got {fusion!r}")
+        self.fusion, self.channel_first, self.rotary_emb = fusion, channel_first, rotary_emb
+        q_count, kv_count = num_heavy_tokens_q, num_heavy_tokens_kv
+        self.num_heavy_tokens_q = None if q_count is None else check_token_count("num_heavy_tokens_q", q_count)
+        self.num_heavy_tokens_kv = check_token_count("num_heavy_tokens_kv", kv_count)
+        self.heads = check_int("heavy_heads", heavy_heads)
+        check_int("light_heads", light_heads)
+        check_int("light_dim_head", light_dim_head)
+        if check_int("num_routed_kv", num_routed_kv) and heavy_heads % num_routed_kv:
+            raise ValueError(f"num_routed_kv: {heavy_heads} heavy_heads are not divisible by {num_routed_kv} routes")
+        if rotary_emb and check_int("heavy_dim_head", heavy_dim_head) % 4:
+            raise ValueError(f"heavy_dim_head: rotary_emb needs a multiple of 4, got {heavy_dim_head}")
+        self.window_size = check_pair("light_window_size", light_window_size)
+
+        route = {**(router_kwargs or {}), "straight_through": router_straight_through, "router": router}
+        if "num_routing_tokens" in route:
+            raise ValueError("router_kwargs['num_routing_tokens']: give num_routed_kv instead")
+        self.q_router = None if q_count is None else CoordinateDescentRouter(dim, **route)
+        self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **route)
+
+        self.null_q_token = None
+        if fusion == "softmax":
+            if (light_heads, light_dim_head) != (heavy_heads, heavy_dim_head):
+                raise ValueError(
+                    "light_heads, light_dim_head: fusion='softmax' has one set of heads, expected those of the heavy "
+                    f"branch ({heavy_heads} x {heavy_dim_head}), got {light_heads} x {light_dim_head}"
+                )
+            if multiply_keys_by_score or multiply_queries_by_score or use_null_q_tokens:
+                raise ValueError(
+                    "multiply_keys_by_score, multiply_queries_by_score, use_null_q_tokens: only for fusion='sum'"
+                )
+            self.norm = nn.RMSNorm(dim, eps=1e-6)
+            self.to_qkv = nn.Linear(dim, 3 * heavy_heads * heavy_dim_head, bias=False)
+            self.to_out = nn.Linear(heavy_heads * heavy_dim_head, dim, bias=False)
+            return
+        if multiply_queries_by_score and q_count is None:
+            raise ValueError("multiply_queries_by_score: needs num_heavy_tokens_q, every token is a query")
+        if use_null_q_tokens and q_count is None:
+            raise ValueError("use_null_q_tokens: needs num_heavy_tokens_q, every token is a query")
+        self.multiply_queries_by_score = multiply_queries_by_score
+        self.light_attn = WindowAttention(dim, light_heads, light_dim_head, self.window_size)
+        self.heavy_attn = RoutedAttention(dim, heavy_heads, heavy_dim_head, multiply_keys_by_score, rotary_emb)
+        if q_count is not None and use_null_q_tokens is not False:
+            self.null_q_token = nn.Parameter(torch.zeros(dim))
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, fusion={self.fusion!r}, num_heavy_tokens_q={self.num_heavy_tokens_q}, "
+            f"num_heavy_tokens_kv={self.num_heavy_tokens_kv}, window_size={self.window_size}"
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        num_heavy_tokens_q: int | float | None = None,
+        num_heavy_tokens_kv: int | float | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, C, H, W), or (B, H, W, C) with ``channel_first=False``; any H and W.
+            mask: (B, H, W) bool, True = valid. Masked tokens are not read, not routed, and come out as 0.
+            num_heavy_tokens_q, num_heavy_tokens_kv: override the module's.
+
+        Returns:
+            The shape and dtype of ``x``.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        check_float_tensor("x", x, ndim=4)
+        x = x.permute(0, 2, 3, 1) if self.channel_first else x
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"x: expected {self.dim} channels, got {x.shape[-1]} (channel_first={self.channel_first})")
+        grid_size = height, width = tuple(x.shape[1:3])
+        if height < 1 or width < 1:
+            raise ValueError(f"x: expected a map of at least one token, got H = {height}, W = {width}")
+        check_mask("mask", mask, x.shape[:3])
+        if num_heavy_tokens_q is None:
+            num_heavy_tokens_q = self.num_heavy_tokens_q
+        elif self.q_router is None:
+            raise ValueError("num_heavy_tokens_q: the module was made without a query router (num_heavy_tokens_q=None)")
+        else:
+            check_token_count("num_heavy_tokens_q", num_heavy_tokens_q)
+        if num_heavy_tokens_kv is None:
+            num_heavy_tokens_kv = self.num_heavy_tokens_kv
+        else:
+            check_token_count("num_heavy_tokens_kv", num_heavy_tokens_kv)
+
+        x = x.flatten(1, 2)
+        if mask is not None:
+            mask = mask.flatten(1)
+            x = torch.where(mask.unsqueeze(-1), x, 0)
+        attend = self._softmax if self.fusion == "softmax" else self._sum
+        out = attend(x, grid_size, mask, num_heavy_tokens_q, num_heavy_tokens_kv)
+        if mask is not None:
+            out = torch.where(mask.unsqueeze(-1), out, 0)
+        out = out.unflatten(1, grid_size)
+        return out.permute(0, 3, 1, 2) if self.channel_first else out
+
+    def _route_queries(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, count) -> Routing | None:
+        if self.q_router is None:
+            return None
+        routing = self.q_router(x, num_tokens=count, mask=mask, grid_size=grid_size)
+        return Routing(*(field.squeeze(1) for field in routing))
+
+    def _sum(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, q_count, kv_count) -> Tensor:
+        routed_q = self._route_queries(x, grid_size, mask, q_count)
+        routed_kv = self.kv_router(x, num_tokens=kv_count, mask=mask, grid_size=grid_size)
+        if routed_q is None:
+            queries, query_index = x, torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+        else:
+            queries, query_index = gather_tokens(x, routed_q.indices), routed_q.indices
+        out = self.light_attn(x, grid_size, mask)
+        heavy = self.heavy_attn(
+            queries,
+            gather_tokens(x, routed_kv.indices),
+            _raster_positions(query_index, grid_size[1]),
+            _raster_positions(routed_kv.indices, grid_size[1]),
+            routed_kv.gates,
+            None if mask is None else routed_kv.mask,
+            routed_q.gates if routed_q is not None and self.multiply_queries_by_score else None,
+        ).to(out.dtype)
+        if routed_q is None:
+            return out + heavy
+        heavy = heavy * routed_q.gates.to(heavy.dtype).unsqueeze(-1)
+        if self.null_q_token is not None:
+            # the light output plus the null token everywhere; where a token is routed its heavy output takes that place
+            null = self.null_q_token.to(out.dtype)
+            out, heavy = out + null, heavy - null
+        return out.scatter_add(1, query_index.unsqueeze(-1).expand_as(heavy), heavy)
+
+    def _softmax(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, q_count, kv_count) -> Tensor:
+        routed_q = self._route_queries(x, grid_size, mask, q_count)
+        q, k, v = (_split_heads(t, self.heads) for t in self.to_qkv(self.norm(x)).chunk(3, -1))
+        compared = {"query": q, "key": k} if self.kv_router.router == "mean_query" else {}
+        routed_kv = self.kv_router(x, num_tokens=kv_count, mask=mask, grid_size=grid_size, **compared)
+        if self.rotary_emb:
+            positions = _raster_positions(torch.arange(x.shape[1], device=x.device), grid_size[1])
+            q, k = axial_rotary(q, positions), axial_rotary(k, positions)
+        call = {"grid_size": grid_size, "window_size": self.window_size, "key_mask": mask}
+        routed = {
+            "routed_indices": torch.where(routed_kv.mask, routed_kv.indices, -1),
+            "log_weights": routed_kv.log_weights,
+        }
+        if routed_q is None:
+            return self.to_out(_merge_heads(routed_window_attention(q, k, v, **routed, **call)))
+        # a routed query sees window ∪ routed keys, any other its window: its gate blends between the two
+        out = _merge_heads(window_attention(q, k, v, **call))
+        both = _merge_heads(routed_window_attention(q, k, v, **routed, **call, query_indices=routed_q.indices))
+        gain = (both - gather_tokens(out, routed_q.indices)) * routed_q.gates.to(out.dtype).unsqueeze(-1)
+        return self.to_out(out.scatter_add(1, routed_q.indices.unsqueeze(-1).expand_as(gain), gain))

@@ -1,0 +1,94 @@
+"""Routed feed-forward: a light one for every token, a heavy one for the routed."""
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_float_tensor, check_int, check_mask, check_positive, check_token_count
+from .router import CoordinateDescentRouter, gather_tokens
+
+
+def feed_forward(dim: int, mult: float) -> nn.Sequential:
+    """Pre-normalised two-layer perceptron with a hidden width of ``mult * dim``."""
+    hidden = max(1, int(dim * mult))
+    return nn.Sequential(nn.RMSNorm(dim, eps=1e-6), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+
+class ConditionalRoutedFeedForward(nn.Module):
+    """``light(x) + scatter(gate · heavy(x_routed))``, normalisation included, residual not.
+
+    Args:
+        dim: width C.
+        num_heavy_tokens: tokens that get the heavy branch, an int >= 1 or a share in (0, 1].
+        light_ff_mult, heavy_ff_mult: hidden width over ``dim``.
+        router_straight_through: gates of exactly 1 in forward.
+        router: kind of router, see :class:`CoordinateDescentRouter`.
+        router_kwargs: further arguments of the router.
+        channel_first: maps come as (B, C, H, W); False: (B, H, W, C).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: CoLT5 (arXiv 2303.09752) section 3.1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heavy_tokens: int | float,
+        light_ff_mult: float = 0.5,
+        heavy_ff_mult: float = 4,
+        router_straight_through: bool = True,
+        router: str = "learned",
+        router_kwargs: dict | None = None,
+        channel_first: bool = True,
+    ):
+        super().__init__()
+        self.dim = check_int("dim", dim)
+        self.num_heavy_tokens = check_token_count("num_heavy_tokens", num_heavy_tokens)
+        self.channel_first = channel_first
+        self.router = CoordinateDescentRouter(dim, router_straight_through, router=router, **(router_kwargs or {}))
+        if self.router.num_routing_tokens != 1:
+            raise ValueError("router_kwargs['num_routing_tokens']: the feed-forward has one route")
+        self.light_ff = feed_forward(dim, check_positive("light_ff_mult", light_ff_mult))
+        self.heavy_ff = feed_forward(dim, check_positive("heavy_ff_mult", heavy_ff_mult))
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, num_heavy_tokens: int | float | None = None
+    ) -> Tensor:
+        """Map x to the same shape.
+
+        Args:
+            x: tokens (B, N, C), or a map (B, C, H, W) (``channel_first``) or (B, H, W, C).
+            mask: (B, N) or (B, H, W) bool, True = valid. Masked tokens are not read, not routed, and come out as 0.
+            num_heavy_tokens: overrides the module's.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        check_float_tensor("x", x)
+        if x.ndim not in (3, 4):
+            raise ValueError(f"x: expected (B, N, C) or a map of 4 dimensions, got shape {tuple(x.shape)}")
+        if x.ndim == 3:
+            return self._tokens(x, mask, num_heavy_tokens, None)
+        x = x.permute(0, 2, 3, 1) if self.channel_first else x
+        height, width = x.shape[1:3]
+        check_mask("mask", mask, x.shape[:3])
+        flat = None if mask is None else mask.flatten(1)
+        out = self._tokens(x.flatten(1, 2), flat, num_heavy_tokens, (height, width)).unflatten(1, (height, width))
+        return out.permute(0, 3, 1, 2) if self.channel_first else out
+
+    def _tokens(self, x: Tensor, mask: Tensor | None, count, grid_size: tuple[int, int] | None) -> Tensor:
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"x: expected {self.dim} channels, got {x.shape[-1]}")
+        check_mask("mask", mask, x.shape[:2])
+        if mask is not None:
+            x = torch.where(mask.unsqueeze(-1), x, 0)
+        count = self.num_heavy_tokens if count is None else check_token_count("num_heavy_tokens", count)
+        routing = self.router(x, num_tokens=count, mask=mask, grid_size=grid_size)
+        indices, gates = routing.indices.squeeze(1), routing.gates.squeeze(1).unsqueeze(-1)
+        out = self.light_ff(x)
+        heavy = self.heavy_ff(gather_tokens(x, indices))
+        heavy = (heavy * gates).to(out.dtype)
+        out = out.scatter_add(1, indices.unsqueeze(-1).expand_as(heavy), heavy)
+        return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)

@@ -1,0 +1,55 @@
+"""Positions without tables: 2-D axial rotary embedding, and orders of a map for the untrained routers."""
+
+import torch
+from torch import Tensor
+
+
+def axial_rotary(x: Tensor, y_x: tuple[Tensor, Tensor], theta: float = 100.0) -> Tensor:
+    """Rotate the first half of the features by the row and the second by the column of their token.
+
+    Args:
+        x: (..., N, head_dim), head_dim divisible by 4.
+        y_x: rows and columns of the tokens, integer tensors that broadcast to (..., N).
+        theta: base of the wavelengths, 2π to 2π·theta tokens.
+
+    Returns:
+        Same shape and dtype; the product of a rotated query and a rotated key depends on their offset only.
+
+    Raises:
+        ValueError: if head_dim is not divisible by 4.
+
+    Source: RoFormer (arXiv 2104.09864), axial form as in EVA-02 (arXiv 2303.11331).
+    """
+    head_dim = x.shape[-1]
+    if head_dim % 4:
+        raise ValueError(f"rotary_emb: head_dim must be divisible by 4, got {head_dim}")
+    quarter = head_dim // 4
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    freq = theta ** (-torch.arange(quarter, device=x.device, dtype=wide) / quarter)
+    angle = torch.stack([position.to(wide).unsqueeze(-1) * freq for position in y_x], -2)  # (..., N, 2, quarter)
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.to(wide).unflatten(-1, (2, 2, quarter)).unbind(-2)
+    rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], -2)
+    return rotated.flatten(-3).to(x.dtype)
+
+
+def dispersed_rank(height: int, width: int, device, offset: int = 0) -> Tensor:
+    """(N,) rank of each token in an order whose every prefix is spread evenly over the map (ordered-dither matrix).
+
+    The first quarter is the map strided by 2, the first sixteenth strided by 4, anything between nests in between.
+    """
+    y = (torch.arange(height, device=device) + offset).unsqueeze(1)
+    x = (torch.arange(width, device=device) + offset).unsqueeze(0)
+    rank = torch.zeros((), dtype=torch.int64, device=device)
+    for _ in range(16):  # maps up to 65536 on a side
+        rank = rank * 4 + ((x ^ y) & 1) * 2 + (y & 1)
+        y, x = y >> 1, x >> 1
+    return rank.reshape(-1)
+
+
+def hashed_uniform(num: int, seed: int, device) -> Tensor:
+    """(num,) numbers in [0, 1) that look random and depend on the position and ``seed`` only (a multiplicative hash)."""
+    x = torch.arange(num, device=device) + 1 + seed * 0x3C6EF372
+    for factor in (0x2C1B3C6D, 0x297A2D39):
+        x = ((x ^ (x >> 16)) & 0xFFFFFFFF) * factor & 0xFFFFFFFF
+    return (x ^ (x >> 16)).to(torch.float32) / 2**32

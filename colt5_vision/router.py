@@ -1,0 +1,273 @@
+"""The router: logits for every token, top-k on the logits, gates that carry the gradient."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_float_tensor, check_int, check_mask, check_pair, check_positive, token_count
+from .ops import coordinate_descent, route_topk, soft_topk
+from .ops.grid import cell_slots, slot_of_token
+from .positions import dispersed_rank, hashed_uniform
+
+ROUTERS = ("learned", "mean_query", "random", "grid")
+
+
+class Routing(NamedTuple):
+    """Which tokens were routed; every field is (B, R, K): samples, routes, slots.
+
+    Attributes:
+        indices: int64 raster index of the token in each slot, in falling order of its logit. In range even where empty.
+        gates: weight of the token in [0, 1]; with straight-through exactly 1. 0 in empty slots.
+        log_weights: log of the gate, to be added to the logit of the token as a key; -inf in empty slots.
+        mask: bool, False where a slot is empty (fewer valid tokens than slots).
+    """
+
+    indices: Tensor
+    gates: Tensor
+    log_weights: Tensor
+    mask: Tensor
+
+
+def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
+    """Tokens (B, N, C) at ``indices`` (B, ...) -> (B, ..., C)."""
+    flat = indices.flatten(1).unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    return x.gather(1, flat).unflatten(1, indices.shape[1:])
+
+
+class CoordinateDescentRouter(nn.Module):
+    """Choose ``num_tokens`` of N tokens, differentiably.
+
+    The selection is a top-k on the logits. What makes it trainable are the gates: a soft top-k of the logits, by default
+    passed straight through (1 in forward, the soft gates' gradient in backward; without gradients it is never computed).
+
+    Args:
+        dim: width C of the tokens.
+        straight_through: gates of exactly 1 with the gradient of the soft gates; False: the soft gates themselves.
+        n_iters: None for exact gates (:func:`~colt5_vision.ops.soft_topk`), or the number of coordinate-descent iterations.
+        fetch_k_ratio: the gates sum to this times the number of routed tokens (CoLT5: 9/8), so that runners-up get a gradient.
+        eps: temperature in units of the logits.
+        eps_decay, eps_init: eps scaling for ``n_iters``, see :func:`~colt5_vision.ops.coordinate_descent`.
+        num_routing_tokens: R, how many sets of tokens are chosen side by side.
+        learned_routing_tokens: False: no parameter, ``routing_tokens`` are given with every call.
+        cosine_sim_routing: compare by cosine times ``cosine_sim_scale`` (default sqrt(dim)): logits are bounded.
+        cell_size: stratify: each cell of this many tokens (an int or (height, width)) gets its share of the slots.
+        router: ``"learned"``; or without parameters, deterministic: ``"mean_query"`` (keys that the mean query attends to),
+            ``"random"`` (a fixed pseudo-random choice, or fresh from a generator) and ``"grid"`` (evenly spread).
+
+    Learned logits are ``x / |x| · w`` with ``w ~ N(0, 1)``: unit scale at initialisation whatever the width of ``x``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: CoLT5 (arXiv 2303.09752) section 3; CODA (arXiv 2304.04947) for eps scaling.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        straight_through: bool = True,
+        n_iters: int | None = None,
+        fetch_k_ratio: float = 9 / 8,
+        eps: float = 1.0,
+        eps_decay: float = 1.0,
+        eps_init: float | None = None,
+        num_routing_tokens: int = 1,
+        learned_routing_tokens: bool = True,
+        *,
+        cosine_sim_routing: bool = False,
+        cosine_sim_scale: float | None = None,
+        cell_size: int | tuple[int, int] | None = None,
+        router: str = "learned",
+    ):
+        super().__init__()
+        if router not in ROUTERS:
+            raise ValueError(f"router: expected one of {ROUTERS}, got {router!r}")
+        if n_iters is None and (eps_init is not None or eps_decay != 1.0):
+            raise ValueError("eps_init, eps_decay: a schedule needs n_iters; exact gates have none")
+        if check_positive("fetch_k_ratio", fetch_k_ratio) < 1:
+            raise ValueError(f"fetch_k_ratio: expected a number >= 1, got {fetch_k_ratio}")
+        if cosine_sim_scale is not None and not cosine_sim_routing:
+            raise ValueError("cosine_sim_scale: only used with cosine_sim_routing=True")
+        if router != "learned" and (cosine_sim_routing or not learned_routing_tokens):
+            raise ValueError(f"cosine_sim_routing, learned_routing_tokens: only used by router='learned', got {router!r}")
+        self.dim = check_int("dim", dim)
+        self.straight_through = straight_through
+        self.n_iters = None if n_iters is None else check_int("n_iters", n_iters)
+        self.fetch_k_ratio = fetch_k_ratio
+        self.eps = check_positive("eps", eps)
+        self.eps_decay = check_positive("eps_decay", eps_decay)
+        if self.eps_decay > 1:
+            raise ValueError(f"eps_decay: expected a number in (0, 1], got {eps_decay}")
+        self.eps_init = None if eps_init is None else check_positive("eps_init", eps_init)
+        self.num_routing_tokens = check_int("num_routing_tokens", num_routing_tokens)
+        self.cosine_sim_scale = None
+        if cosine_sim_routing:
+            scale = math.sqrt(dim) if cosine_sim_scale is None else cosine_sim_scale
+            self.cosine_sim_scale = check_positive("cosine_sim_scale", scale)
+        self.cell_size = None if cell_size is None else check_pair("cell_size", cell_size)
+        self.router = router
+        learned = router == "learned" and learned_routing_tokens
+        self.routing_token = nn.Parameter(torch.randn(num_routing_tokens, dim)) if learned else None
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, router={self.router!r}, num_routing_tokens={self.num_routing_tokens}, eps={self.eps}"
+
+    def logits(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        routing_tokens: Tensor | None = None,
+        grid_size: tuple[int, int] | None = None,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Routing logits (B, R, N), float32 (float64 for float64 tokens); arguments as in :meth:`forward`."""
+        check_float_tensor("x", x, ndim=3)
+        batch, num_tokens, dim = x.shape
+        if dim != self.dim:
+            raise ValueError(f"x: expected (B, N, {self.dim}), got {tuple(x.shape)}")
+        check_mask("mask", mask, (batch, num_tokens))
+        if (query is not None or key is not None) and self.router != "mean_query":
+            raise ValueError(f"query, key: only used by router='mean_query', this one is {self.router!r}")
+        if routing_tokens is not None and (self.router != "learned" or self.routing_token is not None):
+            raise ValueError("routing_tokens: only used by router='learned' with learned_routing_tokens=False")
+        if generator is not None and self.router != "random":
+            raise ValueError(f"generator: only used by router='random', this one is {self.router!r}")
+        routes = self.num_routing_tokens
+        if self.router == "random":
+            if generator is not None:
+                noise = torch.rand(batch, routes, num_tokens, generator=generator, device=generator.device)
+                return noise.to(x.device)
+            return hashed_uniform(routes * num_tokens, 0, x.device).view(1, routes, num_tokens).expand(batch, -1, -1)
+        if self.router == "grid":
+            height, width = (1, num_tokens) if grid_size is None else grid_size
+            ranks = [dispersed_rank(height, width, x.device, route) for route in range(routes)]
+            return -torch.stack(ranks).double().log1p().float().expand(batch, -1, -1)
+        with torch.autocast(x.device.type, enabled=False):
+            if self.router == "mean_query":
+                return self._mean_query_logits(x, query, key, mask)
+            return self._learned_logits(x, routing_tokens)
+
+    def _learned_logits(self, x: Tensor, routing_tokens: Tensor | None) -> Tensor:
+        if self.routing_token is not None:
+            tokens = self.routing_token
+        elif routing_tokens is None:
+            raise ValueError("routing_tokens: needed, the router has learned_routing_tokens=False")
+        else:
+            tokens = routing_tokens.unsqueeze(1) if routing_tokens.ndim == 2 else routing_tokens
+            expected = (x.shape[0], self.num_routing_tokens, self.dim)
+            if tuple(tokens.shape) != expected:
+                raise ValueError(f"routing_tokens: expected shape {expected}, got {tuple(routing_tokens.shape)}")
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x, tokens = x.to(wide), tokens.to(wide)
+        tiny = 1e-6
+        if self.cosine_sim_scale is not None:
+            tokens = self.cosine_sim_scale * nn.functional.normalize(tokens, dim=-1, eps=tiny)
+        # normalising the product instead of x: no normalised copy of the map
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(tiny)
+        return ((x @ tokens.mT) / norm).transpose(-1, -2)
+
+    def _mean_query_logits(self, x: Tensor, query: Tensor | None, key: Tensor | None, mask: Tensor | None) -> Tensor:
+        """log sum_heads softmax_j(mean_i(q_i) · k_j / sqrt(d)), heads (B, h, N, d) split over the routes."""
+        if (query is None) != (key is None):
+            raise ValueError("query, key: expected both or neither")
+        if query is None:
+            query = key = nn.functional.rms_norm(x, (self.dim,), eps=1e-6).unsqueeze(1)
+            query = key = query.expand(-1, self.num_routing_tokens, -1, -1)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        heads = query.shape[1]
+        if heads % self.num_routing_tokens:
+            raise ValueError(f"query: {heads} heads are not divisible by {self.num_routing_tokens} routes")
+        if mask is None:
+            mean = query.to(wide).mean(2, keepdim=True)
+        else:
+            valid = mask[:, None, :, None].to(wide)
+            mean = (query.to(wide) * valid).sum(2, keepdim=True) / valid.sum(2, keepdim=True).clamp_min(1)
+        logits = (mean @ key.to(wide).mT).squeeze(2) * query.shape[-1] ** -0.5
+        if mask is not None:
+            logits = logits.masked_fill(~mask.unsqueeze(1), torch.finfo(wide).min)
+        return logits.log_softmax(-1).unflatten(1, (self.num_routing_tokens, -1)).logsumexp(2)
+
+    def _soft_gates(self, logits: Tensor, k: float, mask: Tensor | None, grid_size: tuple[int, int] | None) -> Tensor:
+        def gates(scores: Tensor, k: float | Tensor, mask: Tensor | None) -> Tensor:
+            if self.n_iters is None:
+                return soft_topk(scores, k, eps=self.eps, mask=mask)
+            schedule = {"n_iters": self.n_iters, "eps": self.eps, "eps_init": self.eps_init, "eps_decay": self.eps_decay}
+            return coordinate_descent(scores, k, mask=mask, **schedule)
+
+        if self.cell_size is None:
+            return gates(logits, k, mask)
+        # stratified: every cell has its own budget, its share of k by valid tokens
+        index, inside = cell_slots(*grid_size, self.cell_size, logits.device)
+        valid = inside if mask is None else inside & mask[..., index]
+        valid = valid.expand(*logits.shape[:-1], *inside.shape)
+        count = valid.sum(-1).to(logits.dtype)
+        share = (k * count / count.sum(-1, keepdim=True).clamp_min(1)).clamp_min(torch.finfo(logits.dtype).tiny)
+        soft = gates(logits[..., index], share, valid).flatten(-2)
+        return soft.index_select(-1, slot_of_token(*grid_size, self.cell_size, logits.device))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        num_tokens: int | float,
+        mask: Tensor | None = None,
+        routing_tokens: Tensor | None = None,
+        grid_size: tuple[int, int] | None = None,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Routing:
+        """Choose tokens.
+
+        Args:
+            x: (B, N, C) tokens, a map in raster order.
+            num_tokens: how many, an int >= 1 (above N: all of them) or a float in (0, 1], that share of N.
+            mask: (B, N) bool, True = valid. Masked tokens are never routed while a valid one is left.
+            routing_tokens: (B, R, C) (or (B, C) for R = 1), in place of learned ones; entries of unit scale.
+            grid_size: (H, W) of the map; needed by ``cell_size``, used by ``router="grid"``.
+            query, key: (B, heads, N, head_dim), what ``router="mean_query"`` compares (default: the tokens themselves).
+            generator: draws ``router="random"`` anew; default: the same choice for the same shape.
+
+        Returns:
+            :class:`Routing` of (B, R, K).
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        logits = self.logits(
+            x,
+            mask=mask,
+            routing_tokens=routing_tokens,
+            grid_size=grid_size,
+            query=query,
+            key=key,
+            generator=generator,
+        )
+        n = x.shape[1]
+        if grid_size is not None and grid_size[0] * grid_size[1] != n:
+            raise ValueError(f"grid_size: expected H * W = {n}, got {tuple(grid_size)}")
+        if self.cell_size is not None and grid_size is None:
+            raise ValueError("grid_size: needed, the router has a cell_size")
+        k = token_count("num_tokens", num_tokens, n)
+        per_route = None if mask is None else mask.unsqueeze(1).expand(-1, self.num_routing_tokens, -1)
+        stratified = {} if self.cell_size is None else {"grid_size": grid_size, "cell_size": self.cell_size}
+        indices, valid = route_topk(logits, k, mask=per_route, **stratified)
+
+        trains = torch.is_grad_enabled() and logits.requires_grad
+        if self.router in ("random", "grid") or (self.straight_through and not trains):
+            gates = torch.ones_like(indices, dtype=logits.dtype)
+            log_weights = torch.zeros_like(gates)
+        else:
+            budget = min(k * self.fetch_k_ratio, n)
+            gates = self._soft_gates(logits, budget, per_route, grid_size).gather(-1, indices)
+            log_weights = gates.clamp_min(torch.finfo(gates.dtype).tiny).log()
+            if self.straight_through:
+                gates = 1 + (gates - gates.detach())
+                log_weights = log_weights - log_weights.detach()
+        gates = torch.where(valid, gates, 0)
+        return Routing(indices, gates, torch.where(valid, log_weights, float("-inf")), valid)
