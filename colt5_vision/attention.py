@@ -4,10 +4,17 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .checks import check_float_tensor, check_int, check_mask, check_pair, check_token_count
+from .checks import (
+    TokenCount,
+    check_float_tensor,
+    check_int,
+    check_mask,
+    check_pair,
+    check_token_count,
+)
 from .ops import routed_window_attention, window_attention
 from .positions import axial_rotary
-from .router import CoordinateDescentRouter, Routing, gather_tokens
+from .router import CoordinateDescentRouter, Routing, gather_tokens, router_options
 
 FUSIONS = ("sum", "softmax")
 
@@ -130,8 +137,8 @@ class ConditionalRoutedImageAttention(nn.Module):
         self,
         dim: int,
         *,
-        num_heavy_tokens_q: int | float | None = None,
-        num_heavy_tokens_kv: int | float,
+        num_heavy_tokens_q: TokenCount | None = None,
+        num_heavy_tokens_kv: TokenCount,
         num_routed_kv: int = 1,
         light_dim_head: int = 64,
         light_heads: int = 8,
@@ -161,13 +168,18 @@ class ConditionalRoutedImageAttention(nn.Module):
         check_int("light_dim_head", light_dim_head)
         if check_int("num_routed_kv", num_routed_kv) and heavy_heads % num_routed_kv:
             raise ValueError(f"num_routed_kv: {heavy_heads} heavy_heads are not divisible by {num_routed_kv} routes")
-        if rotary_emb and check_int("heavy_dim_head", heavy_dim_head) % 4:
+        if check_int("heavy_dim_head", heavy_dim_head) % 4 and rotary_emb:
             raise ValueError(f"heavy_dim_head: rotary_emb needs a multiple of 4, got {heavy_dim_head}")
         self.window_size = check_pair("light_window_size", light_window_size)
 
-        route = {**(router_kwargs or {}), "straight_through": router_straight_through, "router": router}
-        if "num_routing_tokens" in route:
-            raise ValueError("router_kwargs['num_routing_tokens']: give num_routed_kv instead")
+        reserved = {
+            "num_routing_tokens": "give num_routed_kv instead",
+            "straight_through": "give router_straight_through instead",
+            "router": "give router instead",
+            "learned_routing_tokens": "the module has no routing tokens to pass",
+        }
+        route = router_options(router_kwargs, reserved)
+        route.update(straight_through=router_straight_through, router=router)
         self.q_router = None if q_count is None else CoordinateDescentRouter(dim, **route)
         self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **route)
 
@@ -207,8 +219,8 @@ class ConditionalRoutedImageAttention(nn.Module):
         x: Tensor,
         *,
         mask: Tensor | None = None,
-        num_heavy_tokens_q: int | float | None = None,
-        num_heavy_tokens_kv: int | float | None = None,
+        num_heavy_tokens_q: TokenCount | None = None,
+        num_heavy_tokens_kv: TokenCount | None = None,
     ) -> Tensor:
         """Attend.
 

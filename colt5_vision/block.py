@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from .attention import ConditionalRoutedImageAttention
+from .checks import TokenCount
 from .feedforward import ConditionalRoutedFeedForward
 
 
@@ -28,9 +29,9 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         self,
         dim: int,
         *,
-        num_heavy_attn_tokens_q: int | float | None = None,
-        num_heavy_attn_tokens_kv: int | float,
-        num_heavy_ff_tokens: int | float,
+        num_heavy_attn_tokens_q: TokenCount | None = None,
+        num_heavy_attn_tokens_kv: TokenCount,
+        num_heavy_ff_tokens: TokenCount,
         light_ff_mult: float = 0.5,
         heavy_ff_mult: float = 4,
         router_straight_through: bool = True,
@@ -65,9 +66,9 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        num_heavy_attn_tokens_q: int | float | None = None,
-        num_heavy_attn_tokens_kv: int | float | None = None,
-        num_heavy_ff_tokens: int | float | None = None,
+        num_heavy_attn_tokens_q: TokenCount | None = None,
+        num_heavy_attn_tokens_kv: TokenCount | None = None,
+        num_heavy_ff_tokens: TokenCount | None = None,
     ) -> Tensor:
         """Map x (B, C, H, W), or (B, H, W, C), to the same shape; mask (B, H, W) bool; counts override the module's.
 

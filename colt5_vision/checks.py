@@ -10,6 +10,9 @@ import numbers
 import torch
 from torch import Tensor
 
+TokenCount = int | float
+"""An int >= 1, that many tokens, or a float in (0, 1], that share of the map."""
+
 
 def check_int(name: str, value, *, minimum: int = 1) -> int:
     """``value`` as an int of at least ``minimum``."""
@@ -31,11 +34,11 @@ def check_pair(name: str, value, *, minimum: int = 1) -> tuple[int, int]:
 
 def check_positive(name: str, value) -> float:
     """``value`` as a finite float above 0."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{name}: expected a positive number, got {value!r} ({type(value).__name__})")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:  # NaN fails too; comparisons stay in a compiled graph, math.isfinite would not
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
-    return float(value)
+    return value
 
 
 def check_float_tensor(name: str, value, *, ndim: int | None = None) -> Tensor:
@@ -60,7 +63,7 @@ def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(mask.shape)}")
 
 
-def check_token_count(name: str, value) -> int | float:
+def check_token_count(name: str, value) -> TokenCount:
     """``value`` as a token count: an int >= 1 (that many) or a float in (0, 1] (that share of the map)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
@@ -74,7 +77,7 @@ def check_token_count(name: str, value) -> int | float:
     return float(value)
 
 
-def token_count(name: str, value: int | float, num_tokens: int) -> int:
+def token_count(name: str, value: TokenCount, num_tokens: int) -> int:
     """Resolve a token count against a map of ``num_tokens``; a count above that means every token."""
     value = check_token_count(name, value)
     if isinstance(value, float):

@@ -3,8 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from .checks import check_float_tensor, check_int, check_mask, check_positive, check_token_count
-from .router import CoordinateDescentRouter, gather_tokens
+from .checks import (
+    TokenCount,
+    check_float_tensor,
+    check_int,
+    check_mask,
+    check_positive,
+    check_token_count,
+)
+from .router import CoordinateDescentRouter, gather_tokens, router_options
 
 
 def feed_forward(dim: int, mult: float) -> nn.Sequential:
@@ -35,7 +42,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         self,
         dim: int,
         *,
-        num_heavy_tokens: int | float,
+        num_heavy_tokens: TokenCount,
         light_ff_mult: float = 0.5,
         heavy_ff_mult: float = 4,
         router_straight_through: bool = True,
@@ -47,15 +54,18 @@ class ConditionalRoutedFeedForward(nn.Module):
         self.dim = check_int("dim", dim)
         self.num_heavy_tokens = check_token_count("num_heavy_tokens", num_heavy_tokens)
         self.channel_first = channel_first
-        self.router = CoordinateDescentRouter(dim, router_straight_through, router=router, **(router_kwargs or {}))
-        if self.router.num_routing_tokens != 1:
-            raise ValueError("router_kwargs['num_routing_tokens']: the feed-forward has one route")
+        reserved = {
+            "num_routing_tokens": "the feed-forward has one route",
+            "straight_through": "give router_straight_through instead",
+            "router": "give router instead",
+            "learned_routing_tokens": "the module has no routing tokens to pass",
+        }
+        options = router_options(router_kwargs, reserved)
+        self.router = CoordinateDescentRouter(dim, router_straight_through, router=router, **options)
         self.light_ff = feed_forward(dim, check_positive("light_ff_mult", light_ff_mult))
         self.heavy_ff = feed_forward(dim, check_positive("heavy_ff_mult", heavy_ff_mult))
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, num_heavy_tokens: int | float | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, num_heavy_tokens: TokenCount | None = None) -> Tensor:
         """Map x to the same shape.
 
         Args:

@@ -6,7 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import check_float_tensor, check_int, check_mask, check_pair, check_positive, token_count
+from .checks import (
+    TokenCount,
+    check_float_tensor,
+    check_int,
+    check_mask,
+    check_pair,
+    check_positive,
+    token_count,
+)
 from .ops import coordinate_descent, route_topk, soft_topk
 from .ops.grid import cell_slots, slot_of_token
 from .positions import dispersed_rank, hashed_uniform
@@ -34,6 +42,15 @@ def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     """Tokens (B, N, C) at ``indices`` (B, ...) -> (B, ..., C)."""
     flat = indices.flatten(1).unsqueeze(-1).expand(-1, -1, x.shape[-1])
     return x.gather(1, flat).unflatten(1, indices.shape[1:])
+
+
+def router_options(options: dict | None, reserved: dict[str, str]) -> dict:
+    """``router_kwargs`` of a module, free of what the module sets itself (name -> the argument to use instead)."""
+    options = dict(options or {})
+    for name, instead in reserved.items():
+        if name in options:
+            raise ValueError(f"router_kwargs[{name!r}]: {instead}")
+    return options
 
 
 class CoordinateDescentRouter(nn.Module):
@@ -91,7 +108,9 @@ class CoordinateDescentRouter(nn.Module):
         if cosine_sim_scale is not None and not cosine_sim_routing:
             raise ValueError("cosine_sim_scale: only used with cosine_sim_routing=True")
         if router != "learned" and (cosine_sim_routing or not learned_routing_tokens):
-            raise ValueError(f"cosine_sim_routing, learned_routing_tokens: only used by router='learned', got {router!r}")
+            raise ValueError(
+                f"cosine_sim_routing, learned_routing_tokens: only used by router='learned', got {router!r}"
+            )
         self.dim = check_int("dim", dim)
         self.straight_through = straight_through
         self.n_iters = None if n_iters is None else check_int("n_iters", n_iters)
@@ -125,12 +144,18 @@ class CoordinateDescentRouter(nn.Module):
         key: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Routing logits (B, R, N), float32 (float64 for float64 tokens); arguments as in :meth:`forward`."""
+        """Routing logits (B, R, N), float32 (learned and mean_query: float64 for float64 tokens); arguments as in :meth:`forward`."""
         check_float_tensor("x", x, ndim=3)
         batch, num_tokens, dim = x.shape
         if dim != self.dim:
             raise ValueError(f"x: expected (B, N, {self.dim}), got {tuple(x.shape)}")
+        if num_tokens < 1:
+            raise ValueError(f"x: expected at least one token, got shape {tuple(x.shape)}")
         check_mask("mask", mask, (batch, num_tokens))
+        if grid_size is not None:
+            height, width = check_pair("grid_size", grid_size)
+            if height * width != num_tokens:
+                raise ValueError(f"grid_size: expected H * W = {num_tokens}, got {height} * {width}")
         if (query is not None or key is not None) and self.router != "mean_query":
             raise ValueError(f"query, key: only used by router='mean_query', this one is {self.router!r}")
         if routing_tokens is not None and (self.router != "learned" or self.routing_token is not None):
@@ -144,7 +169,8 @@ class CoordinateDescentRouter(nn.Module):
                 return noise.to(x.device)
             return hashed_uniform(routes * num_tokens, 0, x.device).view(1, routes, num_tokens).expand(batch, -1, -1)
         if self.router == "grid":
-            height, width = (1, num_tokens) if grid_size is None else grid_size
+            if grid_size is None:
+                height, width = 1, num_tokens
             ranks = [dispersed_rank(height, width, x.device, route) for route in range(routes)]
             return -torch.stack(ranks).double().log1p().float().expand(batch, -1, -1)
         with torch.autocast(x.device.type, enabled=False):
@@ -178,6 +204,11 @@ class CoordinateDescentRouter(nn.Module):
         if query is None:
             query = key = nn.functional.rms_norm(x, (self.dim,), eps=1e-6).unsqueeze(1)
             query = key = query.expand(-1, self.num_routing_tokens, -1, -1)
+        for name, tensor in (("query", query), ("key", key)):
+            check_float_tensor(name, tensor, ndim=4)
+            if tensor.shape[0] != x.shape[0] or tensor.shape[2] != x.shape[1] or tensor.shape != query.shape:
+                expected = f"({x.shape[0]}, heads, {x.shape[1]}, head_dim), the same for both"
+                raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         heads = query.shape[1]
         if heads % self.num_routing_tokens:
@@ -196,7 +227,12 @@ class CoordinateDescentRouter(nn.Module):
         def gates(scores: Tensor, k: float | Tensor, mask: Tensor | None) -> Tensor:
             if self.n_iters is None:
                 return soft_topk(scores, k, eps=self.eps, mask=mask)
-            schedule = {"n_iters": self.n_iters, "eps": self.eps, "eps_init": self.eps_init, "eps_decay": self.eps_decay}
+            schedule = {
+                "n_iters": self.n_iters,
+                "eps": self.eps,
+                "eps_init": self.eps_init,
+                "eps_decay": self.eps_decay,
+            }
             return coordinate_descent(scores, k, mask=mask, **schedule)
 
         if self.cell_size is None:
@@ -214,7 +250,7 @@ class CoordinateDescentRouter(nn.Module):
         self,
         x: Tensor,
         *,
-        num_tokens: int | float,
+        num_tokens: TokenCount,
         mask: Tensor | None = None,
         routing_tokens: Tensor | None = None,
         grid_size: tuple[int, int] | None = None,
@@ -249,8 +285,6 @@ class CoordinateDescentRouter(nn.Module):
             generator=generator,
         )
         n = x.shape[1]
-        if grid_size is not None and grid_size[0] * grid_size[1] != n:
-            raise ValueError(f"grid_size: expected H * W = {n}, got {tuple(grid_size)}")
         if self.cell_size is not None and grid_size is None:
             raise ValueError("grid_size: needed, the router has a cell_size")
         k = token_count("num_tokens", num_tokens, n)

@@ -1,5 +1,6 @@
 """Hard selection of the tokens to route: checks around ``reference.py``."""
 
+import math
 import numbers
 
 import torch
@@ -22,8 +23,8 @@ def route_topk(
     """Indices of the ``k`` largest scores of each row, a total order: ties go to the lower index.
 
     Masked tokens are never taken while a valid one is left. With ``cell_size`` the selection is stratified: the map is
-    cut into cells and each gets its share of ``k`` (in proportion to its valid tokens, rounded to one), the best of the
-    cell first; cells at the border are smaller, nothing is dropped.
+    cut into cells and each gets its share of ``k`` (in proportion to its valid tokens, rounded up or down by largest
+    remainder), the best of the cell; cells at the border are smaller, nothing is dropped.
 
     Args:
         scores: (..., n) logits. Their values are only compared, so gates saturated at 1 are never ranked.
@@ -54,6 +55,8 @@ def route_topk(
                 f"k: expected an int or an integer tensor of shape {tuple(scores.shape[:-1])}, "
                 f"got {k.dtype} of shape {tuple(k.shape)}"
             )
+        if k.device.type == "cpu" and not torch.compiler.is_compiling() and bool((k < 1).any()):
+            raise ValueError(f"k: expected every entry >= 1, got {k.tolist()}")
         if num_slots is None:
             num_slots = int(k.max()) if k.numel() else 1
         slots = min(check_int("num_slots", num_slots), n)
@@ -66,8 +69,8 @@ def route_topk(
 
     lowest = torch.finfo(scores.dtype).min
     if mask is not None:
-        # a valid -inf stays above every masked token
-        scores = torch.where(mask, scores.clamp_min(lowest), float("-inf"))
+        # a valid -inf, or a NaN of either sign, stays above every masked token
+        scores = torch.where(mask, scores.nan_to_num(math.inf, math.inf, lowest), -math.inf)
     if cell_size is not None:
         cell = check_pair("cell_size", cell_size)
         if grid_size is None:
@@ -77,7 +80,9 @@ def route_topk(
             raise ValueError(f"grid_size: expected H * W = {n}, got {height} * {width}")
         valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
         index, inside = cell_slots(height, width, cell, scores.device)
-        scores = reference.stratified_order(scores.clamp_min(lowest), valid, index, inside)
+        count = k.unsqueeze(-1) if isinstance(k, Tensor) else slots
+        finite = scores.nan_to_num(math.inf, math.inf, lowest)
+        scores = reference.stratified_scores(finite, valid, index, inside, count)
     elif grid_size is not None:
         raise ValueError("grid_size: only used with cell_size, got no cell_size")
 

@@ -10,8 +10,9 @@ def ordered_keys(scores: Tensor) -> Tensor:
     The upper half is the float's bits made monotone as an integer, the lower half counts the index down, so a plain
     ``topk`` on the keys has no ties left to break and costs what it costs on the scores.
     """
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0: they tie
-    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    bits = scores.contiguous().view(torch.int32)
+    sign = bits >> 31  # -1 for a negative float, else 0
+    bits = (bits ^ sign.bitwise_and(0x7FFFFFFF)).sub_(sign)  # minus the magnitude if negative: -0.0 ties 0.0
     n = scores.shape[-1]
     return bits.to(torch.int64).mul_(1 << 32).add_(torch.arange(n - 1, -1, -1, device=scores.device))
 
@@ -23,22 +24,32 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     return ordered_keys(scores).topk(k, dim=-1).indices
 
 
-def stratified_order(scores: Tensor, valid: Tensor, index: Tensor, inside: Tensor) -> Tensor:
-    """Scores (..., n) replaced by ones whose top-k takes from every cell its share of k, the best of the cell first.
+def stratified_scores(scores: Tensor, valid: Tensor, index: Tensor, inside: Tensor, k: int | Tensor) -> Tensor:
+    """Scores (..., n) with everything at -inf but the tokens that a stratified selection takes.
 
-    The r-th best of a cell's v valid tokens asks for a slot when the share (r + 1/2) / v of the map has been taken; the
-    global top-k over these shares gives each cell k v / n slots, rounded. Equal shares go to the higher score.
+    A cell of v_c of the v valid tokens gets k v_c / v of the k slots, rounded down; the slots left over go one each to the cells
+    with the largest remainders. In integers, so that equal cells get equal shares. A cell takes its best tokens.
+
+    Args:
+        scores, valid: (..., n), no NaN and no -inf in a valid token.
+        index, inside: of ``cell_slots``.
+        k: an int, or (..., 1).
     """
-    n = scores.shape[-1]
-    cells = torch.where(inside & valid[..., index], scores[..., index], float("-inf"))  # (..., cells, slots)
-    member = cells > float("-inf")
+    member = inside & valid[..., index]  # (..., cells, slots)
+    count = member.sum(-1)
+    total = count.sum(-1, keepdim=True)
+    k = torch.minimum(torch.as_tensor(k, device=scores.device), total)
+    quota = k * count // total.clamp_min(1)
+    remainder = k * count % total.clamp_min(1)
+    left = k - quota.sum(-1, keepdim=True)
+    place = remainder.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+    quota = quota + (place < left)
+    cells = torch.where(member, scores[..., index], float("-inf"))
     rank = cells.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
-    share = (rank + 0.5) / member.sum(-1, keepdim=True).clamp_min(1)
-    share = torch.where(member, share, float("inf")).flatten(-2)
-    by_score = cells.flatten(-2).sort(dim=-1, descending=True, stable=True).indices
-    order = by_score.gather(-1, share.gather(-1, by_score).sort(dim=-1, stable=True).indices)
-    position = order.argsort(-1)  # 0 for the first token to take
-    out = torch.full(scores.shape, float(-n - 1), dtype=scores.dtype, device=scores.device)
-    slots = index.flatten().expand(position.shape)
-    # slots outside the map share a token with a real one: they carry the latest positions, so amax keeps the real one
-    return out.scatter_reduce(-1, slots, -position.to(scores.dtype), "amax")
+    taken = member & (rank < quota.unsqueeze(-1))
+    # slots outside the map share a token with a real slot: take the token if any of its slots is taken
+    flags = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
+    flags = flags.scatter_reduce(
+        -1, index.flatten().expand(*flags.shape[:-1], -1), taken.flatten(-2).to(torch.int8), "amax"
+    )
+    return torch.where(flags > 0, scores, float("-inf"))

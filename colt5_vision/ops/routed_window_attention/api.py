@@ -1,6 +1,7 @@
 """Window ∪ routed attention as one operator: checks, registration, autograd."""
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -37,9 +38,7 @@ def _attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = reference.forward(
-            q, k, v, routed, log_weights, key_mask, query_indices, _geometry(q, grid, scale)
-        )
+        out, lse = reference.forward(q, k, v, routed, log_weights, key_mask, query_indices, _geometry(q, grid, scale))
     return _head_last(out), lse.contiguous()
 
 
@@ -67,7 +66,17 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         grad_q, grad_k, grad_v, grad_log_weights = reference.backward(
-            grad.contiguous(), q, k, v, routed, log_weights, key_mask, query_indices, out, lse, _geometry(q, grid, scale)
+            grad.contiguous(),
+            q,
+            k,
+            v,
+            routed,
+            log_weights,
+            key_mask,
+            query_indices,
+            out,
+            lse,
+            _geometry(q, grid, scale),
         )
     if grad_log_weights is None:
         grad_log_weights = q.new_empty(0)
@@ -95,11 +104,18 @@ def _backward(ctx, grad, _):
 _attention.register_autograd(_backward, setup_context=_setup)
 
 
+def _readable(x: Tensor) -> bool:
+    """Values may be looked at: no host sync, no graph break."""
+    return x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling()
+
+
 def _check_indices(name: str, indices: Tensor, num_tokens: int, lowest: int) -> None:
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{name}: expected a tensor of torch.int64, got {type(indices).__name__}")
     if indices.dtype != torch.int64:
         raise TypeError(f"{name}: expected torch.int64, got {indices.dtype}")
     # reading values costs nothing on the CPU; an accelerator's own gather checks them without a host sync
-    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+    if _readable(indices):
         low, high = (int(x) for x in indices.aminmax())
         if low < lowest or high >= num_tokens:
             raise ValueError(f"{name}: expected entries in [{lowest}, {num_tokens}), got [{low}, {high}]")
@@ -136,7 +152,7 @@ def routed_window_attention(
         key_mask: (B, N) or (B, P + N) bool, True = may be attended to. A query without any key gets 0.
         num_prefix_tokens: P.
         scale: factor of the logits, default head_dim ** -0.5.
-        query_indices: (B, Q) int64 raster indices: only these tokens (and the prefix) query; None: all of them.
+        query_indices: (B, Q) int64 raster indices, distinct within a row: only these tokens (and the prefix) query; None: all of them.
 
     Returns:
         (B, heads, P + N, head_dim), or (B, heads, P + Q, head_dim) with ``query_indices``; the dtype of ``q``.
@@ -163,11 +179,11 @@ def routed_window_attention(
         if log_weights is not None:
             raise ValueError("log_weights: given without routed_indices")
         routed_indices = torch.empty(batch, 1, 0, dtype=torch.int64, device=q.device)
-    if routed_indices.ndim not in (2, 3) or routed_indices.shape[0] != batch:
+    _check_indices("routed_indices", routed_indices, tokens, -1)
+    if routed_indices.ndim not in (2, 3) or routed_indices.shape[0] != batch or 0 in routed_indices.shape[1:-1]:
         raise ValueError(
             f"routed_indices: expected shape ({batch}, K) or ({batch}, R, K), got {tuple(routed_indices.shape)}"
         )
-    _check_indices("routed_indices", routed_indices, tokens, -1)
     if log_weights is not None:
         check_float_tensor("log_weights", log_weights)
         if log_weights.shape != routed_indices.shape:
@@ -181,16 +197,21 @@ def routed_window_attention(
     if heads % routed_indices.shape[1]:
         raise ValueError(f"routed_indices: {heads} heads are not divisible by {routed_indices.shape[1]} routes")
     if key_mask is not None:
-        if prefix and key_mask.shape == (batch, tokens):
+        if prefix and isinstance(key_mask, Tensor) and key_mask.shape == (batch, tokens):
             key_mask = torch.nn.functional.pad(key_mask, (prefix, 0), value=True)
         check_mask("key_mask", key_mask, (batch, length))
     if query_indices is not None:
+        _check_indices("query_indices", query_indices, tokens, 0)
         if query_indices.ndim != 2 or query_indices.shape[0] != batch:
             raise ValueError(f"query_indices: expected shape ({batch}, Q), got {tuple(query_indices.shape)}")
-        _check_indices("query_indices", query_indices, tokens, 0)
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale) or scale == 0:
-        raise ValueError(f"scale: expected a finite number other than 0, got {scale}")
+        if _readable(query_indices) and bool((query_indices.sort(-1).values.diff(dim=-1) == 0).any()):
+            raise ValueError("query_indices: expected distinct entries within a row, got repeated ones")
+    if scale is None:
+        scale = head_dim**-0.5
+    elif isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymFloat)):
+        raise TypeError(f"scale: expected a number, got {scale!r} ({type(scale).__name__})")
+    elif not (0 < scale < math.inf):
+        raise ValueError(f"scale: expected a positive finite number, got {scale}")
     grid = [prefix, height, width, min(window[0], height), min(window[1], width)]
     return _attention(q, k, v, routed_indices, log_weights, key_mask, query_indices, grid, scale)[0]
 

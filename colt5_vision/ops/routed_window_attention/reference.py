@@ -38,6 +38,7 @@ class _Plan:
     slot: Tensor  # (N,) slot of each token
     window_bias: Tensor | None  # (B * windows, heads or 1, 1, w*w)
     routed: Tensor | None  # (B, heads, K, 1) index into the P + N keys
+    used: Tensor | None  # (B, heads, K, 1), False for an empty slot or a masked key
     routed_bias: Tensor | None  # (B, heads or 1, 1, P + K)
     prefix_bias: Tensor | None  # (B, 1, 1, P + N)
 
@@ -56,7 +57,7 @@ def _plan(query: Tensor, routed: Tensor, log_weights: Tensor | None, key_mask: T
 
     slots, inside = cell_slots(geo.height, geo.width, geo.window, query.device)
     slot = slot_of_token(geo.height, geo.width, geo.window, query.device)
-    plan = _Plan(slots, inside, slot, None, None, None, None)
+    plan = _Plan(slots, inside, slot, None, None, None, None, None)
 
     used = routed >= 0
     if num_routed or key_mask is not None or slots.numel() != geo.tokens:
@@ -79,6 +80,7 @@ def _plan(query: Tensor, routed: Tensor, log_weights: Tensor | None, key_mask: T
             prefix.masked_fill_(~key_mask[:, None, : geo.prefix], off)
         plan.routed_bias = per_head(torch.cat([prefix, part], -1), 1).unsqueeze(2)
         plan.routed = index.repeat_interleave(heads // routes, 1).unsqueeze(-1)
+        plan.used = used.repeat_interleave(heads // routes, 1).unsqueeze(-1)
     if geo.prefix and key_mask is not None:
         plan.prefix_bias = bias(key_mask)[:, None, None]
     return plan
@@ -87,7 +89,7 @@ def _plan(query: Tensor, routed: Tensor, log_weights: Tensor | None, key_mask: T
 def _windows(x: Tensor, plan: _Plan, geo: Geometry) -> Tensor:
     """(B, heads, P + N, D) -> (B * windows, heads, w*w, D), rows of all heads copied at once."""
     x = x.transpose(1, 2).index_select(1, plan.slots.flatten() + geo.prefix)
-    return x.reshape(-1, plan.slots.shape[1], *x.shape[2:]).transpose(1, 2)
+    return x.reshape(x.shape[0] * plan.slots.shape[0], plan.slots.shape[1], *x.shape[2:]).transpose(1, 2)
 
 
 def _raster(x: Tensor, plan: _Plan, batch: int) -> Tensor:
@@ -98,8 +100,17 @@ def _raster(x: Tensor, plan: _Plan, batch: int) -> Tensor:
 
 
 def _routed_keys(x: Tensor, plan: _Plan, geo: Geometry) -> Tensor:
-    routed = x.gather(2, plan.routed.expand(-1, -1, -1, x.shape[-1]))
+    # an unused slot reads zeros, whatever stands in the token it points to
+    routed = x.gather(2, plan.routed.expand(-1, -1, -1, x.shape[-1])).masked_fill(~plan.used, 0)
     return torch.cat([x[:, :, : geo.prefix], routed], 2) if geo.prefix else routed
+
+
+def _blank_masked(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A masked key is never read: a weight of 0 would not stop its NaN or inf."""
+    if key_mask is None:
+        return k, v
+    off = ~key_mask[:, None, :, None]
+    return k.masked_fill(off, 0), v.masked_fill(off, 0)
 
 
 def _queries(x: Tensor, geo: Geometry, query_indices: Tensor | None) -> Tensor:
@@ -124,6 +135,7 @@ def forward(
     """out (B, heads, P + Q, D) and lse (B, heads, P + Q); lse is +inf for a query without any key (out 0)."""
     batch = q.shape[0]
     plan = _plan(q, routed, log_weights, key_mask, geo)
+    k, v = _blank_masked(k, v, key_mask)
     out, lse = attend(*(_windows(x, plan, geo) for x in (q, k, v)), plan.window_bias, geo.scale)
     out, lse = _raster(out, plan, batch), _raster(lse.unsqueeze(-1), plan, batch).squeeze(-1)
     if query_indices is not None:
@@ -157,6 +169,7 @@ def backward(
     """Gradients of q, k, v and (if given) log_weights."""
     batch, heads = q.shape[:2]
     plan = _plan(q, routed, log_weights, key_mask, geo)
+    k, v = _blank_masked(k, v, key_mask)
     own = (grad[:, :, geo.prefix :], out[:, :, geo.prefix :], lse[:, :, geo.prefix :])
 
     # window part; with query_indices all other tokens, and always the slots outside the map, are switched off
@@ -172,12 +185,12 @@ def backward(
         )
     whole = Geometry(0, geo.height, geo.width, geo.window, geo.scale)
     g, o, l = (_windows(x, plan, whole) for x in (full[0], full[1], full[2].unsqueeze(-1)))
-    l = l.squeeze(-1).reshape(batch, -1, heads, plan.slots.shape[1])
+    l = l.squeeze(-1).unflatten(0, (batch, plan.slots.shape[0]))
     l = l.masked_fill(~plan.inside.unsqueeze(1), float("inf")).flatten(0, 1)
     parts = attend_backward(g, *(_windows(x, plan, geo) for x in (q, k, v)), o, l, plan.window_bias, geo.scale)
     grad_q, grad_k, grad_v = (_raster(x, plan, batch) for x in parts)
 
-    grad_log_weights = None
+    grad_log_weights = None if log_weights is None else torch.zeros_like(log_weights)
     prefix_k = prefix_v = None
     if plan.routed is not None:
         query, keys, values = _queries(q, geo, query_indices), _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)

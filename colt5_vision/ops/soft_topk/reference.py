@@ -74,7 +74,7 @@ def coordinate_descent_forward(
     a_1 = eps log(k / n), a_{t+1} = eps (log k - logsumexp(min(s, -a_t) / eps)).
     """
     log_k, highest = k.log(), scores.amax(-1, keepdim=True)
-    a = schedule[0] * (log_k - num_valid.to(scores.dtype).log())
+    a = schedule[0] * (log_k - num_valid.clamp_min(1).to(scores.dtype).log())
     iterates, buffer = [a], torch.empty_like(scores)
     base, base_eps, weights = None, None, None
     for eps in schedule[1:-1]:
