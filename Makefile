@@ -1,0 +1,30 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint bench clean
+
+# the main job on real images: trains a classifier of digits in large canvases, about 5 minutes on 2 CPU cores
+demo: $(STAMP)
+	$(BIN)/python examples/image_classification.py $(ARGS)
+
+# n processes with a thread each beat one process with n threads, and threads of several processes fight
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --line-length 120 --check .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.ops
+
+$(STAMP): setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -e ".[train,viz,bench,test,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
