@@ -181,7 +181,10 @@ def train(args) -> float:
     train_set, val_set, channels = open_data(args)
     output = Path(args.output)
     loaders = {"batch_size": args.batch_size, "num_workers": args.workers}
-    train_loader = DataLoader(train_set, shuffle=True, drop_last=len(train_set) >= args.batch_size, **loaders)
+    order = torch.Generator()
+    train_loader = DataLoader(
+        train_set, shuffle=True, generator=order, drop_last=len(train_set) >= args.batch_size, **loaders
+    )
     val_loader = DataLoader(val_set, **loaders)
     model = create_model(args, channels, len(train_set.classes))
     optimizer, progress = optimizer_for(model, args), Progress()
@@ -196,10 +199,10 @@ def train(args) -> float:
     loss_of = torch.nn.CrossEntropyLoss(label_smoothing=0.05)
     total = args.epochs * len(train_loader)
     for epoch in range(len(progress.history), args.epochs):
-        if hasattr(train_set, "set_epoch"):
-            train_set.set_epoch(epoch)
+        train_loader.set_epoch(epoch)  # and with it the data set's
         # the order of an epoch depends on its number alone, so a resumed run sees what an unbroken one would
-        torch.manual_seed(args.seed * 1000 + epoch)
+        set_seed(args.seed * 1000 + epoch)
+        order.manual_seed(args.seed * 1000 + epoch)
         model.train()
         start, losses = time.perf_counter(), []
         bar = tqdm(train_loader, desc=f"epoch {epoch + 1}/{args.epochs}", disable=not accelerator.is_main_process)
@@ -270,7 +273,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="colt5_vit_nano_patch8_192", help="any timm model")
     parser.add_argument("--pretrained", action="store_true", help="start from timm's weights (needs the hub)")
     parser.add_argument("--img-size", type=int, default=192)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--weight-decay", type=float, default=0.02)

@@ -29,7 +29,7 @@ def patch_stem(in_chans: int, dim: int, patch_size: int) -> nn.Module:
 
 
 def conv_stem(in_chans: int, dim: int, patch_size: int) -> nn.Sequential:
-    """3x3 convolutions of stride 2 up to ``patch_size`` (a power of two), the width doubling up to ``dim``."""
+    """3x3 convolutions of stride 2 up to ``patch_size`` (a power of two), then one of stride 1 to ``dim``."""
     steps = patch_size.bit_length() - 1
     if 2**steps != patch_size:
         raise ValueError(f"patch_size: stem='conv' needs a power of two, got {patch_size}")
@@ -38,7 +38,7 @@ def conv_stem(in_chans: int, dim: int, patch_size: int) -> nn.Sequential:
     for width in widths:
         layers += [nn.Conv2d(last, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.GELU()]
         last = width
-    return nn.Sequential(*layers, nn.Conv2d(last, dim, 1))
+    return nn.Sequential(*layers, nn.Conv2d(last, dim, 3, 1, 1))
 
 
 class Colt5Block(nn.Module):

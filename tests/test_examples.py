@@ -54,11 +54,12 @@ def test_train_and_resume_equals_one_go(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     rng = np.random.default_rng(0)
+    root = tmp_path / "images"
     for name in ("cats", "dogs"):
-        (tmp_path / name).mkdir()
+        (root / name).mkdir(parents=True)
         for i in range(4):
-            Image.fromarray(rng.integers(0, 255, (60, 50, 3), np.uint8)).save(tmp_path / name / f"{i}.png")
-    return tmp_path
+            Image.fromarray(rng.integers(0, 255, (60, 50, 3), np.uint8)).save(root / name / f"{i}.png")
+    return root
 
 
 def test_a_folder_of_images_and_another_model(folder, tmp_path):
@@ -77,7 +78,7 @@ def test_what_the_user_can_mend_is_one_line(folder, tmp_path):
         ("--data", folder, "--img-size", 64, "--batch-size", 4): "cannot read image",
         ("--model", "colt6_vit"): "timm knows no model 'colt6_vit'",
         ("--img-size", 12): "--img-size",
-        ("--resume",): "no checkpoint",
+        ("--resume", "--output", tmp_path / "new"): "no checkpoint",
     }
     for args, message in cases.items():
         failed = run("--limit", 16, "--device", "cpu", "--output", tmp_path / "out", *args)

@@ -52,8 +52,8 @@ def soft_topk_backward(grad: Tensor, gates: Tensor, eps: float) -> tuple[Tensor,
     """Implicit-function gradient for scores (rows, n) and k (rows, 1); plain torch, so twice differentiable."""
     uncapped = torch.where(gates < 1, gates, 0)
     total = uncapped.sum(-1, keepdim=True)
-    mean = (uncapped * grad).sum(-1, keepdim=True) / torch.where(total > 0, total, 1)
-    return uncapped * (grad - mean) / eps, mean
+    mean = torch.linalg.vecdot(uncapped, grad).unsqueeze(-1) / torch.where(total > 0, total, 1)
+    return (uncapped * (grad - mean)).mul_(1 / eps), mean
 
 
 def eps_schedule(n_iters: int, eps: float, eps_init: float | None, eps_decay: float) -> list[float]:
