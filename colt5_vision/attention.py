@@ -130,7 +130,7 @@ class ConditionalRoutedImageAttention(nn.Module):
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
 
-    Source: CoLT5 (arXiv 2303.09752), for images as in ``docs`` and DESIGN §2.2.
+    Source: CoLT5 (arXiv 2303.09752) section 3.
     """
 
     def __init__(

@@ -119,7 +119,7 @@ class Colt5VisionTransformer(nn.Module):
     Raises:
         ValueError: naming the argument.
 
-    Source: CoLT5 (arXiv 2303.09752); DESIGN §2.2.
+    Source: CoLT5 (arXiv 2303.09752).
     """
 
     def __init__(

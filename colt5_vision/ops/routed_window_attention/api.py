@@ -11,7 +11,7 @@ from . import reference
 from .reference import Geometry
 
 
-def _geometry(query: Tensor, grid: list[int], scale: float) -> Geometry:
+def _geometry(grid: list[int], scale: float) -> Geometry:
     prefix, height, width, window_height, window_width = grid
     return Geometry(prefix, height, width, (window_height, window_width), scale)
 
@@ -38,7 +38,7 @@ def _attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = reference.forward(q, k, v, routed, log_weights, key_mask, query_indices, _geometry(q, grid, scale))
+        out, lse = reference.forward(q, k, v, routed, log_weights, key_mask, query_indices, _geometry(grid, scale))
     return _head_last(out), lse.contiguous()
 
 
@@ -76,7 +76,7 @@ def _attention_backward(
             query_indices,
             out,
             lse,
-            _geometry(q, grid, scale),
+            _geometry(grid, scale),
         )
     if grad_log_weights is None:
         grad_log_weights = q.new_empty(0)

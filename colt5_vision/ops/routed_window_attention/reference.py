@@ -195,14 +195,13 @@ def backward(
     if plan.routed is not None:
         query, keys, values = _queries(q, geo, query_indices), _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
         g, o, l = own
-        need_log_weights = log_weights is not None
-        if need_log_weights:
+        if log_weights is not None:
             # one more feature, 1 in every query and 0 elsewhere, changes no logit, and its key gradient is the bias's
-            pad = (0, 8)  # eight features keep the row alignment of the CUDA kernels
-            query = torch.nn.functional.pad(query, pad, value=1.0)
-            keys, values, g, o = (torch.nn.functional.pad(x, pad) for x in (keys, values, g, o))
+            # (eight of them, to keep the row alignment of the CUDA kernels)
+            query = torch.nn.functional.pad(query, (0, 8), value=1.0)
+            keys, values, g, o = (torch.nn.functional.pad(x, (0, 8)) for x in (keys, values, g, o))
         dq, dk, dv = attend_backward(g, query, keys, values, o, l, plan.routed_bias, geo.scale)
-        if need_log_weights:
+        if log_weights is not None:
             dlog = dk[:, :, geo.prefix :, -1].unflatten(1, (routed.shape[1], -1)).sum(2) / geo.scale
             grad_log_weights = dlog.to(log_weights.dtype)
             dq, dk, dv = (x[..., : q.shape[-1]] for x in (dq, dk, dv))

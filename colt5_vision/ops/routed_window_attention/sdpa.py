@@ -17,8 +17,11 @@ _PLAIN_LOGITS = 1 << 25  # logits held at once by the plain path
 
 
 def masked_logit(query: Tensor) -> float:
-    """The bias of a key that must not be read: finite, so that a part without any key stays free of NaN."""
-    return -3e4 if query.dtype == torch.float16 else -1e30
+    """The bias of a key that must not be read: finite, so that a part without any key stays free of NaN.
+
+    The CPU and the plain path take a float32 bias whatever the query; the CUDA kernel wants the query's dtype.
+    """
+    return -3e4 if query.dtype == torch.float16 and query.device.type == "cuda" else -1e30
 
 
 def _has_efficient(query: Tensor) -> bool:
