@@ -1,7 +1,7 @@
 """CoLT5's conditional computation for images: attention and feed-forward that spend where it pays.
 
-The core needs torch and einops only; ``colt5_vision.models`` (timm) and ``colt5_vision.pipelines`` (diffusers) are imported on
-their own.
+The core needs torch and einops only; ``colt5_vision.models`` (timm) and ``colt5_vision.pipelines`` (diffusers) are
+imported on their own.
 """
 
 from .attention import ConditionalRoutedImageAttention

@@ -104,24 +104,27 @@ class RoutedAttention(nn.Module):
 class ConditionalRoutedImageAttention(nn.Module):
     """Attention over a map: window attention for every token, full attention to (and by) a few routed ones.
 
-    ``fusion="sum"`` is CoLT5: separate weights, ``light(x) + scatter(gate_q · heavy(x_q, gate_kv · x_kv))``; a token that is not
-    routed gets the learned null token in place of a heavy output. ``fusion="softmax"`` has one set of weights and one softmax
-    over window ∪ routed keys (:func:`~colt5_vision.ops.routed_window_attention`): with every token routed it *is* full attention.
-    Routing is global over the map. Normalisation is included, the residual is not.
+    ``fusion="sum"`` is CoLT5: separate weights, ``light(x) + scatter(gate_q · heavy(x_q, gate_kv · x_kv))``; a token
+    that is not routed gets the learned null token in place of a heavy output. ``fusion="softmax"`` has one set of
+    weights and one softmax over window ∪ routed keys (:func:`~colt5_vision.ops.routed_window_attention`): with every
+    token routed it *is* full attention. Routing is global over the map. Normalisation is included, the residual is not.
 
     Args:
         dim: channels C.
-        num_heavy_tokens_q: queries of the heavy branch, an int >= 1 (that many) or a float in (0, 1] (that share of the map).
+        num_heavy_tokens_q: queries of the heavy branch, an int >= 1 (that many) or a float in (0, 1] (that share of
+            the map).
             None: every token queries the routed keys, and there is no query router.
         num_heavy_tokens_kv: routed keys and values, likewise.
         num_routed_kv: R sets of routed keys, the heads split over them.
-        light_dim_head, light_heads, light_window_size: head width, heads and window side (int or (height, width)) of the light
-            branch.
+        light_dim_head, light_heads, light_window_size: head width, heads and window side (int or (height, width)) of
+            the light branch.
         heavy_dim_head, heavy_heads: of the heavy branch. ``fusion="softmax"`` has one set of heads: both must agree.
         router_straight_through: gates of exactly 1 in forward.
         router_kwargs: further arguments of both routers, see :class:`CoordinateDescentRouter`.
-        multiply_keys_by_score, multiply_queries_by_score: ``sum`` only: gates scale the keys (queries) too, not only the values.
-        use_null_q_tokens: ``sum`` only: the null token for queries that were not routed; default: where queries are routed.
+        multiply_keys_by_score, multiply_queries_by_score: ``sum`` only: gates scale the keys (queries) too, not only
+            the values.
+        use_null_q_tokens: ``sum`` only: the null token for queries that were not routed; default: where queries are
+            routed.
         channel_first: (B, C, H, W); False: (B, H, W, C).
         fusion: ``"sum"`` or ``"softmax"``.
         rotary_emb: 2-D axial rotary positions, of the heavy branch (``sum``) or of all (``softmax``).

@@ -48,7 +48,7 @@ def dispersed_rank(height: int, width: int, device, offset: int = 0) -> Tensor:
 
 
 def hashed_uniform(num: int, seed: int, device) -> Tensor:
-    """(num,) numbers in [0, 1) that look random and depend on the position and ``seed`` only (a multiplicative hash)."""
+    """(num,) numbers in [0, 1) that look random and depend on position and ``seed`` only (a multiplicative hash)."""
     x = torch.arange(num, device=device) + 1 + seed * 0x3C6EF372
     for factor in (0x2C1B3C6D, 0x297A2D39):
         x = ((x ^ (x >> 16)) & 0xFFFFFFFF) * factor & 0xFFFFFFFF

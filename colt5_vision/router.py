@@ -56,22 +56,25 @@ def router_options(options: dict | None, reserved: dict[str, str]) -> dict:
 class CoordinateDescentRouter(nn.Module):
     """Choose ``num_tokens`` of N tokens, differentiably.
 
-    The selection is a top-k on the logits. What makes it trainable are the gates: a soft top-k of the logits, by default
-    passed straight through (1 in forward, the soft gates' gradient in backward; without gradients it is never computed).
+    The selection is a top-k on the logits. What makes it trainable are the gates: a soft top-k of the logits, by
+    default passed straight through (1 in forward, the soft gates' gradient in backward; without gradients it is never
+    computed).
 
     Args:
         dim: width C of the tokens.
         straight_through: gates of exactly 1 with the gradient of the soft gates; False: the soft gates themselves.
-        n_iters: None for exact gates (:func:`~colt5_vision.ops.soft_topk`), or the number of coordinate-descent iterations.
-        fetch_k_ratio: the gates sum to this times the number of routed tokens (CoLT5: 9/8), so that runners-up get a gradient.
+        n_iters: None for exact gates (:func:`~colt5_vision.ops.soft_topk`), or the number of coordinate-descent
+            iterations.
+        fetch_k_ratio: the gates sum to this times the number of routed tokens (CoLT5: 9/8), so that runners-up get a
+            gradient.
         eps: temperature in units of the logits.
         eps_decay, eps_init: eps scaling for ``n_iters``, see :func:`~colt5_vision.ops.coordinate_descent`.
         num_routing_tokens: R, how many sets of tokens are chosen side by side.
         learned_routing_tokens: False: no parameter, ``routing_tokens`` are given with every call.
         cosine_sim_routing: compare by cosine times ``cosine_sim_scale`` (default sqrt(dim)): logits are bounded.
         cell_size: stratify: each cell of this many tokens (an int or (height, width)) gets its share of the slots.
-        router: ``"learned"``; or without parameters, deterministic: ``"mean_query"`` (keys that the mean query attends to),
-            ``"random"`` (a fixed pseudo-random choice, or fresh from a generator) and ``"grid"`` (evenly spread).
+        router: ``"learned"``; or without parameters, deterministic: ``"mean_query"`` (keys that the mean query attends
+            to), ``"random"`` (a fixed pseudo-random choice, or fresh from a generator) and ``"grid"`` (evenly spread).
 
     Learned logits are ``x / |x| · w`` with ``w ~ N(0, 1)``: unit scale at initialisation whatever the width of ``x``.
 
@@ -144,7 +147,10 @@ class CoordinateDescentRouter(nn.Module):
         key: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Routing logits (B, R, N), float32 (learned and mean_query: float64 for float64 tokens); arguments as in :meth:`forward`."""
+        """Routing logits (B, R, N); arguments as in :meth:`forward`.
+
+        float32; those of ``"learned"`` and ``"mean_query"`` float64 for float64 tokens.
+        """
         check_float_tensor("x", x, ndim=3)
         batch, num_tokens, dim = x.shape
         if dim != self.dim:

@@ -31,8 +31,8 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 class DigitCanvases(Dataset):
     """Canvases (1, size, size) float32 and the class of their whole digit.
 
-    A canvas is a function of (seed, epoch, index) alone. Held-out canvases never change; for training ``set_epoch`` gives
-    new positions and clutter. Digits and fragments of the two splits never mix.
+    A canvas is a function of (seed, epoch, index) alone. Held-out canvases never change; for training ``set_epoch``
+    gives new positions and clutter. Digits and fragments of the two splits never mix.
 
     Args:
         train: 4,000 training digits, or the 1,000 held out.

@@ -1,6 +1,6 @@
 """Train an image classifier with routed attention on real images, and see where its heavy branch looks.
 
-    python examples/image_classification.py                        # digits as needles in 192x192 canvases, minutes on a CPU
+    python examples/image_classification.py                        # digits in 192x192 canvases, minutes on a CPU
     python examples/image_classification.py --resume               # go on after an interruption
     python examples/image_classification.py --data FOLDER          # your own images, one sub-folder a class
     accelerate launch --num_processes 2 examples/image_classification.py
@@ -105,6 +105,10 @@ def create_model(args, in_chans: int, num_classes: int) -> torch.nn.Module:
         return timm.create_model(args.model, img_size=args.img_size, **common)
     except TypeError:  # a convolutional network takes any size and no img_size
         return timm.create_model(args.model, **common)
+    except (RuntimeError, OSError) as error:
+        if not args.pretrained:
+            raise
+        raise UserError(f"--pretrained: no weights for {args.model} ({str(error).splitlines()[0]})") from error
 
 
 def optimizer_for(model: torch.nn.Module, args) -> torch.optim.Optimizer:
@@ -175,8 +179,12 @@ def evaluate(accelerator: Accelerator, model, loader) -> float:
 
 
 def train(args) -> float:
-    mixed = {"no": "no", "bf16": "bf16", "fp16": "fp16"}[args.amp]
-    accelerator = Accelerator(mixed_precision=mixed, cpu=args.device == "cpu")
+    if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
+        raise UserError(f"--device: {args.device} is not available here")
+    try:
+        accelerator = Accelerator(mixed_precision=args.amp, cpu=args.device == "cpu")
+    except ValueError as error:  # fp16 without a GPU, bf16 on an old one
+        raise UserError(f"--amp: {error}") from error
     set_seed(args.seed)
     train_set, val_set, channels = open_data(args)
     output = Path(args.output)
@@ -277,7 +285,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--weight-decay", type=float, default=0.02)
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--amp", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--workers", type=int, default=0, help="data loading processes")
     parser.add_argument("--limit", type=int, help="use only so many digits of each split")
@@ -297,7 +305,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # a data loading process hands its traceback over as the message
+        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('__main__.UserError: ')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with --resume --output {args.output}", file=sys.stderr)

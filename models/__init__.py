@@ -1,4 +1,4 @@
-"""timm backbones of routed attention, imported as ``colt5_vision.models``; importing registers ``colt5_*`` with timm."""
+"""timm backbones of routed attention; importing ``colt5_vision.models`` registers ``colt5_*`` with timm."""
 
 try:
     import timm  # noqa: F401

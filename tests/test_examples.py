@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -78,10 +79,14 @@ def test_what_the_user_can_mend_is_one_line(folder, tmp_path):
         ("--data", folder, "--img-size", 64, "--batch-size", 4): "cannot read image",
         ("--model", "colt6_vit"): "timm knows no model 'colt6_vit'",
         ("--img-size", 12): "--img-size",
+        ("--data", folder, "--img-size", 64, "--batch-size", 4, "--workers", 1): "cannot read image",
+        ("--amp", "fp16"): "--amp",
         ("--resume", "--output", tmp_path / "new"): "no checkpoint",
     }
+    if not torch.cuda.is_available():
+        cases["--device", "cuda"] = "--device: cuda is not available"
     for args, message in cases.items():
-        failed = run("--limit", 16, "--device", "cpu", "--output", tmp_path / "out", *args)
+        failed = run("--device", "cpu", "--limit", 16, "--output", tmp_path / "out", *args)
         assert failed.returncode == 2 and "Traceback" not in failed.stderr, failed.stderr
         error = [line for line in failed.stderr.splitlines() if "error: " in line]
         assert len(error) == 1 and message in error[0], failed.stderr

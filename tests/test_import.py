@@ -13,7 +13,8 @@ import colt5_vision
 
 BLOCKED = ("timm", "diffusers", "torchvision", "triton")
 
-# None in sys.modules: an import raises ModuleNotFoundError, and find_spec, by which torch looks for triton, finds nothing
+# None in sys.modules: an import raises ModuleNotFoundError, and find_spec, by which torch looks for triton, finds
+# nothing
 BLOCK = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED}))\n"
 
 USE = """

@@ -8,8 +8,8 @@ def cell_slots(height: int, width: int, cell: tuple[int, int], device) -> tuple[
     """Cut a map into cells of ``cell`` from its top left; cells at the border are what is left of them.
 
     Returns:
-        (index, inside), both (cells, slots): the raster index in each slot of each cell (some valid index where the slot lies
-        outside the map), and a bool, True inside. A map smaller than a cell is one cell of its own size.
+        (index, inside), both (cells, slots): the raster index in each slot of each cell (some valid index where the
+        slot lies outside the map), and a bool, True inside. A map smaller than a cell is one cell of its own size.
     """
     ch, cw = min(cell[0], height), min(cell[1], width)
     rows, cols = -(-height // ch), -(-width // cw)

@@ -27,8 +27,9 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
 def stratified_scores(scores: Tensor, valid: Tensor, index: Tensor, inside: Tensor, k: int | Tensor) -> Tensor:
     """Scores (..., n) with everything at -inf but the tokens that a stratified selection takes.
 
-    A cell of v_c of the v valid tokens gets k v_c / v of the k slots, rounded down; the slots left over go one each to the cells
-    with the largest remainders. In integers, so that equal cells get equal shares. A cell takes its best tokens.
+    A cell of v_c of the v valid tokens gets k v_c / v of the k slots, rounded down; the slots left over go one each to
+    the cells with the largest remainders. In integers, so that equal cells get equal shares. A cell takes its best
+    tokens.
 
     Args:
         scores, valid: (..., n), no NaN and no -inf in a valid token.

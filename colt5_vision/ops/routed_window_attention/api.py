@@ -146,13 +146,14 @@ def routed_window_attention(
             Prefix tokens attend to every token and every token attends to them.
         grid_size: (H, W).
         window_size: side of the windows in tokens, or (height, width); windows at the border are smaller.
-        routed_indices: (B, K) or (B, R, K) int64 raster indices in [0, N), distinct within a row; -1 is an empty slot. With R
-            routes, the heads are split into R groups of neighbours. None: window (and prefix) attention alone.
+        routed_indices: (B, K) or (B, R, K) int64 raster indices in [0, N), distinct within a row; -1 is an empty slot.
+            With R routes, the heads are split into R groups of neighbours. None: window (and prefix) attention alone.
         log_weights: same shape, added to the logits of the routed keys, differentiable; -inf removes the key. None: 0.
         key_mask: (B, N) or (B, P + N) bool, True = may be attended to. A query without any key gets 0.
         num_prefix_tokens: P.
         scale: factor of the logits, default head_dim ** -0.5.
-        query_indices: (B, Q) int64 raster indices, distinct within a row: only these tokens (and the prefix) query; None: all of them.
+        query_indices: (B, Q) int64 raster indices, distinct within a row: only these tokens (and the prefix) query;
+            None: all of them.
 
     Returns:
         (B, heads, P + N, head_dim), or (B, heads, P + Q, head_dim) with ``query_indices``; the dtype of ``q``.
@@ -160,7 +161,8 @@ def routed_window_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
 
-    Source: CoLT5 (arXiv 2303.09752) with one shared softmax; joining by logsumexp as in ring attention (arXiv 2310.01889).
+    Source: CoLT5 (arXiv 2303.09752) with one shared softmax; joining by logsumexp as in ring attention (arXiv
+        2310.01889).
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_float_tensor(name, x, ndim=4)
@@ -227,7 +229,8 @@ def window_attention(
     num_prefix_tokens: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of each token to its own window (and the prefix tokens): :func:`routed_window_attention`, nothing routed.
+    """Attention of each token to its own window (and the prefix tokens): :func:`routed_window_attention`, nothing
+    routed.
 
     Arguments, shapes, return value and errors are those of :func:`routed_window_attention`.
 

@@ -72,7 +72,7 @@ _coordinate_descent.register_autograd(_coordinate_descent_autograd, setup_contex
 
 
 def _rows(scores: Tensor, k, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Checked input as rows: scores (rows, n) in float32 or float64, k and num_valid (rows, 1), and ceil(max k) or n."""
+    """Checked input as rows: scores (rows, n) in float32 or float64, k and num_valid (rows, 1), and ceil(k) or n."""
     check_float_tensor("scores", scores)
     if scores.ndim < 1 or scores.shape[-1] < 1:
         raise ValueError(f"scores: expected shape (..., n) with n >= 1, got {tuple(scores.shape)}")
@@ -143,8 +143,9 @@ def coordinate_descent(
 ) -> Tensor:
     """CoLT5's iterative soft top-k, stopped after ``n_iters``: for parity with ``colt5_attention.coor_descent``.
 
-    Its gates sum to ``k`` only in the limit; :func:`soft_topk` is that limit, exact and faster. The state is one scalar per
-    row and iteration, forward and backward; the gradient equals autograd's through all iterations. Once differentiable.
+    Its gates sum to ``k`` only in the limit; :func:`soft_topk` is that limit, exact and faster. The state is one
+    scalar per row and iteration, forward and backward; the gradient equals autograd's through all iterations. Once
+    differentiable.
 
     Args:
         scores: (..., n) logits, any floating dtype.

@@ -79,8 +79,8 @@ def coordinate_descent_forward(
     base, base_eps, weights = None, None, None
     for eps in schedule[1:-1]:
         top = torch.minimum(highest, -a)
-        # exp(min(s, -a) / eps) is min(exp(s / eps), exp(-a / eps)): one exp of the map serves all iterations at one eps,
-        # as long as the bound stays within float32's range of the base
+        # exp(min(s, -a) / eps) is min(exp(s / eps), exp(-a / eps)): one exp of the map serves all iterations at one
+        # eps, as long as the bound stays within float32's range of the base
         if base is None or eps != base_eps or bool(((top - base).abs() > 40 * eps).any()):
             base, base_eps = top, eps
             weights = torch.sub(scores, base).div_(eps).exp_()
