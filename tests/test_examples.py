@@ -80,7 +80,6 @@ def test_what_the_user_can_mend_is_one_line(folder, tmp_path):
         ("--model", "colt6_vit"): "timm knows no model 'colt6_vit'",
         ("--img-size", 12): "--img-size",
         ("--data", folder, "--img-size", 64, "--batch-size", 4, "--workers", 1): "cannot read image",
-        ("--amp", "fp16"): "--amp",
         ("--resume", "--output", tmp_path / "new"): "no checkpoint",
     }
     if not torch.cuda.is_available():
