@@ -1,1 +1,1 @@
-"""diffusers attention processors (imported as ``colt5_vision.pipelines``)."""
+"""Room of the diffusers attention processors (imported as ``colt5_vision.pipelines``); nothing is in it yet."""
