@@ -175,13 +175,7 @@ class ConditionalRoutedImageAttention(nn.Module):
             raise ValueError(f"heavy_dim_head: rotary_emb needs a multiple of 4, got {heavy_dim_head}")
         self.window_size = check_pair("light_window_size", light_window_size)
 
-        reserved = {
-            "num_routing_tokens": "give num_routed_kv instead",
-            "straight_through": "give router_straight_through instead",
-            "router": "give router instead",
-            "learned_routing_tokens": "the module has no routing tokens to pass",
-        }
-        route = router_options(router_kwargs, reserved)
+        route = router_options(router_kwargs, "give num_routed_kv instead")
         route.update(straight_through=router_straight_through, router=router)
         self.q_router = None if q_count is None else CoordinateDescentRouter(dim, **route)
         self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **route)

@@ -54,13 +54,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         self.dim = check_int("dim", dim)
         self.num_heavy_tokens = check_token_count("num_heavy_tokens", num_heavy_tokens)
         self.channel_first = channel_first
-        reserved = {
-            "num_routing_tokens": "the feed-forward has one route",
-            "straight_through": "give router_straight_through instead",
-            "router": "give router instead",
-            "learned_routing_tokens": "the module has no routing tokens to pass",
-        }
-        options = router_options(router_kwargs, reserved)
+        options = router_options(router_kwargs, "the feed-forward has one route")
         self.router = CoordinateDescentRouter(dim, router_straight_through, router=router, **options)
         self.light_ff = feed_forward(dim, check_positive("light_ff_mult", light_ff_mult))
         self.heavy_ff = feed_forward(dim, check_positive("heavy_ff_mult", heavy_ff_mult))

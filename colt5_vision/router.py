@@ -44,9 +44,15 @@ def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     return x.gather(1, flat).unflatten(1, indices.shape[1:])
 
 
-def router_options(options: dict | None, reserved: dict[str, str]) -> dict:
-    """``router_kwargs`` of a module, free of what the module sets itself (name -> the argument to use instead)."""
+def router_options(options: dict | None, num_routing_tokens: str) -> dict:
+    """``router_kwargs`` of a module, free of what the module sets itself; a text says what to do about the routes."""
     options = dict(options or {})
+    reserved = {
+        "num_routing_tokens": num_routing_tokens,
+        "straight_through": "give router_straight_through instead",
+        "router": "give router instead",
+        "learned_routing_tokens": "the module has no routing tokens to pass",
+    }
     for name, instead in reserved.items():
         if name in options:
             raise ValueError(f"router_kwargs[{name!r}]: {instead}")
