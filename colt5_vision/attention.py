@@ -169,7 +169,7 @@ class ConditionalRoutedImageAttention(nn.Module):
         self.heads = check_int("heavy_heads", heavy_heads)
         check_int("light_heads", light_heads)
         check_int("light_dim_head", light_dim_head)
-        if check_int("num_routed_kv", num_routed_kv) and heavy_heads % num_routed_kv:
+        if heavy_heads % check_int("num_routed_kv", num_routed_kv):
             raise ValueError(f"num_routed_kv: {heavy_heads} heavy_heads are not divisible by {num_routed_kv} routes")
         if check_int("heavy_dim_head", heavy_dim_head) % 4 and rotary_emb:
             raise ValueError(f"heavy_dim_head: rotary_emb needs a multiple of 4, got {heavy_dim_head}")

@@ -184,7 +184,7 @@ class CoordinateDescentRouter(nn.Module):
             if grid_size is None:
                 height, width = 1, num_tokens
             ranks = [dispersed_rank(height, width, x.device, route) for route in range(routes)]
-            return -torch.stack(ranks).double().log1p().float().expand(batch, -1, -1)
+            return -torch.stack(ranks).float().expand(batch, -1, -1)  # exact up to 4096 x 4096 tokens
         with torch.autocast(x.device.type, enabled=False):
             if self.router == "mean_query":
                 return self._mean_query_logits(x, query, key, mask)
@@ -196,6 +196,7 @@ class CoordinateDescentRouter(nn.Module):
         elif routing_tokens is None:
             raise ValueError("routing_tokens: needed, the router has learned_routing_tokens=False")
         else:
+            check_float_tensor("routing_tokens", routing_tokens)
             tokens = routing_tokens.unsqueeze(1) if routing_tokens.ndim == 2 else routing_tokens
             expected = (x.shape[0], self.num_routing_tokens, self.dim)
             if tuple(tokens.shape) != expected:

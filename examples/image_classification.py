@@ -37,6 +37,10 @@ class UserError(Exception):
     """What the user can mend; shown as one line."""
 
 
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 class ImageFolderSplit(Dataset):
     """Images of ``root`` in torchvision's ``ImageFolder`` layout, resized and cropped to a square."""
 
@@ -108,7 +112,7 @@ def create_model(args, in_chans: int, num_classes: int) -> torch.nn.Module:
     except (RuntimeError, OSError) as error:
         if not args.pretrained:
             raise
-        raise UserError(f"--pretrained: no weights for {args.model} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--pretrained: no weights for {args.model} ({first_line(error)})") from error
 
 
 def optimizer_for(model: torch.nn.Module, args) -> torch.optim.Optimizer:
@@ -157,7 +161,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
     try:
         accelerator.load_state(str(folder))
     except Exception as error:  # safetensors, pickle and shape errors are many types
-        raise UserError(f"--resume: cannot load {folder} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--resume: cannot load {folder} ({first_line(error)})") from error
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
@@ -178,12 +182,12 @@ def evaluate(accelerator: Accelerator, model, loader) -> float:
     return right / seen
 
 
-def train(args) -> float:
+def train(args) -> None:
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
         raise UserError(f"--device: {args.device} is not available here")
     try:
         accelerator = Accelerator(mixed_precision=args.amp, cpu=args.device == "cpu")
-    except ValueError as error:  # fp16 without a GPU, bf16 on an old one
+    except ValueError as error:  # a precision that the device does not have
         raise UserError(f"--amp: {error}") from error
     set_seed(args.seed)
     train_set, val_set, channels = open_data(args)
@@ -234,7 +238,6 @@ def train(args) -> float:
     if accelerator.is_main_process:
         report(args, output, progress.history, accelerator.unwrap_model(model), val_set)
     accelerator.wait_for_everyone()
-    return progress.history[-1]["accuracy"]
 
 
 def report(args, output: Path, history: list[dict], model: torch.nn.Module, val_set: Dataset) -> None:

@@ -18,6 +18,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from colt5_vision.attention import ConditionalRoutedImageAttention
+from colt5_vision.checks import TokenCount
 from colt5_vision.feedforward import ConditionalRoutedFeedForward
 
 __all__ = ["Colt5VisionTransformer"]
@@ -49,9 +50,9 @@ class Colt5Block(nn.Module):
         dim: int,
         num_heads: int,
         window_size: int,
-        num_heavy_tokens_q: float | None,
-        num_heavy_tokens_kv: float,
-        num_heavy_ff_tokens: float,
+        num_heavy_tokens_q: TokenCount | None,
+        num_heavy_tokens_kv: TokenCount,
+        num_heavy_ff_tokens: TokenCount,
         light_ff_mult: float,
         heavy_ff_mult: float,
         fusion: str,
@@ -134,9 +135,9 @@ class Colt5VisionTransformer(nn.Module):
         num_heads: int = 3,
         stem: str = "conv",
         window_size: int = 7,
-        num_heavy_tokens_kv: float = 1 / 8,
-        num_heavy_tokens_q: float | None = None,
-        num_heavy_ff_tokens: float = 1 / 4,
+        num_heavy_tokens_kv: TokenCount = 1 / 8,
+        num_heavy_tokens_q: TokenCount | None = None,
+        num_heavy_ff_tokens: TokenCount = 1 / 4,
         light_ff_mult: float = 1.0,
         heavy_ff_mult: float = 4.0,
         fusion: str = "softmax",
@@ -314,7 +315,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> Colt5VisionTransformer:
-    feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
+    last = min(3, kwargs.get("depth", 12))  # features of the last three blocks unless asked otherwise
+    feature_cfg = {"out_indices": kwargs.pop("out_indices", last), "feature_cls": "getter"}
     return build_model_with_cfg(Colt5VisionTransformer, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 

@@ -35,6 +35,11 @@ def test_every_parameter_learns_at_any_size(fusion, stem):
     assert not silent
 
 
+@pytest.mark.parametrize(("name", "maps"), [("test_colt5_vit", 3), ("colt5_vit_nano_patch8_192", 2)])
+def test_default_features(name, maps):
+    assert len(timm.create_model(name, features_only=True)(torch.randn(1, 3, 64, 64))) == maps
+
+
 def test_features():
     model = timm.create_model("test_colt5_vit", features_only=True, out_indices=(1, 3))
     maps = model(torch.randn(1, 3, 96, 64))

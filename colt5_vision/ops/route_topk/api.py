@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ...checks import check_float_tensor, check_int, check_mask, check_pair
-from ..grid import cell_slots
 from . import reference
 
 
@@ -67,10 +66,11 @@ def route_topk(
             raise TypeError(f"k: expected an int or an integer tensor, got {k!r} ({type(k).__name__})")
         slots = min(check_int("k", k), n)
 
-    lowest = torch.finfo(scores.dtype).min
+    if mask is not None or cell_size is not None:
+        # -inf now means "not to be taken": a valid -inf, or a NaN of either sign, stays above it
+        scores = scores.nan_to_num(math.inf, math.inf, torch.finfo(scores.dtype).min)
     if mask is not None:
-        # a valid -inf, or a NaN of either sign, stays above every masked token
-        scores = torch.where(mask, scores.nan_to_num(math.inf, math.inf, lowest), -math.inf)
+        scores = scores.masked_fill(~mask, -math.inf)
     if cell_size is not None:
         cell = check_pair("cell_size", cell_size)
         if grid_size is None:
@@ -78,11 +78,8 @@ def route_topk(
         height, width = check_pair("grid_size", grid_size)
         if height * width != n:
             raise ValueError(f"grid_size: expected H * W = {n}, got {height} * {width}")
-        valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
-        index, inside = cell_slots(height, width, cell, scores.device)
         count = k.unsqueeze(-1) if isinstance(k, Tensor) else slots
-        finite = scores.nan_to_num(math.inf, math.inf, lowest)
-        scores = reference.stratified_scores(finite, valid, index, inside, count)
+        scores = reference.stratified_scores(scores, count, (height, width), cell)
     elif grid_size is not None:
         raise ValueError("grid_size: only used with cell_size, got no cell_size")
 

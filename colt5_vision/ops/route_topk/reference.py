@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..grid import cell_slots, slot_of_token
+
 
 def ordered_keys(scores: Tensor) -> Tensor:
     """int64 keys (..., n) whose order is: higher score first, then lower index. Needs float32 scores.
@@ -24,7 +26,7 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     return ordered_keys(scores).topk(k, dim=-1).indices
 
 
-def stratified_scores(scores: Tensor, valid: Tensor, index: Tensor, inside: Tensor, k: int | Tensor) -> Tensor:
+def stratified_scores(scores: Tensor, k: int | Tensor, grid_size: tuple[int, int], cell: tuple[int, int]) -> Tensor:
     """Scores (..., n) with everything at -inf but the tokens that a stratified selection takes.
 
     A cell of v_c of the v valid tokens gets k v_c / v of the k slots, rounded down; the slots left over go one each to
@@ -32,11 +34,13 @@ def stratified_scores(scores: Tensor, valid: Tensor, index: Tensor, inside: Tens
     tokens.
 
     Args:
-        scores, valid: (..., n), no NaN and no -inf in a valid token.
-        index, inside: of ``cell_slots``.
+        scores: (..., n), -inf exactly in the masked tokens, no NaN.
         k: an int, or (..., 1).
+        grid_size, cell: (H, W) of the map and of a cell.
     """
-    member = inside & valid[..., index]  # (..., cells, slots)
+    index, inside = cell_slots(*grid_size, cell, scores.device)
+    cells = torch.where(inside, scores[..., index], float("-inf"))  # (..., cells, slots)
+    member = cells > float("-inf")
     count = member.sum(-1)
     total = count.sum(-1, keepdim=True)
     k = torch.minimum(torch.as_tensor(k, device=scores.device), total)
@@ -45,12 +49,7 @@ def stratified_scores(scores: Tensor, valid: Tensor, index: Tensor, inside: Tens
     left = k - quota.sum(-1, keepdim=True)
     place = remainder.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
     quota = quota + (place < left)
-    cells = torch.where(member, scores[..., index], float("-inf"))
     rank = cells.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
-    taken = member & (rank < quota.unsqueeze(-1))
-    # slots outside the map share a token with a real slot: take the token if any of its slots is taken
-    flags = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
-    flags = flags.scatter_reduce(
-        -1, index.flatten().expand(*flags.shape[:-1], -1), taken.flatten(-2).to(torch.int8), "amax"
-    )
-    return torch.where(flags > 0, scores, float("-inf"))
+    taken = (member & (rank < quota.unsqueeze(-1))).flatten(-2)
+    taken = taken.index_select(-1, slot_of_token(*grid_size, cell, scores.device))
+    return scores.masked_fill(~taken, float("-inf"))

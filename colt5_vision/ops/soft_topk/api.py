@@ -107,7 +107,7 @@ def soft_topk(scores: Tensor, k: float | Tensor, *, eps: float = 1.0, mask: Tens
     """Exact differentiable top-k gates: ``min(1, exp((scores + a) / eps))`` with ``a`` such that they sum to ``k``.
 
     The KL projection of ``exp(scores / eps)`` onto the capped simplex, which is the fixed point that coordinate descent
-    approaches. Solved from one ``torch.topk`` and one pass over the rest, no iteration; the gradient is closed-form
+    approaches. Solved from one ``torch.topk`` (a sort for a tensor ``k``) and one pass over the rest, no iteration; the gradient is closed-form
     (implicit function theorem) and twice differentiable. One tensor of the scores' size is kept for backward.
 
     Args:

@@ -45,12 +45,12 @@ def soft_topk_forward(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float, 
 
     # (s - threshold) is exact in float32 where it matters, (s / eps + a / eps) would not be.
     gates = (scores - threshold).div_(eps).sub_(level.to(scores.dtype)).clamp_max_(0).exp_()
-    return torch.where(k >= num_valid, torch.ones_like(gates), gates)
+    return gates.masked_fill_(k >= num_valid, 1)
 
 
 def soft_topk_backward(grad: Tensor, gates: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Implicit-function gradient for scores (rows, n) and k (rows, 1); plain torch, so twice differentiable."""
-    uncapped = torch.where(gates < 1, gates, 0)
+    uncapped = gates.masked_fill(gates >= 1, 0)
     total = uncapped.sum(-1, keepdim=True)
     mean = torch.linalg.vecdot(uncapped, grad).unsqueeze(-1) / torch.where(total > 0, total, 1)
     return (uncapped * (grad - mean)).mul_(1 / eps), mean
