@@ -23,7 +23,7 @@ bench: $(STAMP)
 $(STAMP): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e ".[train,viz,bench,test,dev]"
+	$(BIN)/python -m pip install -e ".[train,viz,examples,bench,test,dev]"
 	touch $@
 
 clean:

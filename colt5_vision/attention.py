@@ -34,12 +34,13 @@ def _raster_positions(indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
 class WindowAttention(nn.Module):
     """The light branch: pre-normalised self-attention of every token (B, N, C) inside its window."""
 
-    def __init__(self, dim: int, heads: int, dim_head: int, window_size: tuple[int, int]):
+    def __init__(self, dim: int, heads: int, dim_head: int, window_size: tuple[int, int], *, device=None, dtype=None):
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
         self.heads, self.window_size = heads, window_size
-        self.norm = nn.RMSNorm(dim, eps=1e-6)
-        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.norm = nn.RMSNorm(dim, eps=1e-6, **factory)
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, **factory)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **factory)
 
     def forward(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None) -> Tensor:
         q, k, v = (_split_heads(t, self.heads) for t in self.to_qkv(self.norm(x)).chunk(3, -1))
@@ -53,15 +54,26 @@ class RoutedAttention(nn.Module):
     The heads are split over the R routes. The null key and value start at 0, so an empty selection gives 0.
     """
 
-    def __init__(self, dim: int, heads: int, dim_head: int, multiply_keys_by_score: bool, rotary_emb: bool):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        multiply_keys_by_score: bool,
+        rotary_emb: bool,
+        *,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
         self.heads, self.rotary_emb = heads, rotary_emb
         self.multiply_keys_by_score = multiply_keys_by_score
-        self.norm = nn.RMSNorm(dim, eps=1e-6)
-        self.null_kv = nn.Parameter(torch.zeros(2, heads, dim_head))
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.norm = nn.RMSNorm(dim, eps=1e-6, **factory)
+        self.null_kv = nn.Parameter(torch.zeros(2, heads, dim_head, **factory))
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False, **factory)
+        self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False, **factory)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **factory)
 
     def forward(
         self,
@@ -129,6 +141,7 @@ class ConditionalRoutedImageAttention(nn.Module):
         fusion: ``"sum"`` or ``"softmax"``.
         rotary_emb: 2-D axial rotary positions, of the heavy branch (``sum``) or of all (``softmax``).
         router: kind of both routers: ``"learned"``, ``"mean_query"``, ``"random"``, ``"grid"``.
+        device, dtype: of the parameters.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -157,8 +170,11 @@ class ConditionalRoutedImageAttention(nn.Module):
         fusion: str = "sum",
         rotary_emb: bool = False,
         router: str = "learned",
+        device=None,
+        dtype=None,
     ):
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
         self.dim = check_int("dim", dim)
         if fusion not in FUSIONS:
             raise ValueError(f"fusion: expected one of {FUSIONS}, got {fusion!r}")
@@ -176,7 +192,7 @@ class ConditionalRoutedImageAttention(nn.Module):
         self.window_size = check_pair("light_window_size", light_window_size)
 
         route = router_options(router_kwargs, "give num_routed_kv instead")
-        route.update(straight_through=router_straight_through, router=router)
+        route.update(straight_through=router_straight_through, router=router, **factory)
         self.q_router = None if q_count is None else CoordinateDescentRouter(dim, **route)
         self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **route)
 
@@ -191,19 +207,21 @@ class ConditionalRoutedImageAttention(nn.Module):
                 raise ValueError(
                     "multiply_keys_by_score, multiply_queries_by_score, use_null_q_tokens: only for fusion='sum'"
                 )
-            self.norm = nn.RMSNorm(dim, eps=1e-6)
-            self.to_qkv = nn.Linear(dim, 3 * heavy_heads * heavy_dim_head, bias=False)
-            self.to_out = nn.Linear(heavy_heads * heavy_dim_head, dim, bias=False)
+            self.norm = nn.RMSNorm(dim, eps=1e-6, **factory)
+            self.to_qkv = nn.Linear(dim, 3 * heavy_heads * heavy_dim_head, bias=False, **factory)
+            self.to_out = nn.Linear(heavy_heads * heavy_dim_head, dim, bias=False, **factory)
             return
         if multiply_queries_by_score and q_count is None:
             raise ValueError("multiply_queries_by_score: needs num_heavy_tokens_q, every token is a query")
         if use_null_q_tokens and q_count is None:
             raise ValueError("use_null_q_tokens: needs num_heavy_tokens_q, every token is a query")
         self.multiply_queries_by_score = multiply_queries_by_score
-        self.light_attn = WindowAttention(dim, light_heads, light_dim_head, self.window_size)
-        self.heavy_attn = RoutedAttention(dim, heavy_heads, heavy_dim_head, multiply_keys_by_score, rotary_emb)
+        self.light_attn = WindowAttention(dim, light_heads, light_dim_head, self.window_size, **factory)
+        self.heavy_attn = RoutedAttention(
+            dim, heavy_heads, heavy_dim_head, multiply_keys_by_score, rotary_emb, **factory
+        )
         if q_count is not None and use_null_q_tokens is not False:
-            self.null_q_token = nn.Parameter(torch.zeros(dim))
+            self.null_q_token = nn.Parameter(torch.zeros(dim, **factory))
 
     def extra_repr(self) -> str:
         return (

@@ -16,7 +16,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             :class:`ConditionalRoutedImageAttention`.
         num_heavy_ff_tokens: token count of the feed-forward, see :class:`ConditionalRoutedFeedForward`.
         light_ff_mult, heavy_ff_mult: hidden widths of the feed-forward over ``dim``.
-        router_straight_through, router, router_kwargs, channel_first: for both.
+        router_straight_through, router, router_kwargs, channel_first, device, dtype: for both.
         **attention: further arguments of :class:`ConditionalRoutedImageAttention`.
 
     Raises:
@@ -38,6 +38,8 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         router: str = "learned",
         router_kwargs: dict | None = None,
         channel_first: bool = True,
+        device=None,
+        dtype=None,
         **attention,
     ):
         super().__init__()
@@ -46,6 +48,8 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             "router": router,
             "router_kwargs": router_kwargs,
             "channel_first": channel_first,
+            "device": device,
+            "dtype": dtype,
         }
         self.conditional_attn = ConditionalRoutedImageAttention(
             dim,

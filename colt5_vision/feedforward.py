@@ -14,10 +14,16 @@ from .checks import (
 from .router import CoordinateDescentRouter, gather_tokens, router_options
 
 
-def feed_forward(dim: int, mult: float) -> nn.Sequential:
+def feed_forward(dim: int, mult: float, device=None, dtype=None) -> nn.Sequential:
     """Pre-normalised two-layer perceptron with a hidden width of ``mult * dim``."""
     hidden = max(1, int(dim * mult))
-    return nn.Sequential(nn.RMSNorm(dim, eps=1e-6), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+    factory = {"device": device, "dtype": dtype}
+    return nn.Sequential(
+        nn.RMSNorm(dim, eps=1e-6, **factory),
+        nn.Linear(dim, hidden, **factory),
+        nn.GELU(),
+        nn.Linear(hidden, dim, **factory),
+    )
 
 
 class ConditionalRoutedFeedForward(nn.Module):
@@ -31,6 +37,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         router: kind of router, see :class:`CoordinateDescentRouter`.
         router_kwargs: further arguments of the router.
         channel_first: maps come as (B, C, H, W); False: (B, H, W, C).
+        device, dtype: of the parameters.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -49,15 +56,18 @@ class ConditionalRoutedFeedForward(nn.Module):
         router: str = "learned",
         router_kwargs: dict | None = None,
         channel_first: bool = True,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
         self.dim = check_int("dim", dim)
         self.num_heavy_tokens = check_token_count("num_heavy_tokens", num_heavy_tokens)
         self.channel_first = channel_first
         options = router_options(router_kwargs, "the feed-forward has one route")
-        self.router = CoordinateDescentRouter(dim, router_straight_through, router=router, **options)
-        self.light_ff = feed_forward(dim, check_positive("light_ff_mult", light_ff_mult))
-        self.heavy_ff = feed_forward(dim, check_positive("heavy_ff_mult", heavy_ff_mult))
+        self.router = CoordinateDescentRouter(dim, router_straight_through, router=router, **options, **factory)
+        self.light_ff = feed_forward(dim, check_positive("light_ff_mult", light_ff_mult), **factory)
+        self.heavy_ff = feed_forward(dim, check_positive("heavy_ff_mult", heavy_ff_mult), **factory)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, num_heavy_tokens: TokenCount | None = None) -> Tensor:
         """Map x to the same shape.

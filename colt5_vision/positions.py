@@ -47,6 +47,16 @@ def dispersed_rank(height: int, width: int, device, offset: int = 0) -> Tensor:
     return rank.reshape(-1)
 
 
+def morton_order(height: int, width: int, device) -> Tensor:
+    """(N,) raster indices along a Z-order curve: neighbours in the order are mostly neighbours in the map."""
+    y = torch.arange(height, device=device).unsqueeze(1)
+    x = torch.arange(width, device=device).unsqueeze(0)
+    code = torch.zeros((), dtype=torch.int64, device=device)
+    for bit in range(16):  # maps up to 65536 on a side
+        code = code | ((x >> bit) & 1) << (2 * bit) | ((y >> bit) & 1) << (2 * bit + 1)
+    return code.reshape(-1).argsort()
+
+
 def hashed_uniform(num: int, seed: int, device) -> Tensor:
     """(num,) numbers in [0, 1) that look random and depend on position and ``seed`` only (a multiplicative hash)."""
     x = torch.arange(num, device=device) + 1 + seed * 0x3C6EF372

@@ -1,6 +1,7 @@
 """The router: logits for every token, top-k on the logits, gates that carry the gradient."""
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,11 @@ def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     return x.gather(1, flat).unflatten(1, indices.shape[1:])
 
 
+def without_autocast(device_type: str):
+    """A context without autocast, also on a device that has none (meta)."""
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+
+
 def router_options(options: dict | None, num_routing_tokens: str) -> dict:
     """``router_kwargs`` of a module, free of what the module sets itself; a text says what to do about the routes."""
     options = dict(options or {})
@@ -52,11 +58,36 @@ def router_options(options: dict | None, num_routing_tokens: str) -> dict:
         "straight_through": "give router_straight_through instead",
         "router": "give router instead",
         "learned_routing_tokens": "the module has no routing tokens to pass",
+        "device": "give device instead",
+        "dtype": "give dtype instead",
     }
     for name, instead in reserved.items():
         if name in options:
             raise ValueError(f"router_kwargs[{name!r}]: {instead}")
     return options
+
+
+def mean_query_logits(query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """What the mean query attends to: ``log softmax_j(mean_i(q_i) · k_j · scale)`` of each head, in O(N).
+
+    Args:
+        query, key: (B, heads, N, head_dim).
+        mask: (B, N) bool, True = valid; masked tokens count in no mean and no softmax.
+        scale: factor of the logits, default head_dim ** -0.5.
+
+    Returns:
+        (B, heads, N), float32 (float64 for float64).
+    """
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if mask is None:
+        mean = query.to(wide).mean(2, keepdim=True)
+    else:
+        valid = mask[:, None, :, None]
+        mean = query.to(wide).masked_fill(~valid, 0).sum(2, keepdim=True) / valid.sum(2, keepdim=True).clamp_min(1)
+    logits = (mean @ key.to(wide).mT).squeeze(2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        logits = logits.masked_fill(~mask.unsqueeze(1), torch.finfo(wide).min)
+    return logits.log_softmax(-1)
 
 
 class CoordinateDescentRouter(nn.Module):
@@ -81,6 +112,7 @@ class CoordinateDescentRouter(nn.Module):
         cell_size: stratify: each cell of this many tokens (an int or (height, width)) gets its share of the slots.
         router: ``"learned"``; or without parameters, deterministic: ``"mean_query"`` (keys that the mean query attends
             to), ``"random"`` (a fixed pseudo-random choice, or fresh from a generator) and ``"grid"`` (evenly spread).
+        device, dtype: of the parameters.
 
     Learned logits are ``x / |x| · w`` with ``w ~ N(0, 1)``: unit scale at initialisation whatever the width of ``x``.
 
@@ -106,6 +138,8 @@ class CoordinateDescentRouter(nn.Module):
         cosine_sim_scale: float | None = None,
         cell_size: int | tuple[int, int] | None = None,
         router: str = "learned",
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         if router not in ROUTERS:
@@ -137,7 +171,9 @@ class CoordinateDescentRouter(nn.Module):
         self.cell_size = None if cell_size is None else check_pair("cell_size", cell_size)
         self.router = router
         learned = router == "learned" and learned_routing_tokens
-        self.routing_token = nn.Parameter(torch.randn(num_routing_tokens, dim)) if learned else None
+        self.routing_token = None
+        if learned:
+            self.routing_token = nn.Parameter(torch.randn(num_routing_tokens, dim, device=device, dtype=dtype))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, router={self.router!r}, num_routing_tokens={self.num_routing_tokens}, eps={self.eps}"
@@ -185,7 +221,7 @@ class CoordinateDescentRouter(nn.Module):
                 height, width = 1, num_tokens
             ranks = [dispersed_rank(height, width, x.device, route) for route in range(routes)]
             return -torch.stack(ranks).float().expand(batch, -1, -1)  # exact up to 4096 x 4096 tokens
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             if self.router == "mean_query":
                 return self._mean_query_logits(x, query, key, mask)
             return self._learned_logits(x, routing_tokens)
@@ -222,19 +258,10 @@ class CoordinateDescentRouter(nn.Module):
             if tensor.shape[0] != x.shape[0] or tensor.shape[2] != x.shape[1] or tensor.shape != query.shape:
                 expected = f"({x.shape[0]}, heads, {x.shape[1]}, head_dim), the same for both"
                 raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         heads = query.shape[1]
         if heads % self.num_routing_tokens:
             raise ValueError(f"query: {heads} heads are not divisible by {self.num_routing_tokens} routes")
-        if mask is None:
-            mean = query.to(wide).mean(2, keepdim=True)
-        else:
-            valid = mask[:, None, :, None].to(wide)
-            mean = (query.to(wide) * valid).sum(2, keepdim=True) / valid.sum(2, keepdim=True).clamp_min(1)
-        logits = (mean @ key.to(wide).mT).squeeze(2) * query.shape[-1] ** -0.5
-        if mask is not None:
-            logits = logits.masked_fill(~mask.unsqueeze(1), torch.finfo(wide).min)
-        return logits.log_softmax(-1).unflatten(1, (self.num_routing_tokens, -1)).logsumexp(2)
+        return mean_query_logits(query, key, mask).unflatten(1, (self.num_routing_tokens, -1)).logsumexp(2)
 
     def _soft_gates(self, logits: Tensor, k: float, mask: Tensor | None, grid_size: tuple[int, int] | None) -> Tensor:
         def gates(scores: Tensor, k: float | Tensor, mask: Tensor | None) -> Tensor:

@@ -36,6 +36,17 @@ def test_any_size(case, height, width):
 
 
 @every_module
+def test_device_and_dtype_of_the_parameters(case):
+    module = case.build(device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in module.parameters()} <= {("meta", torch.float64)}
+    assert {n: p.shape for n, p in module.named_parameters()} == {
+        n: p.shape for n, p in case.build().named_parameters()
+    }
+    with pytest.raises(ValueError, match="give dtype instead"):
+        case.build(router_kwargs={"dtype": torch.float64})
+
+
+@every_module
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_batch_gives_what_its_samples_give(case, masked):
     module, x = build(case), image(4)

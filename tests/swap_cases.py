@@ -1,0 +1,92 @@
+"""Tiny timm models of every family that route_attention takes, with weights that make attention matter."""
+
+from typing import NamedTuple
+
+import pytest
+import timm
+import torch
+
+SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}
+DYNAMIC = SMALL | {"dynamic_img_size": True}
+
+
+class Case(NamedTuple):
+    name: str
+    args: dict
+    size: tuple[int, int] = (80, 112)  # 5 x 7 tokens of 16
+
+
+CASES = {
+    "vit": Case("vit_tiny_patch16_224", DYNAMIC),
+    "vit-qk_norm-gated-scale_norm": Case(
+        "vit_tiny_patch16_224", SMALL | {"qk_norm": True, "scale_attn_norm": True, "attn_gated": True}
+    ),
+    "deit3": Case("deit3_small_patch16_224", DYNAMIC),
+    "deit-distilled": Case("deit_tiny_distilled_patch16_224", SMALL),
+    "dinov2-registers": Case("vit_small_patch14_reg4_dinov2", DYNAMIC, (70, 98)),
+    "siglip": Case("vit_base_patch16_siglip_224", SMALL),
+    "aimv2": Case("aimv2_large_patch14_224", SMALL, (70, 98)),
+    "rope": Case("vit_small_patch16_rope_224", DYNAMIC),
+    "pe": Case("vit_pe_core_tiny_patch16_384", DYNAMIC),
+    "eva02": Case("eva02_tiny_patch14_224", DYNAMIC, (70, 98)),
+    "dinov3": Case("vit_small_patch16_dinov3", DYNAMIC),
+    "beit": Case("beit_base_patch16_224", SMALL),
+    "beit-shared": Case("beit_base_patch16_224", SMALL | {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False}),
+    "sam": Case("samvit_base_patch16", SMALL | {"depth": 3, "window_size": 3, "global_attn_indexes": (1, 2)}),
+    "volo": Case(
+        "volo_d1_224",
+        {"layers": (1, 1, 1, 1), "embed_dims": (32, 64, 64, 64), "num_heads": (2, 2, 2, 2)},
+    ),
+}
+every_family = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def some(*names):
+    return pytest.mark.parametrize("case", [CASES[name] for name in names], ids=names)
+
+
+def spread(model, seed=1):
+    """Random weights at which attention is peaked and every part, LayerScale and position tables too, is visible."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        value = torch.randn(parameter.shape, generator=generator)
+        last = name.rpartition(".")[2]
+        if "rel_pos" in name or "relative_position" in name or "embed" in name or "token" in name:
+            value = value * 0.5
+        elif last.startswith("gamma") or (parameter.ndim == 1 and last == "weight"):
+            value = 1 + 0.2 * value
+        elif parameter.ndim > 1:
+            value = value * 1.2 * (parameter.numel() / parameter.shape[0]) ** -0.5
+        else:
+            value = value * 0.2
+        parameter.data.copy_(value)
+    return model
+
+
+def build(case, dtype=torch.float64, **extra):
+    torch.manual_seed(0)
+    args = {"num_classes": 5, "img_size": case.size, **case.args, **extra}
+    return spread(timm.create_model(case.name, **args)).eval().to(dtype)
+
+
+def image(case, batch=2, size=None, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, *(size or case.size), generator=generator, dtype=torch.float64).to(dtype)
+
+
+def trace(model):
+    """All that a swap could leave behind: classes, attributes, hooks and tensors, by identity."""
+    found = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            items = value.items() if isinstance(value, dict) else [(None, value)]
+            found |= {(name, key, inner): id(x) for inner, x in items}
+        found[name, "class", None] = type(module)
+    return found
+
+
+def gradients(model, x):
+    model.zero_grad()
+    out = model(x)
+    out.square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters()}
