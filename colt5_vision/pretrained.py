@@ -2,8 +2,8 @@
 
 Keys are chosen by *sampling*, and what is left out is represented, not dropped: token j is routed with probability
 ``π_j`` and stands for ``1 / π_j`` tokens, ``-log π_j`` added to its logit (a Horvitz-Thompson estimate of both sums of
-the softmax). The probabilities are the soft top-k gates of what the mean query attends to, so heavy hitters have
-``π = 1`` and are exact, with weight 1, while the tail is thinned out in proportion.
+the softmax). The probabilities are soft top-k gates of a token's importance, its root mean square attention over a sample of
+queries: heavy hitters have ``π = 1`` and are exact, with weight 1, while the tail is thinned out in proportion.
 """
 
 import torch
@@ -18,6 +18,9 @@ from .router import mean_query_logits, without_autocast
 __all__ = ["ROUTERS", "PretrainedRoutedAttention", "sample_tokens"]
 
 ROUTERS = ("mean_query", "learned", "mean_query_topk", "random", "grid", "window")
+_PROBE_QUERIES = 128  # spread over the map, they tell the importance of the keys
+_UNIFORM = 0.1  # part of the probability that is spread evenly
+_PROBE_CHUNK = 32  # of them at once
 _PROBE_KEYS = 64  # routed keys that rank the queries
 
 
@@ -43,16 +46,69 @@ def sample_tokens(
     Source: systematic sampling (Madow 1949).
     """
     order = morton_order(*grid_size, gates.device)
-    total = gates.new_tensor(k) if mask is None else mask.sum(-1).clamp_max(k)[:, None, None]
+    total = k if mask is None else mask.sum(-1).clamp_max(k)[:, None, None]
     mass = gates[..., order].double().cumsum(-1)
     mass = mass * (total / mass[..., -1:].clamp_min(1e-30))  # the sum is exact again
     offset = 0.5 if generator is None else torch.rand(1, generator=generator, device=generator.device).to(gates.device)
-    comb = torch.arange(k, device=gates.device, dtype=torch.float64) + offset
-    place = torch.searchsorted(mass, comb.expand(*mass.shape[:-1], k).contiguous()).clamp_max(gates.shape[-1] - 1)
-    valid = (comb < total).expand_as(place)
-    # rounding may let a token of probability 1 reach two teeth: once is enough
-    first = nn.functional.pad(place[..., 1:] != place[..., :-1], (1, 0), value=True)
-    return order[place], valid & first
+    # a token is taken when its share of the mass reaches the next tooth of a comb with teeth 1 apart
+    teeth = (nn.functional.pad(mass, (1, 0)) - offset).floor()
+    taken = teeth[..., 1:] > teeth[..., :-1]
+    place = torch.arange(gates.shape[-1], 0, -1, device=gates.device)
+    place = torch.where(taken, place + gates.shape[-1], place).topk(k, -1).indices
+    return order[place], taken.gather(-1, place)
+
+
+@torch.no_grad()
+def importance_logits(
+    q: Tensor,
+    k: Tensor,
+    *,
+    grid_size: tuple[int, int],
+    num_prefix_tokens: int = 0,
+    key_mask: Tensor | None = None,
+    pair_bias: PairBias | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Log of the root mean square attention that each token of the map gets, over heads and a sample of queries; O(N).
+
+    Sampled with probabilities in that proportion, keys make the least expected squared error.
+
+    Args:
+        q, k: (B, heads, P + N, head_dim).
+        grid_size, num_prefix_tokens, key_mask, pair_bias, scale: see
+            :func:`~colt5_vision.ops.routed_window_attention`.
+
+    Returns:
+        (B, N), float32 (float64 for float64).
+
+    Source: optimal allocation (Neyman 1934).
+    """
+    prefix, length = num_prefix_tokens, k.shape[2]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    tokens = length - prefix
+    probes = min(_PROBE_QUERIES, tokens)
+    rows = (torch.arange(probes, device=q.device) * 2 + 1) * tokens // (2 * probes)
+    rows = morton_order(*grid_size, q.device)[rows] + prefix
+    every = torch.arange(length, device=q.device).view(1, 1, 1, 1, -1)
+    total = torch.zeros(k.shape[0], tokens, dtype=wide, device=q.device)
+    with without_autocast(q.device.type):
+        query = q[:, :, rows].to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if key_mask is not None:  # a masked token asks for nothing, whatever stands in it
+            asks = key_mask[:, None, rows, None]
+            query = query.masked_fill(~asks, 0)
+        key = k.to(wide).mT
+        for start in range(0, probes, _PROBE_CHUNK):
+            part = slice(start, start + _PROBE_CHUNK)
+            logits = query[:, :, part] @ key
+            if pair_bias is not None:
+                logits = logits + pair_bias(rows[part].view(1, 1, 1, -1, 1), every).squeeze(2)
+            if key_mask is not None:
+                logits = logits.masked_fill(~key_mask[:, None, None], torch.finfo(wide).min)
+            weight = logits.softmax(-1)[..., prefix:].square()
+            if key_mask is not None:
+                weight = weight * asks[:, :, part]
+            total = total + weight.sum((1, 2))
+    return total.clamp_min(torch.finfo(wide).tiny).log() / 2
 
 
 class PretrainedRoutedAttention(nn.Module):
@@ -63,9 +119,10 @@ class PretrainedRoutedAttention(nn.Module):
         num_heavy_tokens_kv: keys that every token sees besides its window, an int or a float in (0, 1], that share.
         num_heavy_tokens_q: tokens that see them (by a probe of few routed keys, those that attend most beyond
             themselves); the others see their window. None: every token.
-        router: ``"mean_query"``, as described above; ``"learned"``, the same with a trained correction of its logits;
-            and as controls ``"mean_query_topk"`` (heavy hitters alone, nothing for the tail), ``"random"`` and
-            ``"grid"`` (each key stands for N / K), ``"window"`` (none).
+        router: ``"mean_query"``, importance is the mean over a sample of queries, heavy hitters and a weighted tail;
+            ``"learned"``, the same with a trained correction of its logits; and as controls ``"mean_query_topk"`` (what
+            the mean of all queries attends to most, nothing for the tail), ``"random"`` and ``"grid"`` (each key stands
+            for N / K), ``"window"`` (none).
         dim: channels of ``features``, for ``router="learned"``.
 
     Raises:
@@ -110,14 +167,16 @@ class PretrainedRoutedAttention(nn.Module):
             f"num_heavy_tokens_q={self.num_heavy_tokens_q}, router={self.router!r}"
         )
 
-    def logits(self, q: Tensor, k: Tensor, features: Tensor | None, mask: Tensor | None, scale: float | None) -> Tensor:
-        """(B, N) importance of each token, from q, k (B, heads, N, head_dim) and features (B, N, dim) of the map."""
-        with without_autocast(q.device.type):
-            logits = mean_query_logits(q.detach(), k.detach(), mask, scale).logsumexp(1)
-            return logits + self.correct(features) if self.router == "learned" else logits
+    def logits(self, q: Tensor, k: Tensor, features: Tensor | None, **call) -> Tensor:
+        """(B, N), what the probabilities of the keys grow with; further arguments of :func:`importance_logits`."""
+        logits = importance_logits(q.detach(), k.detach(), **call)
+        if self.router == "learned":
+            with without_autocast(q.device.type):
+                logits = logits + self.correct(features)
+        return logits
 
     def correct(self, features: Tensor | None) -> Tensor:
-        """(B, N), what training has added to the logits of the mean query."""
+        """(B, N), what training has added to the logits."""
         if features is None:
             raise ValueError("features: needed by router='learned'")
         weight = self.correction[0].weight
@@ -125,9 +184,13 @@ class PretrainedRoutedAttention(nn.Module):
         return correction if correction.dtype == torch.float64 else correction.float()
 
     def gates(self, logits: Tensor, k: int, mask: Tensor | None) -> Tensor:
-        """Inclusion probabilities (B, N) with sum k; proportional to the root of importance, which suits squared errors
-        best, hence eps = 2."""
-        return soft_topk(logits, k, eps=2.0, mask=mask)
+        """Probabilities (B, N) of being routed, with sum k; none is tiny, so that no weight is huge."""
+        with without_autocast(logits.device.type):
+            valid = torch.ones_like(logits) if mask is None else mask.to(logits.dtype)
+            share = logits.masked_fill(valid == 0, torch.finfo(logits.dtype).min).softmax(-1)
+            uniform = valid / valid.sum(-1, keepdim=True).clamp_min(1)
+            share = (1 - _UNIFORM) * share + _UNIFORM * uniform
+            return soft_topk(share.clamp_min(torch.finfo(share.dtype).tiny).log(), k, mask=mask)
 
     def route(
         self,
@@ -135,16 +198,20 @@ class PretrainedRoutedAttention(nn.Module):
         k: Tensor,
         *,
         grid_size: tuple[int, int],
+        num_prefix_tokens: int = 0,
         features: Tensor | None = None,
-        mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        pair_bias: PairBias | None = None,
         scale: float | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """Routed keys of the map: (indices, log_weights), both (B, K), -1 for an empty slot; None for no keys.
 
-        Arguments are those of :meth:`forward`, of the map's tokens alone.
+        Arguments are those of :meth:`forward`.
         """
-        batch, _, tokens, _ = q.shape
+        batch, tokens = q.shape[0], q.shape[2] - num_prefix_tokens
+        image = slice(num_prefix_tokens, None)
+        mask = None if key_mask is None else key_mask[:, image]
         slots = token_count("num_heavy_tokens_kv", self.num_heavy_tokens_kv, tokens)
         if self.router == "window":
             return None
@@ -154,14 +221,17 @@ class PretrainedRoutedAttention(nn.Module):
             elif self.router == "grid":
                 scores = -dispersed_rank(*grid_size, q.device).float()
             else:
-                scores = self.logits(q, k, features, mask, scale)
+                with without_autocast(q.device.type):
+                    scores = mean_query_logits(q[:, :, image].detach(), k[:, :, image].detach(), mask, scale)
+                scores = scores.logsumexp(1)
             indices, valid = route_topk(scores.expand(batch, -1), slots, mask=mask)
             stands_for = torch.ones(batch, 1, device=q.device)
             if self.router != "mean_query_topk":
                 count = torch.full_like(stands_for, tokens) if mask is None else mask.sum(-1, keepdim=True).float()
                 stands_for = (count / slots).clamp_min(1)
             return torch.where(valid, indices, -1), stands_for.log().expand(-1, slots)
-        gates = self.gates(self.logits(q, k, features, mask, scale), slots, mask)
+        call = {"grid_size": grid_size, "num_prefix_tokens": num_prefix_tokens, "key_mask": key_mask}
+        gates = self.gates(self.logits(q, k, features, pair_bias=pair_bias, scale=scale, **call), slots, mask)
         indices, valid = sample_tokens(gates.detach().unsqueeze(1), slots, grid_size, mask, generator)
         indices, valid = indices.squeeze(1), valid.squeeze(1)
         gate = gates.gather(-1, indices).clamp_min(torch.finfo(gates.dtype).tiny).log()
@@ -170,16 +240,19 @@ class PretrainedRoutedAttention(nn.Module):
             log_weights = log_weights + (gate - gate.detach())
         return torch.where(valid, indices, -1), log_weights
 
-    def _route_queries(self, q: Tensor, k: Tensor, routed: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def _route_queries(
+        self, q: Tensor, k: Tensor, routed: tuple[Tensor, Tensor], mask: Tensor | None, scale: float | None
+    ) -> Tensor:
         """Raster indices (B, Q) of the tokens that attend most to a few of the routed keys, against themselves."""
         slots = token_count("num_heavy_tokens_q", self.num_heavy_tokens_q, q.shape[2])
         indices, log_weights = routed
         probe = torch.linspace(0, indices.shape[1] - 1, min(_PROBE_KEYS, indices.shape[1]), device=q.device).long()
         chosen = indices[:, probe]
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        q, k = q.detach().to(wide) * q.shape[-1] ** -0.5, k.detach().to(wide)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        q, k = q.detach().to(wide) * scale, k.detach().to(wide)
         keys = k.gather(2, chosen.clamp_min(0)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[-1]))
-        weight = log_weights.detach()[:, probe].masked_fill(chosen < 0, torch.finfo(wide).min)
+        weight = log_weights.detach()[:, probe].to(wide).masked_fill(chosen < 0, torch.finfo(wide).min)
         score = (q @ keys.mT + weight[:, None, None]).logsumexp(-1) - (q * k).sum(-1)
         return route_topk(score.mean(1), slots, mask=mask)[0]
 
@@ -204,7 +277,7 @@ class PretrainedRoutedAttention(nn.Module):
             grid_size: (H, W), N = H * W.
             num_prefix_tokens: P.
             features: (B, N, dim), what ``router="learned"`` reads.
-            key_mask: (B, P + N) bool, True = may be attended to.
+            key_mask: (B, N) or (B, P + N) bool, True = may be attended to.
             pair_bias, scale: see :func:`~colt5_vision.ops.routed_window_attention`.
             generator: draws another sample; default: the same input gives the same sample.
 
@@ -214,26 +287,25 @@ class PretrainedRoutedAttention(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        image = slice(num_prefix_tokens, None)
-        mask = None if key_mask is None else key_mask[:, image]
-        own_q, own_k = q[:, :, image], k[:, :, image]
-        routed = self.route(
-            own_q, own_k, grid_size=grid_size, features=features, mask=mask, scale=scale, generator=generator
-        )
+        if key_mask is not None and key_mask.shape[-1] == q.shape[2] - num_prefix_tokens:
+            key_mask = nn.functional.pad(key_mask, (num_prefix_tokens, 0), value=True)
         call = {
             "grid_size": grid_size,
-            "window_size": self.window_size,
             "num_prefix_tokens": num_prefix_tokens,
             "key_mask": key_mask,
             "pair_bias": pair_bias,
             "scale": scale,
         }
+        routed = self.route(q, k, features=features, generator=generator, **call)
+        call["window_size"] = self.window_size
         if routed is None:
             return routed_window_attention(q, k, v, **call)
         call |= {"routed_indices": routed[0], "log_weights": routed[1]}
         if self.num_heavy_tokens_q is None:
             return routed_window_attention(q, k, v, **call)
-        queries = self._route_queries(own_q, own_k, routed, mask)
+        image = slice(num_prefix_tokens, None)
+        mask = None if key_mask is None else key_mask[:, image]
+        queries = self._route_queries(q[:, :, image], k[:, :, image], routed, mask, scale)
         heavy = routed_window_attention(q, k, v, query_indices=queries, **call)
         call |= {"routed_indices": None, "log_weights": None}
         out = routed_window_attention(q, k, v, **call)

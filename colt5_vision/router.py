@@ -332,7 +332,8 @@ class CoordinateDescentRouter(nn.Module):
         stratified = {} if self.cell_size is None else {"grid_size": grid_size, "cell_size": self.cell_size}
         indices, valid = route_topk(logits, k, mask=per_route, **stratified)
 
-        trains = torch.is_grad_enabled() and logits.requires_grad
+        # an ONNX file is for inference
+        trains = torch.is_grad_enabled() and logits.requires_grad and not torch.onnx.is_in_onnx_export()
         if self.router in ("random", "grid") or (self.straight_through and not trains):
             gates = torch.ones_like(indices, dtype=logits.dtype)
             log_weights = torch.zeros_like(gates)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ class _Teacher:
 
     def __init__(self, num_queries: int):
         self.num_queries = num_queries
+        self.generator = torch.Generator()
         self.errors: dict[nn.Module, tuple[float, float]] = {}
 
     def __call__(self, attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, **call) -> Tensor:
@@ -47,9 +49,8 @@ class _Teacher:
         routing, prefix, mask = attention.routing, call["num_prefix_tokens"], call["key_mask"]
         mask = None if mask is None else mask[:, prefix:]
         cost = self._cost(routing, q, k, v, out, **call)
-        own = (x[:, :, prefix:] for x in (q, k))
         with torch.enable_grad():
-            logits = routing.logits(*own, call["features"], mask, call["scale"])
+            logits = routing.logits(q, k, **call)
             error = sampling_error(routing, logits, cost, mask).mean()
             base = (logits - routing.correct(call["features"])).detach()
             reference = sampling_error(routing, base, cost, mask).mean()
@@ -60,7 +61,7 @@ class _Teacher:
     def _cost(self, routing, q, k, v, out, *, grid_size, num_prefix_tokens, key_mask, pair_bias, scale, **_) -> Tensor:
         """(B, N): sum over heads and sampled queries outside key j's window of ``(p_ij |v_j - o_i|)²``."""
         prefix, tokens = num_prefix_tokens, grid_size[0] * grid_size[1]
-        rows = torch.randperm(tokens)[: self.num_queries].to(q.device) + prefix
+        rows = torch.randperm(tokens, generator=self.generator)[: self.num_queries].to(q.device) + prefix
         logits = (q[:, :, rows] @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
         if pair_bias is not None:
             every = torch.arange(k.shape[2], device=q.device)
@@ -136,8 +137,6 @@ def distill_routers(
     optimizer = torch.optim.Adam(routers.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history: list[dict[str, float]] = []
-    generator = torch.random.get_rng_state()
-    torch.manual_seed(seed)
     if checkpoint is not None and Path(checkpoint).exists():
         _resume(Path(checkpoint), steps, routers, optimizer, schedule, history)
 
@@ -145,11 +144,11 @@ def distill_routers(
         if checkpoint is not None:
             state = {"routers": routers, "optimizer": optimizer, "schedule": schedule}
             state = {name: part.state_dict() for name, part in state.items()}
-            state |= {"history": history, "steps": steps, "random": torch.random.get_rng_state()}
+            state |= {"history": history, "steps": steps}
             save_atomically(Path(checkpoint), lambda path: torch.save(state, path))
 
     frozen = {p: p.requires_grad for p in model.parameters()}
-    training, teacher = model.training, _Teacher(num_queries)
+    training, teacher = {m: m.training for m in model.modules()}, _Teacher(num_queries)
     model.eval().requires_grad_(False)
     routers.requires_grad_(True)
     for module in attention.values():
@@ -160,6 +159,7 @@ def distill_routers(
         batches = _repeat(images, skip=len(history))
         while len(history) < steps:
             optimizer.zero_grad(set_to_none=True)
+            teacher.generator.manual_seed(seed + 1_000_003 * len(history))  # of the step: resuming changes nothing
             with torch.no_grad():
                 model.forward_features(next(batches))
             optimizer.step()
@@ -175,13 +175,13 @@ def distill_routers(
         raise
     finally:
         bar.close()
-        torch.random.set_rng_state(generator)
         for module in attention.values():
             module.__dict__.pop("teacher", None)
         for parameter, requires_grad in frozen.items():
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
     return history
 
 
@@ -200,12 +200,15 @@ def _repeat(images: Iterable[Tensor], skip: int):
 def _resume(path: Path, steps: int, routers: nn.Module, optimizer, schedule, history: list) -> None:
     try:
         state = torch.load(path, weights_only=True)
-        if state["steps"] != steps:
-            raise ValueError(f"steps: expected those of the checkpoint {path}, {state['steps']}, got {steps}")
-        routers.load_state_dict(state["routers"])
-    except (RuntimeError, KeyError, EOFError, OSError) as error:
+        saved, own = state["routers"], routers.state_dict()
+        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
+            raise KeyError(f"its layers are {sorted({k.split('.')[0] for k in saved})}")
+        before = state["steps"]
+    except (RuntimeError, KeyError, EOFError, OSError, TypeError, AttributeError, UnpicklingError) as error:
         raise ValueError(f"checkpoint: {path} does not belong to these routers or is damaged: {error}") from error
+    if before != steps:
+        raise ValueError(f"steps: expected those of the checkpoint {path}, {before}, got {steps}")
+    routers.load_state_dict(saved)
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     history += state["history"]
-    torch.random.set_rng_state(state["random"])

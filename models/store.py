@@ -23,7 +23,7 @@ _REMEMBERED = ("num_classes", "in_chans", "global_pool", "img_size", "dynamic_im
 
 
 def _remembered(model: nn.Module) -> dict:
-    known = inspect.signature(type(model).__init__).parameters
+    known = {name for kind in type(model).__mro__ for name in inspect.signature(kind.__init__).parameters}
     args = {name: getattr(model, name) for name in _REMEMBERED if name in known and hasattr(model, name)}
     embed = getattr(model, "patch_embed", None)
     if "img_size" in known and getattr(embed, "img_size", None) is not None:

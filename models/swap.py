@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from colt5_vision.checks import TokenCount
 from colt5_vision.pretrained import PretrainedRoutedAttention
 
-from .grid import GridTracker
+from .grid import BlockMarker, GridTracker
 
 __all__ = ["route_attention", "routed_layers", "unroute_attention"]
 
@@ -261,14 +261,16 @@ def _choose(model: nn.Module, layers: Iterable[int | str] | None) -> dict[str, n
         if not known:
             raise ValueError(f"model: {type(model).__name__} has no global self-attention that can be routed")
         return known
-    if isinstance(layers, str):
-        raise TypeError(f"layers: expected indices or names of attention modules, got the string {layers!r}")
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers: expected indices or names of attention modules, got {layers!r}")
     names, chosen = list(known), {}
     for layer in layers:
         if isinstance(layer, int) and not isinstance(layer, bool):
             if not -len(names) <= layer < len(names):
                 raise ValueError(f"layers: expected indices in [0, {len(names)}), got {layer}")
             chosen[names[layer]] = known[names[layer]]
+        elif not isinstance(layer, str):
+            raise TypeError(f"layers: expected indices or names of attention modules, got {layer!r} among them")
         elif layer in known:
             chosen[layer] = known[layer]
         elif layer in other:
@@ -282,7 +284,7 @@ def _choose(model: nn.Module, layers: Iterable[int | str] | None) -> dict[str, n
 
 def _check_model(model: nn.Module, chosen: dict[str, nn.Module]) -> nn.Module | None:
     """Raise where a routed forward could not be right; the patch embedding, if the map's size must come from it."""
-    if type(getattr(model, "patch_drop", None)) not in (nn.Identity, type(None)):
+    if type(getattr(_token_model(model), "patch_drop", None)) not in (nn.Identity, type(None)):
         raise ValueError("model: patch_drop_rate > 0 leaves no full map to route over, expected patch_drop_rate=0")
     for name, module in chosen.items():
         if module.attn_drop.p > 0:
@@ -291,13 +293,28 @@ def _check_model(model: nn.Module, chosen: dict[str, nn.Module]) -> nn.Module | 
             )
     if all(issubclass(_FAMILIES[type(m)], _Map) for m in chosen.values()):
         return None
-    embed = getattr(model, "patch_embed", None)
-    if not isinstance(embed, (PatchEmbed, HybridEmbed)) or not hasattr(model, "num_prefix_tokens"):
+    owner = _token_model(model)
+    embed = getattr(owner, "patch_embed", None)
+    if not isinstance(embed, (PatchEmbed, HybridEmbed)) or not hasattr(owner, "num_prefix_tokens"):
         raise ValueError(
-            f"model: {type(model).__name__} has {type(embed).__name__} as patch_embed, expected timm.layers.PatchEmbed "
+            f"model: {type(owner).__name__} has {type(embed).__name__} as patch_embed, expected timm.layers.PatchEmbed "
             "or HybridEmbed (and num_prefix_tokens), which tell the size of the map"
         )
     return embed
+
+
+def _token_model(model: nn.Module) -> nn.Module:
+    """The model with the patch embedding: timm's ``features_only`` wraps it as ``model``."""
+    return model if hasattr(model, "patch_embed") else getattr(model, "model", model)
+
+
+def _block_of(name: str, model: nn.Module) -> nn.Module:
+    """The block around an attention module: the outermost element of a list of modules on the way to it."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:i])), (nn.Sequential, nn.ModuleList)):
+            return model.get_submodule(".".join(parts[: i + 1]))
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def route_attention(
@@ -356,11 +373,14 @@ def route_attention(
     if embed is not None:
         tracker = GridTracker()
         embed.register_forward_hook(tracker)
+        marker = BlockMarker(tracker)
+        for block in {_block_of(name, model) for name, m in chosen.items() if issubclass(_FAMILIES[type(m)], _Tokens)}:
+            block.register_forward_pre_hook(marker)
     for name, module in chosen.items():
         module.__class__ = _FAMILIES[type(module)]
         module.routing = routing[name]
         if isinstance(module, _Tokens):
-            module.grid, module.prefix = tracker, model.num_prefix_tokens
+            module.grid, module.prefix = tracker, _token_model(model).num_prefix_tokens
     return model
 
 
@@ -379,7 +399,7 @@ def unroute_attention(model: nn.Module) -> nn.Module:
             del module.routing
             for name in ("grid", "prefix", "teacher", "served_pass"):
                 module.__dict__.pop(name, None)
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, GridTracker):
-                del module._forward_hooks[key]
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, (GridTracker, BlockMarker))]:
+                del hooks[key]
     return model

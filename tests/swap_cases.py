@@ -1,26 +1,38 @@
 """Tiny timm models of every family that route_attention takes, with weights that make attention matter."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import timm
 import torch
+from timm.layers import Attention
+from timm.models.volo import VOLO
 
 SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}
 DYNAMIC = SMALL | {"dynamic_img_size": True}
 
 
 class Case(NamedTuple):
-    name: str
+    name: str | Callable
     args: dict
     size: tuple[int, int] = (80, 112)  # 5 x 7 tokens of 16
 
 
+def gated(**args):
+    """timm offers the gate to a block's attention, but not to a model."""
+    model = timm.create_model("vit_tiny_patch16_224", **args)
+    for block in model.blocks:
+        block.attn = Attention(64, 2, qkv_bias=True, gated=True)
+    return model
+
+
 CASES = {
     "vit": Case("vit_tiny_patch16_224", DYNAMIC),
-    "vit-qk_norm-gated-scale_norm": Case(
-        "vit_tiny_patch16_224", SMALL | {"qk_norm": True, "scale_attn_norm": True, "attn_gated": True}
-    ),
+    "vit-qk_norm-scale_norm": Case("vit_tiny_patch16_224", SMALL | {"qk_norm": True, "scale_attn_norm": True}),
+    "vit-gated": Case(gated, SMALL),
+    "vit-parallel": Case("vit_small_patch16_18x2_224", SMALL),
     "deit3": Case("deit3_small_patch16_224", DYNAMIC),
     "deit-distilled": Case("deit_tiny_distilled_patch16_224", SMALL),
     "dinov2-registers": Case("vit_small_patch14_reg4_dinov2", DYNAMIC, (70, 98)),
@@ -30,13 +42,15 @@ CASES = {
     "pe": Case("vit_pe_core_tiny_patch16_384", DYNAMIC),
     "eva02": Case("eva02_tiny_patch14_224", DYNAMIC, (70, 98)),
     "dinov3": Case("vit_small_patch16_dinov3", DYNAMIC),
+    "grouped-query": Case(
+        "vit_small_patch16_dinov3",
+        DYNAMIC | {"attn_type": "rope", "qkv_fused": False, "num_kv_heads": 1, "qk_norm": True},
+    ),
     "beit": Case("beit_base_patch16_224", SMALL),
     "beit-shared": Case("beit_base_patch16_224", SMALL | {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False}),
+    "beit-both": Case("beit_base_patch16_224", SMALL | {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": True}),
     "sam": Case("samvit_base_patch16", SMALL | {"depth": 3, "window_size": 3, "global_attn_indexes": (1, 2)}),
-    "volo": Case(
-        "volo_d1_224",
-        {"layers": (1, 1, 1, 1), "embed_dims": (32, 64, 64, 64), "num_heads": (2, 2, 2, 2)},
-    ),
+    "volo": Case(VOLO, {"layers": (1, 1, 1, 1), "embed_dims": (32, 64, 64, 64), "num_heads": (2, 2, 2, 2)}),
 }
 every_family = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -66,7 +80,8 @@ def spread(model, seed=1):
 def build(case, dtype=torch.float64, **extra):
     torch.manual_seed(0)
     args = {"num_classes": 5, "img_size": case.size, **case.args, **extra}
-    return spread(timm.create_model(case.name, **args)).eval().to(dtype)
+    make = case.name if callable(case.name) else partial(timm.create_model, case.name)
+    return spread(make(**args)).eval().to(dtype)
 
 
 def image(case, batch=2, size=None, seed=0, dtype=torch.float64):

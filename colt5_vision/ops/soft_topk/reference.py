@@ -12,6 +12,14 @@ def _precise(scores: Tensor) -> torch.dtype:
     return torch.float32 if scores.device.type == "mps" else torch.float64
 
 
+def _logcumsumexp(x: Tensor) -> Tensor:
+    """Along the last dimension, for rows that grow; ONNX has no operator for it, there it is written out."""
+    if not torch.onnx.is_in_onnx_export():
+        return x.logcumsumexp(-1)
+    highest = x[..., -1:]
+    return (x - highest).exp().cumsum(-1).log() + highest
+
+
 def soft_topk_forward(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float, head_size: int) -> Tensor:
     """Gates y = min(1, exp((s + a) / eps)) with sum k: the KL projection on the capped simplex.
 
@@ -32,7 +40,7 @@ def soft_topk_forward(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float, 
     # nothing is ever subtracted from a sum of exponentials, and float64 keeps s / eps exact for eps = .003.
     wide = _precise(scores)
     offset = (head.to(wide) - lowest) / eps
-    suffix = torch.cat([offset, tail.to(wide).log()], -1).flip(-1).logcumsumexp(-1).flip(-1)[:, :-1]
+    suffix = _logcumsumexp(torch.cat([offset, tail.to(wide).log()], -1).flip(-1)).flip(-1)[:, :-1]
     log_mass = suffix - offset  # logsumexp of (s_i - s_j) / eps over i >= j, and the tail
 
     # Entry j is capped if, with the j above it capped, its own gate (k - j) / mass_j would exceed 1. The test is
