@@ -20,7 +20,7 @@ def check_int(name: str, value, *, minimum: int = 1) -> int:
         raise TypeError(f"{name}: expected an integer >= {minimum}, got {value!r} ({type(value).__name__})")
     if value < minimum:
         raise ValueError(f"{name}: expected an integer >= {minimum}, got {value}")
-    return value
+    return value if isinstance(value, torch.SymInt) else int(value)
 
 
 def check_pair(name: str, value, *, minimum: int = 1) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 Keys are chosen by *sampling*, and what is left out is represented, not dropped: token j is routed with probability
 ``π_j`` and stands for ``1 / π_j`` tokens, ``-log π_j`` added to its logit (a Horvitz-Thompson estimate of both sums of
-the softmax). The probabilities are soft top-k gates of a token's importance, its root mean square attention over a sample of
+the softmax beyond a query's own window; within it, tail keys count about twice, being there exactly as well). The probabilities are soft top-k gates of a token's importance, its root mean square attention over a sample of
 queries: heavy hitters have ``π = 1`` and are exact, with weight 1, while the tail is thinned out in proportion.
 """
 
@@ -18,7 +18,7 @@ from .router import mean_query_logits, without_autocast
 __all__ = ["ROUTERS", "PretrainedRoutedAttention", "sample_tokens"]
 
 ROUTERS = ("mean_query", "learned", "mean_query_topk", "random", "grid", "window")
-_PROBE_QUERIES = 128  # spread over the map, they tell the importance of the keys
+_PROBE_QUERIES = 64  # spread over the map, they tell the importance of the keys
 _UNIFORM = 0.1  # part of the probability that is spread evenly
 _PROBE_CHUNK = 32  # of them at once
 _PROBE_KEYS = 64  # routed keys that rank the queries
@@ -104,9 +104,11 @@ def importance_logits(
                 logits = logits + pair_bias(rows[part].view(1, 1, 1, -1, 1), every).squeeze(2)
             if key_mask is not None:
                 logits = logits.masked_fill(~key_mask[:, None, None], torch.finfo(wide).min)
-            weight = logits.softmax(-1)[..., prefix:].square()
+            logits = logits.clamp_min(torch.finfo(wide).min)  # a row of -inf would give NaN
+            sees = logits.amax(-1, keepdim=True) > torch.finfo(wide).min / 2
             if key_mask is not None:
-                weight = weight * asks[:, :, part]
+                sees = sees & asks[:, :, part]
+            weight = logits.softmax(-1)[..., prefix:].square() * sees
             total = total + weight.sum((1, 2))
     return total.clamp_min(torch.finfo(wide).tiny).log() / 2
 
@@ -119,11 +121,15 @@ class PretrainedRoutedAttention(nn.Module):
         num_heavy_tokens_kv: keys that every token sees besides its window, an int or a float in (0, 1], that share.
         num_heavy_tokens_q: tokens that see them (by a probe of few routed keys, those that attend most beyond
             themselves); the others see their window. None: every token.
-        router: ``"mean_query"``, importance is the mean over a sample of queries, heavy hitters and a weighted tail;
+        router: ``"mean_query"``, sampling by importance to the mean (squared) of all queries, as described above;
             ``"learned"``, the same with a trained correction of its logits; and as controls ``"mean_query_topk"`` (what
             the mean of all queries attends to most, nothing for the tail), ``"random"`` and ``"grid"`` (each key stands
             for N / K), ``"window"`` (none).
         dim: channels of ``features``, for ``router="learned"``.
+        device, dtype: of the parameters.
+
+    Attributes:
+        generator: draws the samples where a call gives no generator; None: the same input gives the same sample.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -147,10 +153,10 @@ class PretrainedRoutedAttention(nn.Module):
             raise ValueError(f"router: expected one of {ROUTERS}, got {router!r}")
         self.window_size = check_pair("window_size", window_size)
         self.num_heavy_tokens_kv = check_token_count("num_heavy_tokens_kv", num_heavy_tokens_kv)
-        self.num_heavy_tokens_q = num_heavy_tokens_q
-        if num_heavy_tokens_q is not None:
-            check_token_count("num_heavy_tokens_q", num_heavy_tokens_q)
+        q_count = num_heavy_tokens_q
+        self.num_heavy_tokens_q = None if q_count is None else check_token_count("num_heavy_tokens_q", q_count)
         self.router = router
+        self.generator: torch.Generator | None = None
         if router == "learned":
             width = check_int("dim", dim)
             self.correction = nn.Sequential(
@@ -158,7 +164,7 @@ class PretrainedRoutedAttention(nn.Module):
                 nn.GELU(),
                 nn.Linear(64, 1, device=device, dtype=dtype),
             )
-            nn.init.zeros_(self.correction[2].weight)  # starts as the mean query
+            nn.init.zeros_(self.correction[2].weight)  # starts as router="mean_query"
             nn.init.zeros_(self.correction[2].bias)
 
     def extra_repr(self) -> str:
@@ -243,7 +249,8 @@ class PretrainedRoutedAttention(nn.Module):
     def _route_queries(
         self, q: Tensor, k: Tensor, routed: tuple[Tensor, Tensor], mask: Tensor | None, scale: float | None
     ) -> Tensor:
-        """Raster indices (B, Q) of the tokens that attend most to a few of the routed keys, against themselves."""
+        """Raster indices (B, Q) of the tokens that attend most to a few of the routed keys, against themselves; by
+        content, without ``pair_bias``."""
         slots = token_count("num_heavy_tokens_q", self.num_heavy_tokens_q, q.shape[2])
         indices, log_weights = routed
         probe = torch.linspace(0, indices.shape[1] - 1, min(_PROBE_KEYS, indices.shape[1]), device=q.device).long()
@@ -252,6 +259,7 @@ class PretrainedRoutedAttention(nn.Module):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         q, k = q.detach().to(wide) * scale, k.detach().to(wide)
         keys = k.gather(2, chosen.clamp_min(0)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[-1]))
+        keys = keys.masked_fill((chosen < 0)[:, None, :, None], 0)
         weight = log_weights.detach()[:, probe].to(wide).masked_fill(chosen < 0, torch.finfo(wide).min)
         score = (q @ keys.mT + weight[:, None, None]).logsumexp(-1) - (q * k).sum(-1)
         return route_topk(score.mean(1), slots, mask=mask)[0]
@@ -279,7 +287,7 @@ class PretrainedRoutedAttention(nn.Module):
             features: (B, N, dim), what ``router="learned"`` reads.
             key_mask: (B, N) or (B, P + N) bool, True = may be attended to.
             pair_bias, scale: see :func:`~colt5_vision.ops.routed_window_attention`.
-            generator: draws another sample; default: the same input gives the same sample.
+            generator: draws the sample; default: the module's.
 
         Returns:
             (B, heads, P + N, head_dim).
@@ -296,7 +304,7 @@ class PretrainedRoutedAttention(nn.Module):
             "pair_bias": pair_bias,
             "scale": scale,
         }
-        routed = self.route(q, k, features=features, generator=generator, **call)
+        routed = self.route(q, k, features=features, generator=generator or self.generator, **call)
         call["window_size"] = self.window_size
         if routed is None:
             return routed_window_attention(q, k, v, **call)

@@ -38,7 +38,7 @@ def merged_keys(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], pre
 
     keys = torch.cat([k[:, :, :prefix], merge(image_k)], 2)
     values = torch.cat([v[:, :, :prefix], merge(image_v)], 2)
-    weight = torch.nn.functional.pad(size.log(), (prefix, 0))[:, None, None]
+    weight = torch.nn.functional.pad(size.log(), (prefix, 0))[:, None, None].to(q.dtype)
     return scaled_dot_product_attention(q, keys, values, attn_mask=weight)
 
 

@@ -1,5 +1,6 @@
 """Training the routers of a swapped model, and nothing else, against its own full attention, layer by layer."""
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from colt5_vision.checks import check_int, check_positive, token_count
+from colt5_vision.ops import routed_window_attention
 from colt5_vision.ops.grid import slot_of_token
 from colt5_vision.pretrained import PretrainedRoutedAttention
 from colt5_vision.store import save_atomically
@@ -19,9 +21,7 @@ from .swap import routed_modules
 __all__ = ["distill_routers"]
 
 
-def sampling_error(
-    routing: PretrainedRoutedAttention, logits: Tensor, cost: Tensor, mask: Tensor | None = None
-) -> Tensor:
+def sampling_error(routing: PretrainedRoutedAttention, logits: Tensor, cost: Tensor) -> Tensor:
     """(B,) expected squared error of the attention output when keys are sampled by ``logits``, up to a factor.
 
     A key sampled with probability π_j and weighted 1/π_j adds a variance of ``(1/π_j - 1) · cost_j``, where ``cost_j``
@@ -29,10 +29,9 @@ def sampling_error(
 
     Args:
         logits, cost: (B, N).
-        mask: (B, N) bool, True = valid.
     """
     slots = token_count("num_heavy_tokens_kv", routing.num_heavy_tokens_kv, logits.shape[-1])
-    gates = routing.gates(logits, slots, mask).clamp_min(1e-12)
+    gates = routing.gates(logits, slots, None).clamp_min(1e-12)
     return ((1 / gates - 1) * cost).sum(-1)
 
 
@@ -45,20 +44,25 @@ class _Teacher:
         self.errors: dict[nn.Module, tuple[float, float]] = {}
 
     def __call__(self, attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, **call) -> Tensor:
-        out = _full_attention(attention.routing, q, k, v, **call)
-        routing, prefix, mask = attention.routing, call["num_prefix_tokens"], call["key_mask"]
-        mask = None if mask is None else mask[:, prefix:]
-        cost = self._cost(routing, q, k, v, out, **call)
+        features, key_mask = call.pop("features"), call.pop("key_mask")
+        if key_mask is not None:
+            raise ValueError("attn_mask: distillation takes whole images, got a mask")
+        routing, tokens = attention.routing, q.shape[2] - call["num_prefix_tokens"]
+        every = torch.arange(tokens, device=q.device).expand(q.shape[0], -1)
+        window = routing.window_size
+        # every key is routed: full attention, by the same operator and with nothing of size N x N
+        out = routed_window_attention(q, k, v, routed_indices=every, window_size=window, **call)
+        cost = self._cost(window, q, k, v, out, **call)
         with torch.enable_grad():
-            logits = routing.logits(q, k, **call)
-            error = sampling_error(routing, logits, cost, mask).mean()
-            base = (logits - routing.correct(call["features"])).detach()
-            reference = sampling_error(routing, base, cost, mask).mean()
+            logits = routing.logits(q, k, features, **call)
+            error = sampling_error(routing, logits, cost).mean()
+            base = (logits - routing.correct(features)).detach()
+            reference = sampling_error(routing, base, cost).mean()
             (error / reference.clamp_min(1e-30)).backward()
         self.errors[attention] = (error.item(), reference.item())
         return out
 
-    def _cost(self, routing, q, k, v, out, *, grid_size, num_prefix_tokens, key_mask, pair_bias, scale, **_) -> Tensor:
+    def _cost(self, window_size, q, k, v, out, *, grid_size, num_prefix_tokens, pair_bias, scale) -> Tensor:
         """(B, N): sum over heads and sampled queries outside key j's window of ``(p_ij |v_j - o_i|)²``."""
         prefix, tokens = num_prefix_tokens, grid_size[0] * grid_size[1]
         rows = torch.randperm(tokens, generator=self.generator)[: self.num_queries].to(q.device) + prefix
@@ -67,23 +71,13 @@ class _Teacher:
             every = torch.arange(k.shape[2], device=q.device)
             bias = pair_bias(rows.view(1, 1, 1, -1, 1), every.view(1, 1, 1, 1, -1))
             logits = logits + bias.squeeze(2)
-        if key_mask is not None:
-            logits = logits.masked_fill(~key_mask[:, None, None], float("-inf"))
         p = logits.float().softmax(-1)[..., prefix:]
         values, o = v[:, :, prefix:].float(), out[:, :, rows].float()
         distance = values.square().sum(-1).unsqueeze(2) + o.square().sum(-1, keepdim=True) - 2 * o @ values.mT
-        area = min(routing.window_size[0], grid_size[0]) * min(routing.window_size[1], grid_size[1])
-        window = slot_of_token(*grid_size, routing.window_size, q.device) // area
+        area = min(window_size[0], grid_size[0]) * min(window_size[1], grid_size[1])
+        window = slot_of_token(*grid_size, window_size, q.device) // area
         outside = window[rows - prefix].unsqueeze(-1) != window
         return (p.square() * distance.clamp_min(0) * outside).sum((1, 2))
-
-
-def _full_attention(routing, q, k, v, *, grid_size, num_prefix_tokens, key_mask, pair_bias, scale, **_) -> Tensor:
-    full = PretrainedRoutedAttention(
-        window_size=routing.window_size, num_heavy_tokens_kv=1.0, router="mean_query_topk"
-    )  # every key is routed: the same operator, exact, and nothing of size N x N
-    call = {"grid_size": grid_size, "num_prefix_tokens": num_prefix_tokens, "key_mask": key_mask}
-    return full(q, k, v, pair_bias=pair_bias, scale=scale, **call)
 
 
 def distill_routers(
@@ -120,7 +114,8 @@ def distill_routers(
         One dict a step, name of a layer to its error over that of ``"mean_query"`` (below 1: better).
 
     Raises:
-        TypeError, ValueError: naming the argument; a checkpoint of other layers or steps.
+        TypeError, ValueError: naming the argument; a checkpoint of other layers or settings; an error that is not
+            finite, before it reaches a router.
 
     Source: layer-wise distillation (FitNets, arXiv 1412.6550); optimal sampling by Neyman (1934).
     """
@@ -134,37 +129,47 @@ def distill_routers(
             "model: has no learned router, expected one that went through route_attention(router='learned')"
         )
     routers = nn.ModuleDict({name.replace(".", "/"): m.routing for name, m in attention.items()})
+    settings = {"steps": steps, "lr": lr, "num_queries": num_queries, "seed": seed}
+    settings |= {name: repr(m.routing) for name, m in attention.items()}
     optimizer = torch.optim.Adam(routers.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history: list[dict[str, float]] = []
-    if checkpoint is not None and Path(checkpoint).exists():
-        _resume(Path(checkpoint), steps, routers, optimizer, schedule, history)
 
     def save() -> None:
         if checkpoint is not None:
             state = {"routers": routers, "optimizer": optimizer, "schedule": schedule}
             state = {name: part.state_dict() for name, part in state.items()}
-            state |= {"history": history, "steps": steps}
+            state |= {"history": history, "settings": settings}
             save_atomically(Path(checkpoint), lambda path: torch.save(state, path))
 
     frozen = {p: p.requires_grad for p in model.parameters()}
     training, teacher = {m: m.training for m in model.modules()}, _Teacher(num_queries)
+    run = getattr(model, "forward_features", model)
     model.eval().requires_grad_(False)
     routers.requires_grad_(True)
     for module in attention.values():
         module.teacher = teacher
     names = {module: name for name, module in attention.items()}
-    bar = tqdm(total=steps, initial=len(history), desc="distil routers", disable=not progress)
+    dtypes = {p: p.dtype for p in routers.parameters() if p.dtype.itemsize < 4}
+    for parameter in dtypes:
+        parameter.data = parameter.data.float()  # Adam does not train in half precision
+    bar = tqdm(total=steps, desc="distil routers", disable=not progress)
     try:
+        if checkpoint is not None and Path(checkpoint).exists():
+            _resume(Path(checkpoint), settings, routers, optimizer, schedule, history)
+            bar.update(len(history))
         batches = _repeat(images, skip=len(history))
         while len(history) < steps:
             optimizer.zero_grad(set_to_none=True)
             teacher.generator.manual_seed(seed + 1_000_003 * len(history))  # of the step: resuming changes nothing
             with torch.no_grad():
-                model.forward_features(next(batches))
+                run(next(batches))
+            ratios = {names[m]: error / max(reference, 1e-30) for m, (error, reference) in teacher.errors.items()}
+            wrong = [name for name, ratio in ratios.items() if not math.isfinite(ratio)]
+            if wrong:
+                raise ValueError(f"images: batch {len(history)} gives an error that is not finite in {wrong[0]}")
             optimizer.step()
             schedule.step()
-            ratios = {names[m]: error / max(reference, 1e-30) for m, (error, reference) in teacher.errors.items()}
             history.append(ratios)
             bar.update()
             bar.set_postfix(error_vs_mean_query=f"{sum(ratios.values()) / len(ratios):.3f}")
@@ -179,7 +184,9 @@ def distill_routers(
             module.__dict__.pop("teacher", None)
         for parameter, requires_grad in frozen.items():
             parameter.requires_grad_(requires_grad)
-            parameter.grad = None
+        optimizer.zero_grad(set_to_none=True)
+        for parameter, dtype in dtypes.items():
+            parameter.data = parameter.data.to(dtype)
         for module, mode in training.items():
             module.training = mode
     return history
@@ -197,17 +204,17 @@ def _repeat(images: Iterable[Tensor], skip: int):
             raise ValueError("images: expected an iterable of batches that starts over, got none (left)")
 
 
-def _resume(path: Path, steps: int, routers: nn.Module, optimizer, schedule, history: list) -> None:
+def _resume(path: Path, settings: dict, routers: nn.Module, optimizer, schedule, history: list) -> None:
     try:
         state = torch.load(path, weights_only=True)
-        saved, own = state["routers"], routers.state_dict()
+        saved, own, before = state["routers"], routers.state_dict(), state["settings"]
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
             raise KeyError(f"its layers are {sorted({k.split('.')[0] for k in saved})}")
-        before = state["steps"]
     except (RuntimeError, KeyError, EOFError, OSError, TypeError, AttributeError, UnpicklingError) as error:
         raise ValueError(f"checkpoint: {path} does not belong to these routers or is damaged: {error}") from error
-    if before != steps:
-        raise ValueError(f"steps: expected those of the checkpoint {path}, {before}, got {steps}")
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(f"{name}: expected that of the checkpoint {path}, {before.get(name)}, got {value}")
     routers.load_state_dict(saved)
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])

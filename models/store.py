@@ -13,7 +13,13 @@ from torch import nn
 
 from colt5_vision.store import save_atomically
 
-from .swap import route_attention, routed_layers, unroute_attention
+from .swap import (
+    check_routable,
+    original_type,
+    route_attention,
+    routed_layers,
+    unroute_attention,
+)
 
 __all__ = ["load_routed_attention", "save_routed_attention"]
 
@@ -29,6 +35,23 @@ def _remembered(model: nn.Module) -> dict:
     if "img_size" in known and getattr(embed, "img_size", None) is not None:
         args["img_size"] = embed.img_size
     return {name: value for name, value in args.items() if isinstance(value, (bool, int, str, tuple))}
+
+
+# what may differ between two models of one architecture: modes, dropouts, input size
+_FREE = {"training", "served_pass", "prefix", "grad_checkpointing", "fused_attn", "p", "drop_prob", "img_size"}
+_FREE |= {"grid_size", "num_patches", "strict_img_size", "dynamic_img_size", "dynamic_img_pad", "flatten", "teacher"}
+
+
+def _architecture(model: nn.Module) -> dict[str, object]:
+    """Kind and plain settings of every module, routed or not: what shapes of tensors do not tell."""
+    found = {}
+    for name, module in model.named_modules():
+        if not name.endswith(".routing") and ".routing." not in name:
+            found[f"{name}: class"] = original_type(module).__qualname__
+            for key, value in vars(module).items():
+                if key[0] != "_" and key not in _FREE and isinstance(value, (bool, int, float, str, tuple)):
+                    found[f"{name}.{key}"] = value
+    return found
 
 
 def save_routed_attention(
@@ -62,11 +85,14 @@ def save_routed_attention(
         for layer, part in routing.items()
     }
     about = {"format": 1, "model_name": name, "model_args": args, "layers": layers}
-    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    weights, seen = {}, set()
+    for key, value in model.state_dict().items():  # tensors that are shared or views are written out
+        weights[key] = value.clone() if value.data_ptr() in seen else value.contiguous()
+        seen.add(value.data_ptr())
     with torch.device("meta"):
-        made = _build(about, "path")
-    expected = {key: value.shape for key, value in made.state_dict().items()}
-    _compare(expected, {key: value.shape for key, value in weights.items()}, "model_args")
+        made = _build(about, "model_args")
+    _compare(_shapes(made.state_dict()), _shapes(weights), "model_args")
+    _compare(_architecture(made), _architecture(model), "model_args")
     metadata = {_KEY: json.dumps(about), "format": "pt"}
     save_atomically(Path(path), lambda part: save_file(weights, part, metadata=metadata))
 
@@ -97,19 +123,23 @@ def load_routed_attention(path: str | os.PathLike, model: nn.Module | None = Non
         raise ValueError(f"path: expected format 1, got {about.get('format')!r} in {path}")
     with torch.device("meta"):
         template = _build(about, "path")
-    found = {key: value.shape for key, value in weights.items()}
-    _compare({key: value.shape for key, value in template.state_dict().items()}, found, "path")
+    _compare(_shapes(template.state_dict()), _shapes(weights), "path")
     if model is None:
-        model = _build(about, "path").eval()
+        dtypes = [value.dtype for value in weights.values() if value.is_floating_point()]
+        model = _build(about, "path").eval().to(max(dtypes, key=dtypes.count))
     else:
-        own = {key for key in template.state_dict() if ".routing." not in key}
-        present = {key: value.shape for key, value in model.state_dict().items() if ".routing." not in key}
-        _compare(present, {key: found[key] for key in own}, "model")
+        _compare(_shapes(template.state_dict()), _shapes(model.state_dict()), "model", ignore=".routing.")
+        _compare(_architecture(template), _architecture(model), "model")
+        check_routable(model, list(about["layers"]))
         if routed_layers(model):
             unroute_attention(model)
         _swap(model, about["layers"])
     model.load_state_dict(weights)
     return model
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    return {key: tuple(value.shape) for key, value in tensors.items()}
 
 
 def _build(about: dict, argument: str) -> nn.Module:
@@ -132,11 +162,12 @@ def _one(layers: dict[str, dict]) -> dict:
     return settings[0]
 
 
-def _compare(expected: dict, found: dict, argument: str) -> None:
-    wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+def _compare(expected: dict, found: dict, argument: str, ignore: str = "\n") -> None:
+    keys = [key for key in {**expected, **found} if ignore not in key]
+    wrong = [key for key in keys if expected.get(key) != found.get(key)]
     if wrong:
         key = wrong[0]
         raise ValueError(
-            f"{argument}: {len(wrong)} tensors do not fit, first {key!r}: expected "
-            f"{tuple(expected[key]) if key in expected else 'none'}, got {tuple(found[key]) if key in found else 'none'}"
+            f"{argument}: {len(wrong)} tensors or settings do not fit, first {key!r}: expected "
+            f"{expected.get(key, 'none')}, got {found.get(key, 'none')}"
         )

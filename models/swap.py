@@ -5,22 +5,25 @@ The swap changes the class of an attention module to a subclass, in place. Its f
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from timm.layers import Attention, AttentionRope, HybridEmbed, PatchEmbed
 from timm.models import beit, eva, vision_transformer_sam, volo
 from timm.models.vision_transformer_sam import get_rel_pos
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from colt5_vision.checks import TokenCount
 from colt5_vision.pretrained import PretrainedRoutedAttention
-
-from .grid import BlockMarker, GridTracker
+from colt5_vision.reroute import (
+    BlockMarker,
+    MapSize,
+    RerouteAttention,
+    autocast_like,
+    read_mask,
+)
 
 __all__ = ["route_attention", "routed_layers", "unroute_attention"]
-
-_SDPA = nn.functional.scaled_dot_product_attention
 
 # modules with "attention" in their name that are no self-attention of a whole map: the swap leaves them alone
 _LEFT_ALONE = {
@@ -36,18 +39,21 @@ _LEFT_ALONE = {
 _FUSED_BLOCKS = {"ParallelScalingBlock", "DiffParallelScalingBlock"}
 
 
-class _Reroute(TorchFunctionMode):
-    """Within it, scaled dot-product attention of ``owner`` is routed."""
+class _PatchEmbedHook:
+    """A forward hook of a patch embedding, which begins a pass."""
 
-    def __init__(self, owner: "_RoutedSelfAttention", x: Tensor):
-        super().__init__()
-        self.owner, self.x = owner, x
+    def __init__(self, map_size: MapSize):
+        self.map_size = map_size
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is _SDPA:
-            return self.owner._attend(self.x, *args, **kwargs)
-        return func(*args, **kwargs)
+    def __call__(self, patch_embed: nn.Module, args, output) -> None:
+        if isinstance(output, tuple):  # timm's ...WithSize return the size as well
+            size = output[1]
+        elif output.ndim == 4:
+            nchw = str(getattr(patch_embed, "output_fmt", "NCHW")).endswith("NCHW")
+            size = output.shape[2:] if nchw else output.shape[1:3]
+        else:
+            size = patch_embed.dynamic_feat_size(args[0].shape[-2:])
+        self.map_size.begin((size[0], size[1]))
 
 
 class _RoutedSelfAttention:
@@ -60,7 +66,7 @@ class _RoutedSelfAttention:
     teacher = None  # distillation: called in place of the routed attention
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        with _Reroute(self, x):
+        with RerouteAttention(partial(self._attend, x)):
             return super().forward(x, *args, **kwargs)
 
     def _layout(self, x: Tensor) -> tuple[tuple[int, int], int]:
@@ -88,10 +94,10 @@ class _RoutedSelfAttention:
         grid_size, prefix = self._layout(x)
         shape = query.shape
         q, k, v = (t.reshape(x.shape[0], -1, *t.shape[-2:]) for t in (query, key, value))
-        device = q.device.type
-        if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-            q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
-        key_mask, given = _read_mask(attn_mask, q)
+        q, k, v = autocast_like(q, k, v)
+        if attn_mask is not None and attn_mask.ndim == 0:  # BEiT's own bias, see there
+            attn_mask = None
+        key_mask, given = read_mask(attn_mask, q)
         own = self._pair_bias(q, grid_size)
         pair_bias = given if own is None else own if given is None else lambda i, j: own(i, j) + given(i, j)
         call = {
@@ -107,30 +113,19 @@ class _RoutedSelfAttention:
         return self.routing(q, k, v, **call).reshape(shape)
 
 
-def _read_mask(attn_mask: Tensor | None, q: Tensor):
-    """SDPA's mask as (key_mask, pair_bias), either or both None."""
-    if attn_mask is None or attn_mask.ndim == 0:
-        return None, None
-    batch, heads, length, _ = q.shape
-    mask = attn_mask.reshape(*(1,) * (4 - attn_mask.ndim), *attn_mask.shape)
-    if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
-        return mask[:, 0, 0].expand(batch, length), None
-    mask = mask.expand(batch, heads, length, length)
-    b = torch.arange(batch, device=q.device).view(-1, 1, 1, 1, 1)
-    h = torch.arange(heads, device=q.device).view(1, -1, 1, 1, 1)
-
-    def bias(i: Tensor, j: Tensor) -> Tensor:
-        chosen = mask[b, h, i, j]
-        return chosen if chosen.dtype != torch.bool else torch.where(chosen, 0.0, float("-inf"))
-
-    return None, bias
-
-
 class _Tokens(_RoutedSelfAttention):
     """Attention over (B, P + N, C): the map's size comes from the model's patch embedding."""
 
     def _layout(self, x: Tensor) -> tuple[tuple[int, int], int]:
-        return self.grid.size_for(self, x.shape[1] - self.prefix), self.prefix
+        tokens = x.shape[1] - self.prefix
+        size = self.map_size.for_tokens(self, tokens)
+        if size is None:
+            raise ValueError(
+                f"x: the size of the map behind these {tokens} tokens is unknown; a routed block runs once for each "
+                f"pass through the model's patch embedding (the last one made {self.map_size.size}), not on its own, "
+                "and is checkpointed with use_reentrant=False"
+            )
+        return size, self.prefix
 
 
 class _Map(_RoutedSelfAttention):
@@ -217,6 +212,12 @@ _FAMILIES = {
     vision_transformer_sam.Attention: RoutedSamAttention,
     volo.Attention: RoutedVoloAttention,
 }
+_ORIGINALS = {routed: family for family, routed in _FAMILIES.items()}
+
+
+def original_type(module: nn.Module) -> type:
+    """timm's class of a module, routed or not."""
+    return _ORIGINALS.get(type(module), type(module))
 
 
 def routed_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -240,7 +241,7 @@ def _routable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Modu
     known, other = {}, {}
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if type(module) in _FAMILIES:
+        if original_type(module) in _FAMILIES:
             if not _windowed(name, model):
                 known[name] = module
         elif kind in _FUSED_BLOCKS or (("Attention" in kind or "Attn" in kind) and kind not in _LEFT_ALONE):
@@ -282,8 +283,15 @@ def _choose(model: nn.Module, layers: Iterable[int | str] | None) -> dict[str, n
     return chosen
 
 
-def _check_model(model: nn.Module, chosen: dict[str, nn.Module]) -> nn.Module | None:
-    """Raise where a routed forward could not be right; the patch embedding, if the map's size must come from it."""
+def check_routable(
+    model: nn.Module, layers: Iterable[int | str] | None
+) -> tuple[dict[str, nn.Module], nn.Module | None]:
+    """The attention modules to route, by name, and the patch embedding if the map's size must come from it.
+
+    Raises:
+        TypeError, ValueError: where a routed forward could not be right.
+    """
+    chosen = _choose(model, layers)
     if type(getattr(_token_model(model), "patch_drop", None)) not in (nn.Identity, type(None)):
         raise ValueError("model: patch_drop_rate > 0 leaves no full map to route over, expected patch_drop_rate=0")
     for name, module in chosen.items():
@@ -291,8 +299,8 @@ def _check_model(model: nn.Module, chosen: dict[str, nn.Module]) -> nn.Module | 
             raise ValueError(
                 f"model: {name}.attn_drop is {module.attn_drop.p}, routed attention needs attn_drop_rate=0"
             )
-    if all(issubclass(_FAMILIES[type(m)], _Map) for m in chosen.values()):
-        return None
+    if all(issubclass(_FAMILIES[original_type(m)], _Map) for m in chosen.values()):
+        return chosen, None
     owner = _token_model(model)
     embed = getattr(owner, "patch_embed", None)
     if not isinstance(embed, (PatchEmbed, HybridEmbed)) or not hasattr(owner, "num_prefix_tokens"):
@@ -300,7 +308,7 @@ def _check_model(model: nn.Module, chosen: dict[str, nn.Module]) -> nn.Module | 
             f"model: {type(owner).__name__} has {type(embed).__name__} as patch_embed, expected timm.layers.PatchEmbed "
             "or HybridEmbed (and num_prefix_tokens), which tell the size of the map"
         )
-    return embed
+    return chosen, embed
 
 
 def _token_model(model: nn.Module) -> nn.Module:
@@ -355,8 +363,7 @@ def route_attention(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if routed_layers(model):
         raise ValueError("model: is routed already, call unroute_attention first")
-    chosen = _choose(model, layers)
-    embed = _check_model(model, chosen)
+    chosen, embed = check_routable(model, layers)
     routing = {}
     for name, module in chosen.items():
         weight = module.proj.weight
@@ -371,16 +378,16 @@ def route_attention(
         ).train(module.training)
     # nothing can fail from here on
     if embed is not None:
-        tracker = GridTracker()
-        embed.register_forward_hook(tracker)
-        marker = BlockMarker(tracker)
+        map_size = MapSize()
+        embed.register_forward_hook(_PatchEmbedHook(map_size))
+        marker = BlockMarker(map_size)
         for block in {_block_of(name, model) for name, m in chosen.items() if issubclass(_FAMILIES[type(m)], _Tokens)}:
             block.register_forward_pre_hook(marker)
     for name, module in chosen.items():
         module.__class__ = _FAMILIES[type(module)]
         module.routing = routing[name]
         if isinstance(module, _Tokens):
-            module.grid, module.prefix = tracker, _token_model(model).num_prefix_tokens
+            module.map_size, module.prefix = map_size, _token_model(model).num_prefix_tokens
     return model
 
 
@@ -392,14 +399,13 @@ def unroute_attention(model: nn.Module) -> nn.Module:
     """
     if not routed_layers(model):
         raise ValueError("model: nothing is routed, expected a model that went through route_attention")
-    original = {routed: family for family, routed in _FAMILIES.items()}
     for module in model.modules():
         if isinstance(module, _RoutedSelfAttention):
-            module.__class__ = original[type(module)]
+            module.__class__ = _ORIGINALS[type(module)]
             del module.routing
-            for name in ("grid", "prefix", "teacher", "served_pass"):
+            for name in ("map_size", "prefix", "teacher", "served_pass"):
                 module.__dict__.pop(name, None)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, (GridTracker, BlockMarker))]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, (_PatchEmbedHook, BlockMarker))]:
                 del hooks[key]
     return model

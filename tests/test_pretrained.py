@@ -190,6 +190,21 @@ def test_queries_that_attend_far_are_chosen():
     assert part._route_queries(q, k, routed, None, None).tolist() == [[30]]
 
 
+def test_chosen_queries_depend_on_the_scaled_product():
+    q, k, v = tensors(1)
+    call = {"grid_size": GRID, "num_prefix_tokens": 1}
+    part = routing(0.5, num_heavy_tokens_q=4)
+    close(part(q, k, v, scale=3.0, **call), part(q * 3 * q.shape[-1] ** 0.5, k, v, **call))
+
+
+def test_a_mask_of_the_map_leaves_the_prefix_valid():
+    q, k, v = tensors(2)
+    mask = some_mask(2, 2)
+    mask[:, :2] = True
+    call = {"grid_size": GRID, "num_prefix_tokens": 2}
+    assert torch.equal(routing()(q, k, v, key_mask=mask[:, 2:], **call), routing()(q, k, v, key_mask=mask, **call))
+
+
 def test_learned_router_starts_as_the_mean_query_and_learns():
     inputs = tensors(1)
     call = {"grid_size": GRID, "num_prefix_tokens": 1, "features": features()}

@@ -52,7 +52,7 @@ def test_transposed_sizes_are_not_confused():
     model, x = routed(build(case)), at(case, (5, 8))
     with torch.no_grad():
         expected = model(x)
-        model.blocks[0].attn.grid.size_for = lambda attention, tokens: (8, 5)
+        model.blocks[0].attn.map_size.for_tokens = lambda attention, tokens: (8, 5)
         assert (model(x) - expected).abs().max() > 1e-4
 
 
@@ -181,8 +181,11 @@ def test_features_only_models_are_routed_through_their_backbone(case):
     model, x = build(case, features_only=True, out_indices=(0, 1), num_classes=0), image(case)
     with torch.no_grad():
         expected = model(x)
-        routed(model.model, 1.0)
-        close(model(x), expected)
+        for part in (model, model.model):
+            routed(part, 1.0)
+            close(model(x), expected)
+            if part is model:
+                unroute_attention(part)
         routed(unroute_attention(model.model))
         assert (model(x)[-1] - expected[-1]).abs().max() > 1e-3
 

@@ -1,5 +1,6 @@
 """Files of routed models, and distillation of their routers."""
 
+import io
 import json
 import sys
 
@@ -16,8 +17,9 @@ from colt5_vision.models import (
 )
 from safetensors.torch import load_file, save_file
 from swap_cases import CASES, build, image, spread, trace
+from torch.utils.data import DataLoader
 
-store = sys.modules["colt5_vision.models.store"]
+store, distill = (sys.modules[f"colt5_vision.models.{name}"] for name in ("store", "distill"))
 CASE, ARGS = CASES["vit"], {"depth": 2, "embed_dim": 64, "num_heads": 2}
 
 
@@ -83,8 +85,9 @@ def test_round_trip_of_settings(how, tmp_path):
     assert set(load_file(tmp_path / "a.safetensors")) == set(model.state_dict())
 
 
-def test_the_model_remembers_its_arguments(tmp_path):
-    model = timm.create_model("test_vit", num_classes=7, in_chans=1, img_size=64, dynamic_img_size=True)
+@pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224"])
+def test_the_model_remembers_its_arguments(name, tmp_path):
+    model = timm.create_model(name, num_classes=7, in_chans=1, img_size=64, dynamic_img_size=True)
     route_attention(spread(model).eval(), window_size=2, num_heavy_tokens_kv=0.5)
     save_routed_attention(model, tmp_path / "a.safetensors")
     loaded, x = load_routed_attention(tmp_path / "a.safetensors"), torch.randn(1, 1, 48, 96)
@@ -133,7 +136,7 @@ def test_files_that_are_no_good(tmp_path):
     layers = {"blocks.0.attn": {"window_size": 3, "num_heavy_tokens_kv": 0.25, "num_heavy_tokens_q": None}}
     layers["blocks.0.attn"] |= {"window_size": [3, 3], "router": "grid"}
     changed(other, format=1, model_name=CASE.name, model_args=ARGS, layers=layers)
-    with pytest.raises(ValueError, match="path: .* tensors do not fit"):
+    with pytest.raises(ValueError, match="path: .* tensors or settings do not fit"):
         load_routed_attention(other, model)
     changed(other, format=1, model_name=CASE.name, model_args={"depth": 2, "nonsense": 1}, layers=layers)
     with pytest.raises(ValueError, match="path: cannot make 'vit_tiny_patch16_224'.*nonsense"):
@@ -150,7 +153,7 @@ def test_a_file_of_another_model_leaves_this_one_untouched(first, tmp_path):
         if first:
             route_attention(model, window_size=2, num_heavy_tokens_kv=3)
         before = trace(model)
-        with pytest.raises(ValueError, match="model: .* tensors do not fit"):
+        with pytest.raises(ValueError, match="model: .* tensors or settings do not fit"):
             load_routed_attention(path, model)
         assert trace(model) == before
 
@@ -158,7 +161,7 @@ def test_a_file_of_another_model_leaves_this_one_untouched(first, tmp_path):
 def test_arguments_that_do_not_make_the_model_leave_the_old_file(tmp_path):
     path, model = saved(tmp_path / "a.safetensors"), routed()
     whole, before = path.read_bytes(), trace(model)
-    with pytest.raises(ValueError, match="model_args: .* tensors do not fit"):
+    with pytest.raises(ValueError, match="model_args: .* tensors or settings do not fit"):
         save_routed_attention(model, path)
     with pytest.raises(ValueError, match="cannot make"):
         save_routed_attention(model, path, model_args=ARGS | {"nonsense": 1})
@@ -271,23 +274,63 @@ def test_a_resumed_run_equals_the_uninterrupted_one(after, tmp_path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["state.pt"]
 
 
+@pytest.mark.parametrize("loader", [False, True])
+def test_an_interruption_within_a_forward_is_resumed_bit_for_bit(loader, tmp_path, monkeypatch):
+    images = torch.cat(pictures(4))
+    batches = DataLoader(images, batch_size=8) if loader else list(images.split(8))
+    call = {"steps": 6, "num_queries": 8, "progress": False}
+    straight = toy()
+    expected = distill_routers(straight, batches, **call)
+    call["checkpoint"] = tmp_path / "state.pt"
+    calls, cost = [], distill._Teacher._cost
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:  # the second layer of the third step
+            raise KeyboardInterrupt
+        return cost(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distill._Teacher, "_cost", interrupted)
+        distill_routers(toy(), batches, **call)
+    fresh = toy()
+    assert distill_routers(fresh, batches, **call) == expected
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), straight.parameters()))
+
+
+def test_modes_of_submodules_come_back():
+    model = toy().eval()
+    model.blocks[0].train()
+    modes = [m.training for m in model.modules()]
+    distill_routers(model, pictures(1), steps=1, num_queries=8, progress=False)
+    assert [m.training for m in model.modules()] == modes
+
+
+def pickled(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
 def test_checkpoints_that_are_no_good(tmp_path):
     file = tmp_path / "state.pt"
     call = {"num_queries": 8, "progress": False, "checkpoint": file}
     distill_routers(toy(), pictures(1), steps=2, **call)
     whole = file.read_bytes()
     for content, how, steps, match in (
-        (whole, {}, 3, "steps: expected those of the checkpoint .*, 2, got 3"),
+        (whole, {}, 3, "steps: expected that of the checkpoint .*, 2, got 3"),
         (whole, {"layers": [0]}, 2, "checkpoint: .* does not belong to these routers"),
         (whole[: len(whole) // 2], {}, 2, "checkpoint: .* is damaged"),
         (b"", {}, 2, "checkpoint: .* is damaged"),
+        (b"no pickle at all", {}, 2, "checkpoint: .* is damaged"),
+        (pickled([1, 2]), {}, 2, "checkpoint: .* is damaged"),
     ):
         file.write_bytes(content)
         model = toy(**how)
         before, traced = state(model), trace(model)
         with pytest.raises(ValueError, match=match):
             distill_routers(model, pictures(1), steps=steps, **call)
-        assert "layers" in how or all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert trace(model) == traced
         assert file.read_bytes() == content
 

@@ -1,0 +1,103 @@
+"""What the swap-ins share: other code's scaled dot-product attention rerouted, and the size of the map it runs over."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .ops.routed_window_attention.gathered import PairBias
+
+_SDPA = nn.functional.scaled_dot_product_attention
+_MARK = "_colt5_map_size"  # on the input of a block: the size of the map it belongs to
+
+
+class RerouteAttention(TorchFunctionMode):
+    """Within it, ``attend`` is called in place of ``scaled_dot_product_attention``, with the same arguments."""
+
+    def __init__(self, attend: Callable[..., Tensor]):
+        super().__init__()
+        self.attend = attend
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (self.attend if func is _SDPA else func)(*args, **(kwargs or {}))
+
+
+def autocast_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the dtype that autocast would give scaled dot-product attention."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def read_mask(attn_mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, PairBias | None]:
+    """The mask of ``scaled_dot_product_attention`` for q (B, heads, L, D) as a key mask (B, L) or a pair bias."""
+    if attn_mask is None:
+        return None, None
+    batch, heads, length, _ = q.shape
+    mask = attn_mask.reshape(*(1,) * (4 - attn_mask.ndim), *attn_mask.shape)
+    if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
+        return mask[:, 0, 0].expand(batch, length), None
+    mask = mask.expand(batch, heads, length, length)
+    b = torch.arange(batch, device=q.device).view(-1, 1, 1, 1, 1)
+    h = torch.arange(heads, device=q.device).view(1, -1, 1, 1, 1)
+
+    def bias(i: Tensor, j: Tensor) -> Tensor:
+        chosen = mask[b, h, i, j]
+        return chosen if chosen.dtype != torch.bool else torch.where(chosen, 0.0, float("-inf"))
+
+    return None, bias
+
+
+def _in_backward() -> bool:
+    """A checkpointed block runs again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class MapSize:
+    """The (H, W) of the forward in progress; never that of an earlier one.
+
+    A pass begins with :meth:`begin` and serves each attention module once. In backward a checkpointed block runs again
+    on the very tensor it got first, which :class:`BlockMarker` marked with the size of its own forward.
+    """
+
+    def __init__(self):
+        self.size: tuple[int, int] | None = None
+        self.recomputed: tuple[int, int] | None = None
+        self.passes = 0
+
+    def begin(self, size: tuple[int, int] | None) -> None:
+        self.size = size
+        if not torch.compiler.is_compiling():  # one trace is one forward: nothing can be stale within it
+            self.passes += 1
+
+    def for_tokens(self, attention: nn.Module, num_tokens: int) -> tuple[int, int] | None:
+        """(H, W) of the map whose ``num_tokens`` tokens reached ``attention``; None if no pass belongs to them."""
+        if torch.compiler.is_compiling():
+            size = self.size
+        elif _in_backward():
+            size = self.recomputed
+        else:
+            size = None if attention.__dict__.get("served_pass") == self.passes else self.size
+            attention.__dict__["served_pass"] = self.passes
+        return size if size is not None and size[0] * size[1] == num_tokens else None
+
+
+class BlockMarker:
+    """A forward pre-hook of a block."""
+
+    def __init__(self, map_size: MapSize):
+        self.map_size = map_size
+
+    def __call__(self, block: nn.Module, args) -> None:
+        if torch.compiler.is_compiling() or not args or not isinstance(args[0], Tensor):
+            return
+        x = args[0]
+        if not _in_backward():
+            setattr(x, _MARK, self.map_size.size)
+        elif hasattr(x, _MARK):
+            self.map_size.recomputed = getattr(x, _MARK)
+        elif x.grad_fn is None:  # a detached copy starts here, not the output of the block before
+            self.map_size.recomputed = None
