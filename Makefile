@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/python examples/image_classification.py $(ARGS)
 
-# routed attention in a real pretrained ViT, quality and speed; about 10 minutes on 2 CPU cores
+# routed attention in a real pretrained ViT, quality and speed; a quarter hour on 2 CPU cores
 swap: $(STAMP)
 	$(BIN)/python examples/swap_pretrained_vit.py $(ARGS)
 

@@ -11,7 +11,6 @@ The network is DINOv2's ViT-S/14 (see dinov2.py), all 12 layers swapped, compare
 import argparse
 import json
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -141,19 +140,27 @@ def compare(model: nn.Module, x: Tensor, args, trained: dict | None) -> dict[str
 
 
 def peak_memory(cache: Path, photo: Path, size: int, share: float | None) -> float:
-    """MiB that one forward adds to the peak of a fresh process, routed or (share None) with full attention."""
+    """MiB that one forward adds in a fresh process, routed or (share None) with full attention; NaN but on Linux."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_added_memory, cache, photo, size, share).result()
 
 
 def _added_memory(cache: Path, photo: Path, size: int, share: float | None) -> float:
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
     model, _ = load(cache)
     x = open_photo(photo, size)
     features(model, open_photo(photo, 2 * PATCH))  # what a first call loads
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: loading has the higher one
+        before = resident("VmRSS")
+    except OSError:
+        return float("nan")
     with nullcontext() if share is None else Routed(model, "mean_query", share):
         features(model, x)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # Linux counts KiB
+    return (resident("VmHWM") - before) / 1024
 
 
 def medians(calls: dict, repeats: int) -> dict[str, float]:

@@ -8,8 +8,9 @@ except ImportError as error:
 from .colt5_pyramid import Colt5Pyramid
 from .colt5_vit import Colt5VisionTransformer
 from .distill import distill_routers
+from .routed_attention import routed_layers
 from .store import load_routed_attention, save_routed_attention
-from .swap import route_attention, routed_layers, unroute_attention
+from .swap import route_attention, unroute_attention
 
 __all__ = [
     "Colt5Pyramid",

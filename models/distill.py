@@ -16,7 +16,7 @@ from colt5_vision.ops.grid import slot_of_token
 from colt5_vision.pretrained import PretrainedRoutedAttention
 from colt5_vision.store import save_atomically
 
-from .swap import routed_modules
+from .routed_attention import routed_modules
 
 __all__ = ["distill_routers"]
 

@@ -13,13 +13,8 @@ from torch import nn
 
 from colt5_vision.store import save_atomically
 
-from .swap import (
-    check_routable,
-    original_type,
-    route_attention,
-    routed_layers,
-    unroute_attention,
-)
+from .routed_attention import original_type, routed_layers
+from .swap import check_routable, route_attention, unroute_attention
 
 __all__ = ["load_routed_attention", "save_routed_attention"]
 

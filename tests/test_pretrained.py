@@ -205,6 +205,42 @@ def test_a_mask_of_the_map_leaves_the_prefix_valid():
     assert torch.equal(routing()(q, k, v, key_mask=mask[:, 2:], **call), routing()(q, k, v, key_mask=mask, **call))
 
 
+def test_queries_that_see_nothing_have_no_say():
+    """A pairwise padding mask: the rows of masked tokens are -inf throughout."""
+    q, k, _ = tensors()
+    valid = some_mask(2, 0)
+    pairs = valid[:, None, :, None] & valid[:, None, None, :]
+    bias = torch.where(pairs, 0.0, float("-inf"))
+    rows = torch.arange(2).view(-1, 1, 1, 1, 1)
+    found = routing().route(q, k, grid_size=GRID, pair_bias=lambda i, j: bias[rows, 0, i, j])
+    expected = routing().route(q, k, grid_size=GRID, key_mask=valid)
+    assert all(x.isfinite().all() for x in found) and (found[0] >= 0).all()
+    gates = (routing().logits(q, k, None, grid_size=GRID, pair_bias=lambda i, j: bias[rows, 0, i, j]), valid)
+    close(gates[0][valid], routing().logits(q, k, None, grid_size=GRID, key_mask=valid)[valid])
+    assert expected[0].shape == found[0].shape
+
+
+def test_a_masked_first_token_has_no_influence_on_the_choice_of_queries():
+    q, k, v = tensors()
+    mask = torch.arange(TOKENS).expand(2, -1) % 3 > 0
+    call = {"grid_size": GRID, "key_mask": mask}
+    part = routing(30, num_heavy_tokens_q=8)  # fewer valid tokens than slots: some are empty
+    expected = part(q, k, v, **call)
+    k = k.masked_fill(~mask[:, None, :, None], float("nan"))
+    rows = mask[:, None, :, None]
+    close(part(q, k, v, **call).where(rows, 0), expected.where(rows, 0))
+
+
+def test_a_module_can_draw_its_own_samples():
+    q, k, v = tensors()
+    part = routing(8)
+    fixed = part(q, k, v, grid_size=GRID)
+    part.generator = torch.Generator().manual_seed(0)
+    assert not torch.equal(part(q, k, v, grid_size=GRID), fixed)
+    part.generator = None
+    assert torch.equal(part(q, k, v, grid_size=GRID), fixed)
+
+
 def test_learned_router_starts_as_the_mean_query_and_learns():
     inputs = tensors(1)
     call = {"grid_size": GRID, "num_prefix_tokens": 1, "features": features()}

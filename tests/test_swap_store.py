@@ -4,6 +4,7 @@ import io
 import json
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -375,3 +376,76 @@ def test_progress(progress, capfd):
     distill_routers(toy(), pictures(1), steps=2, progress=progress)
     out, error = capfd.readouterr()
     assert out == "" and ("distil routers" in error) == progress and bool(error) == progress
+
+
+@pytest.mark.parametrize("how", [{"num_heads": 4}, {"act_layer": "relu"}])
+def test_settings_that_no_shape_tells_are_compared(how, tmp_path):
+    path = tmp_path / "a.safetensors"
+    other = route_attention(timm.create_model("test_vit", **how), window_size=2, num_heavy_tokens_kv=0.5)
+    with pytest.raises(ValueError, match="model_args: .* do not fit"):
+        save_routed_attention(other, path)
+    save_routed_attention(other, path, model_args=how)
+    assert repr(load_routed_attention(path)) == repr(other)
+    plain = timm.create_model("test_vit")
+    traced = trace(plain)
+    with pytest.raises(ValueError, match="model: .* do not fit"):
+        load_routed_attention(path, plain)
+    assert trace(plain) == traced
+
+
+def test_half_precision_comes_back(tmp_path):
+    model = route_attention(timm.create_model("test_vit"), window_size=2, num_heavy_tokens_kv=0.5).bfloat16()
+    save_routed_attention(model, tmp_path / "a.safetensors")
+    assert {p.dtype for p in load_routed_attention(tmp_path / "a.safetensors").parameters()} == {torch.bfloat16}
+
+
+def test_integers_of_numpy_can_be_saved(tmp_path):
+    model = timm.create_model("test_vit")
+    route_attention(model, window_size=np.int64(2), num_heavy_tokens_kv=np.int64(4), num_heavy_tokens_q=np.int64(5))
+    save_routed_attention(model, tmp_path / "a.safetensors")
+    assert repr(load_routed_attention(tmp_path / "a.safetensors")) == repr(model)
+
+
+def test_a_swap_that_fails_keeps_the_old_one(tmp_path):
+    path = tmp_path / "a.safetensors"
+    model = timm.create_model("test_vit")
+    save_routed_attention(route_attention(model, window_size=2, num_heavy_tokens_kv=0.5), path)
+    other = route_attention(timm.create_model("test_vit"), window_size=2, num_heavy_tokens_kv=0.5, layers=[0])
+    other.blocks[1].attn.attn_drop.p = 0.1
+    traced = trace(other)
+    with pytest.raises(ValueError, match="attn_drop"):
+        load_routed_attention(path, other)
+    assert trace(other) == traced
+
+
+def test_half_precision_routers_are_trained_in_float32():
+    model = toy().bfloat16()
+    history = distill_routers(model, [x.bfloat16() for x in pictures(1)], steps=6, num_queries=8, progress=False)
+    assert all(torch.tensor(list(step.values())).isfinite().all() for step in history)
+    assert all(p.isfinite().all() and p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def test_an_error_that_is_not_finite_reaches_no_router():
+    model = toy()
+    before, bad = state(model), pictures(1)[0].clone()
+    bad[0] = float("nan")
+    with pytest.raises(ValueError, match="images: batch 0 gives an error that is not finite in blocks.0.attn"):
+        distill_routers(model, [bad], steps=2, num_queries=8, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_gradients_of_the_backbone_are_left_alone():
+    model = toy()
+    grad = model.blocks[0].mlp.fc1.weight.grad = torch.ones_like(model.blocks[0].mlp.fc1.weight)
+    distill_routers(model, pictures(1), steps=1, num_queries=8, progress=False)
+    assert model.blocks[0].mlp.fc1.weight.grad is grad
+
+
+@pytest.mark.parametrize("other", [{"lr": 1.0}, {"seed": 5}, {"num_queries": 9}])
+def test_a_checkpoint_of_other_settings_is_refused(other, tmp_path):
+    call = {"steps": 2, "num_queries": 8, "progress": False, "checkpoint": tmp_path / "state.pt"}
+    distill_routers(toy(), pictures(1), **call)
+    with pytest.raises(ValueError, match=f"{next(iter(other))}: expected that of the checkpoint"):
+        distill_routers(toy(), pictures(1), **call | other)
+    with pytest.raises(ValueError, match="blocks.0.attn: expected that of the checkpoint"):
+        distill_routers(toy(share=0.5), pictures(1), **call)
