@@ -38,6 +38,8 @@ def dense_with_bias(*, grid_size, window_size, routed_indices, num_prefix_tokens
         seen[..., :prefix] = seen[..., :prefix, :] = True
         seen[..., prefix:, prefix:] = window[:, None] == window[None, :]
         bias = torch.zeros(batch, heads, length, dtype=q.dtype)
+        if weights is not None:  # empty slots leave it unused: a gradient of 0
+            bias = bias + 0 * weights.sum()
         routes = 1 if routed_indices.ndim == 2 else routed_indices.shape[1]
         share = heads // routes
         indices = routed_indices.reshape(batch, routes, -1)

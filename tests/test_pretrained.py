@@ -235,7 +235,7 @@ def test_a_module_can_draw_its_own_samples():
     q, k, v = tensors()
     part = routing(8)
     fixed = part(q, k, v, grid_size=GRID)
-    part.generator = torch.Generator().manual_seed(0)
+    part.generator = torch.Generator().manual_seed(1)  # offset .76 of the comb, the fixed one is .5
     assert not torch.equal(part(q, k, v, grid_size=GRID), fixed)
     part.generator = None
     assert torch.equal(part(q, k, v, grid_size=GRID), fixed)
