@@ -2,8 +2,9 @@
 
 Keys are chosen by *sampling*, and what is left out is represented, not dropped: token j is routed with probability
 ``π_j`` and stands for ``1 / π_j`` tokens, ``-log π_j`` added to its logit (a Horvitz-Thompson estimate of both sums of
-the softmax beyond a query's own window; within it, tail keys count about twice, being there exactly as well). The probabilities are soft top-k gates of a token's importance, its root mean square attention over a sample of
-queries: heavy hitters have ``π = 1`` and are exact, with weight 1, while the tail is thinned out in proportion.
+the softmax beyond a query's own window; within it, tail keys count about twice, being there exactly as well). The
+probabilities are soft top-k gates of a token's importance, its root mean square attention over a sample of queries:
+heavy hitters have ``π = 1`` and are exact, with weight 1, while the tail is thinned out in proportion.
 """
 
 import torch
@@ -19,9 +20,9 @@ __all__ = ["ROUTERS", "PretrainedRoutedAttention", "sample_tokens"]
 
 ROUTERS = ("mean_query", "learned", "mean_query_topk", "random", "grid", "window")
 _PROBE_QUERIES = 64  # spread over the map, they tell the importance of the keys
-_UNIFORM = 0.1  # part of the probability that is spread evenly
 _PROBE_CHUNK = 32  # of them at once
 _PROBE_KEYS = 64  # routed keys that rank the queries
+_UNIFORM = 0.1  # part of the probability that is spread evenly
 
 
 def sample_tokens(

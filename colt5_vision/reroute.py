@@ -67,14 +67,21 @@ class MapSize:
         self.size: tuple[int, int] | None = None
         self.recomputed: tuple[int, int] | None = None
         self.passes = 0
+        self.served = True
 
-    def begin(self, size: tuple[int, int] | None) -> None:
-        self.size = size
-        if not torch.compiler.is_compiling():  # one trace is one forward: nothing can be stale within it
-            self.passes += 1
+    def begin(self, size: tuple[int, int]) -> None:
+        if torch.compiler.is_compiling():  # one trace is one forward: nothing can be stale within it
+            self.size = size
+            return
+        # a pass that no attention has followed may still be to come: its tokens must not meet the size of this one
+        before = size if self.served else self.size
+        mixed = before is not None and before != size and before[0] * before[1] == size[0] * size[1]
+        self.size, self.served = None if mixed else size, False
+        self.passes += 1
 
     def for_tokens(self, attention: nn.Module, num_tokens: int) -> tuple[int, int] | None:
         """(H, W) of the map whose ``num_tokens`` tokens reached ``attention``; None if no pass belongs to them."""
+        self.served = True
         if torch.compiler.is_compiling():
             size = self.size
         elif _in_backward():

@@ -122,6 +122,7 @@ def distill_routers(
     check_int("steps", steps)
     check_int("num_queries", num_queries)
     check_int("save_every", save_every)
+    check_int("seed", seed, minimum=0)
     check_positive("lr", lr)
     attention = {n: m for n, m in routed_modules(model).items() if m.routing.router == "learned"}
     if not attention:

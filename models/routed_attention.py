@@ -78,8 +78,8 @@ class RoutedTokens(RoutedSelfAttention):
         if size is None:
             raise ValueError(
                 f"x: the size of the map behind these {tokens} tokens is unknown; a routed block runs once for each "
-                f"pass through the model's patch embedding (the last one made {self.map_size.size}), not on its own, "
-                "and is checkpointed with use_reentrant=False"
+                f"pass through the model's patch embedding (the last one made {self.map_size.size}), not on its own nor "
+                "after two of them in a row, and is checkpointed with use_reentrant=False"
             )
         return size, self.prefix
 

@@ -123,7 +123,9 @@ def load_routed_attention(path: str | os.PathLike, model: nn.Module | None = Non
         dtypes = [value.dtype for value in weights.values() if value.is_floating_point()]
         model = _build(about, "path").eval().to(max(dtypes, key=dtypes.count))
     else:
-        _compare(_shapes(template.state_dict()), _shapes(model.state_dict()), "model", ignore=".routing.")
+        backbone = {key: shape for key, shape in _shapes(template.state_dict()).items() if ".routing." not in key}
+        own = {key: shape for key, shape in _shapes(model.state_dict()).items() if ".routing." not in key}
+        _compare(backbone, own, "model")
         _compare(_architecture(template), _architecture(model), "model")
         check_routable(model, list(about["layers"]))
         if routed_layers(model):
@@ -146,10 +148,10 @@ def _build(about: dict, argument: str) -> nn.Module:
 
 
 def _swap(model: nn.Module, layers: dict[str, dict]) -> nn.Module:
-    return route_attention(model, layers=list(layers), **_one(layers))
+    return route_attention(model, layers=list(layers), **_settings(layers))
 
 
-def _one(layers: dict[str, dict]) -> dict:
+def _settings(layers: dict[str, dict]) -> dict:
     """The swap's arguments, the same for all layers."""
     settings = [{**part, "window_size": tuple(part["window_size"])} for part in layers.values()]
     if any(part != settings[0] for part in settings):
@@ -157,9 +159,8 @@ def _one(layers: dict[str, dict]) -> dict:
     return settings[0]
 
 
-def _compare(expected: dict, found: dict, argument: str, ignore: str = "\n") -> None:
-    keys = [key for key in {**expected, **found} if ignore not in key]
-    wrong = [key for key in keys if expected.get(key) != found.get(key)]
+def _compare(expected: dict, found: dict, argument: str) -> None:
+    wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
     if wrong:
         key = wrong[0]
         raise ValueError(

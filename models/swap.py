@@ -24,7 +24,7 @@ from .routed_attention import (
     routed_layers,
 )
 
-__all__ = ["route_attention", "routed_layers", "unroute_attention"]
+__all__ = ["route_attention", "unroute_attention"]
 
 # modules with "attention" in their name that are no self-attention of a whole map: the swap leaves them alone
 _LEFT_ALONE = {

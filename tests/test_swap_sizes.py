@@ -311,3 +311,15 @@ def test_exports(name, strict):
     with torch.no_grad():
         program = torch.export.export(model, (image(case),), strict=strict).module()
         close(program(image(case, seed=4)), model(image(case, seed=4)))
+
+
+def test_two_embeddings_before_the_blocks_are_not_mixed_up():
+    case = CASES["vit"]
+    model = routed(build(case))
+    with torch.no_grad():
+        expected = model(at(case, (8, 5)))
+        tokens = model.patch_embed(at(case, (5, 8))).flatten(1, 2)
+        model.patch_embed(at(case, (8, 5)))
+        with pytest.raises(ValueError, match="two of them in a row"):
+            model.blocks[0](torch.cat([model.cls_token.expand(len(tokens), -1, -1), tokens], 1))
+        assert torch.equal(model(at(case, (8, 5))), expected)
