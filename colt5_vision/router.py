@@ -1,7 +1,6 @@
 """The router: logits for every token, top-k on the logits, gates that carry the gradient."""
 
 import math
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from .checks import (
     token_count,
 )
 from .ops import coordinate_descent, route_topk, soft_topk
+from .ops.autocast import without_autocast
 from .ops.grid import cell_slots, slot_of_token
 from .positions import dispersed_rank, hashed_uniform
 
@@ -43,11 +43,6 @@ def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     """Tokens (B, N, C) at ``indices`` (B, ...) -> (B, ..., C)."""
     flat = indices.flatten(1).unsqueeze(-1).expand(-1, -1, x.shape[-1])
     return x.gather(1, flat).unflatten(1, indices.shape[1:])
-
-
-def without_autocast(device_type: str):
-    """A context without autocast, also on a device that has none (meta)."""
-    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
 def router_options(options: dict | None, num_routing_tokens: str) -> dict:

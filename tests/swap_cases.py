@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import timm
 import torch
+from colt5_vision.models import route_attention, routed_layers
 from timm.layers import Attention
 from timm.models.volo import VOLO
 
@@ -105,3 +106,17 @@ def gradients(model, x):
     out = model(x)
     out.square().sum().backward()
     return {name: p.grad for name, p in model.named_parameters()}
+
+
+def routed_case(case=CASES["vit"], share=0.25, dtype=torch.float32, trained=True, **how):
+    """A routed model; a learned router's correction is random unless it is not ``trained``."""
+    how = {"window_size": 3, "num_heavy_tokens_kv": share, "router": "learned"} | how
+    model = route_attention(build(case, dtype), **how)
+    if how["router"] == "learned" and trained:
+        for part in routed_layers(model).values():
+            torch.nn.init.normal_(part.correction[2].weight, std=3)
+    return model
+
+
+def picture(case=CASES["vit"], **how):
+    return image(case, dtype=torch.float32, **how)

@@ -275,3 +275,11 @@ def test_compiles_whole():
     inputs += [randn(2, 1, 6, seed=5).requires_grad_(), randn(1, 4, 37, 37).requires_grad_()]
     fast = torch.compile(with_bias(call), fullgraph=True, backend="aot_eager")
     assert_same(out_and_grads(fast, inputs), out_and_grads(with_bias(call), inputs))
+
+
+def test_autocast_does_not_reach_the_operator():
+    q, k, v = (x.detach().float() for x in leaves(1, 2, 35, 8))
+    call = {"grid_size": (5, 7), "window_size": 3, "pair_bias": lambda i, j: (i - j) * 0.1}
+    expected = routed_window_attention(q, k, v, **call)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(routed_window_attention(q, k, v, **call), expected)

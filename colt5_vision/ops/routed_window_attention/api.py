@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_float_tensor, check_int, check_mask, check_pair
+from ..autocast import without_autocast
 from . import reference
 from .gathered import PairBias, gathered_attention
 from .reference import Geometry
@@ -224,7 +225,10 @@ def routed_window_attention(
     exporting = torch.onnx.is_in_onnx_export()  # an ONNX file knows no custom operators
     if pair_bias is not None or exporting:
         geometry = _geometry(grid, scale)
-        out = gathered_attention(q, k, v, routed_indices, log_weights, key_mask, pair_bias, geometry, whole=exporting)
+        with without_autocast(q.device.type):
+            out = gathered_attention(
+                q, k, v, routed_indices, log_weights, key_mask, pair_bias, geometry, whole=exporting
+            )
         if query_indices is None:
             return out
         chosen = (query_indices + prefix).unsqueeze(1).unsqueeze(-1).expand(-1, heads, -1, head_dim)
