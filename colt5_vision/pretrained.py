@@ -115,6 +115,13 @@ def importance_logits(
     return total.clamp_min(torch.finfo(wide).tiny).log() / 2
 
 
+class _Linear(nn.Linear):
+    """Takes any dtype. It looks at its weight only while it runs: offloading and layerwise casting change it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class PretrainedRoutedAttention(nn.Module):
     """A stand-in for ``scaled_dot_product_attention`` over the tokens of a map, for weights trained with full attention.
 
@@ -162,9 +169,9 @@ class PretrainedRoutedAttention(nn.Module):
         if router == "learned":
             width = check_int("dim", dim)
             self.correction = nn.Sequential(
-                nn.Linear(width, 64, device=device, dtype=dtype),
+                _Linear(width, 64, device=device, dtype=dtype),
                 nn.GELU(),
-                nn.Linear(64, 1, device=device, dtype=dtype),
+                _Linear(64, 1, device=device, dtype=dtype),
             )
             nn.init.zeros_(self.correction[2].weight)  # starts as router="mean_query"
             nn.init.zeros_(self.correction[2].bias)
@@ -187,8 +194,7 @@ class PretrainedRoutedAttention(nn.Module):
         """(B, N), what training has added to the logits."""
         if features is None:
             raise ValueError("features: needed by router='learned'")
-        weight = self.correction[0].weight
-        correction = self.correction(features.detach().to(weight.dtype)).squeeze(-1)
+        correction = self.correction(features.detach()).squeeze(-1)
         return correction if correction.dtype == torch.float64 else correction.float()
 
     def gates(self, logits: Tensor, k: int, mask: Tensor | None) -> Tensor:
@@ -212,6 +218,7 @@ class PretrainedRoutedAttention(nn.Module):
         pair_bias: PairBias | None = None,
         scale: float | None = None,
         generator: torch.Generator | None = None,
+        num_heavy_tokens_kv: TokenCount | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """Routed keys of the map: (indices, log_weights), both (B, K), -1 for an empty slot; None for no keys.
 
@@ -220,7 +227,7 @@ class PretrainedRoutedAttention(nn.Module):
         batch, tokens = q.shape[0], q.shape[2] - num_prefix_tokens
         image = slice(num_prefix_tokens, None)
         mask = None if key_mask is None else key_mask[:, image]
-        slots = token_count("num_heavy_tokens_kv", self.num_heavy_tokens_kv, tokens)
+        slots = token_count("num_heavy_tokens_kv", num_heavy_tokens_kv or self.num_heavy_tokens_kv, tokens)
         if self.router == "window":
             return None
         if self.router in ("random", "grid", "mean_query_topk"):
@@ -249,11 +256,17 @@ class PretrainedRoutedAttention(nn.Module):
         return torch.where(valid, indices, -1), log_weights
 
     def _route_queries(
-        self, q: Tensor, k: Tensor, routed: tuple[Tensor, Tensor], mask: Tensor | None, scale: float | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        routed: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        scale: float | None,
+        count: TokenCount | None = None,
     ) -> Tensor:
         """Raster indices (B, Q) of the tokens that attend most to a few of the routed keys, against themselves; by
         content, without ``pair_bias``."""
-        slots = token_count("num_heavy_tokens_q", self.num_heavy_tokens_q, q.shape[2])
+        slots = token_count("num_heavy_tokens_q", count or self.num_heavy_tokens_q, q.shape[2])
         indices, log_weights = routed
         probe = torch.linspace(0, indices.shape[1] - 1, min(_PROBE_KEYS, indices.shape[1]), device=q.device).long()
         chosen = indices[:, probe]
@@ -279,6 +292,9 @@ class PretrainedRoutedAttention(nn.Module):
         pair_bias: PairBias | None = None,
         scale: float | None = None,
         generator: torch.Generator | None = None,
+        window_size: int | tuple[int, int] | None = None,
+        num_heavy_tokens_kv: TokenCount | None = None,
+        num_heavy_tokens_q: TokenCount | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -290,6 +306,7 @@ class PretrainedRoutedAttention(nn.Module):
             key_mask: (B, N) or (B, P + N) bool, True = may be attended to.
             pair_bias, scale: see :func:`~colt5_vision.ops.routed_window_attention`.
             generator: draws the sample; default: the module's.
+            window_size, num_heavy_tokens_kv, num_heavy_tokens_q: of this call; default: the module's.
 
         Returns:
             (B, heads, P + N, head_dim).
@@ -306,16 +323,18 @@ class PretrainedRoutedAttention(nn.Module):
             "pair_bias": pair_bias,
             "scale": scale,
         }
-        routed = self.route(q, k, features=features, generator=generator or self.generator, **call)
-        call["window_size"] = self.window_size
+        chosen = {"generator": generator or self.generator, "num_heavy_tokens_kv": num_heavy_tokens_kv}
+        routed = self.route(q, k, features=features, **chosen, **call)
+        call["window_size"] = window_size or self.window_size
         if routed is None:
             return routed_window_attention(q, k, v, **call)
         call |= {"routed_indices": routed[0], "log_weights": routed[1]}
-        if self.num_heavy_tokens_q is None:
+        count = num_heavy_tokens_q or self.num_heavy_tokens_q
+        if count is None:
             return routed_window_attention(q, k, v, **call)
         image = slice(num_prefix_tokens, None)
         mask = None if key_mask is None else key_mask[:, image]
-        queries = self._route_queries(q[:, :, image], k[:, :, image], routed, mask, scale)
+        queries = self._route_queries(q[:, :, image], k[:, :, image], routed, mask, scale, count)
         heavy = routed_window_attention(q, k, v, query_indices=queries, **call)
         call |= {"routed_indices": None, "log_weights": None}
         out = routed_window_attention(q, k, v, **call)

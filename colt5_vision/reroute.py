@@ -61,50 +61,74 @@ class MapSize:
 
     A pass begins with :meth:`begin` and serves each attention module once. In backward a checkpointed block runs again
     on the very tensor it got first, which :class:`BlockMarker` marked with the size of its own forward.
+
+    Attributes:
+        size: (H, W) in tokens; None: unknown.
+        num_text: tokens of a text that runs along, in some layers in one sequence with the map.
     """
 
     def __init__(self):
         self.size: tuple[int, int] | None = None
-        self.recomputed: tuple[int, int] | None = None
+        self.num_text = 0
+        self.recomputed: tuple[tuple[int, int] | None, int] = (None, 0)
         self.passes = 0
         self.served = True
 
-    def begin(self, size: tuple[int, int]) -> None:
+    def begin(self, size: tuple[int, int] | None, num_text: int = 0) -> None:
         if torch.compiler.is_compiling():  # one trace is one forward: nothing can be stale within it
-            self.size = size
+            self.size, self.num_text = size, num_text
+            return
+        if _in_backward():  # the whole map is made again, not a block alone
+            self.recomputed = (size, num_text)
             return
         # a pass that no attention has followed may still be to come: its tokens must not meet the size of this one
         before = size if self.served else self.size
-        mixed = before is not None and before != size and before[0] * before[1] == size[0] * size[1]
-        self.size, self.served = None if mixed else size, False
+        known = before is not None and size is not None
+        mixed = known and before != size and before[0] * before[1] == size[0] * size[1]
+        self.size, self.num_text, self.served = None if mixed else size, num_text, False
         self.passes += 1
 
-    def for_tokens(self, attention: nn.Module, num_tokens: int) -> tuple[int, int] | None:
-        """(H, W) of the map whose ``num_tokens`` tokens reached ``attention``; None if no pass belongs to them."""
+    def for_tokens(self, attention: nn.Module, num_tokens: int, with_text: bool = False) -> tuple[int, int] | None:
+        """(H, W) of the map whose ``num_tokens`` tokens, the text's among them if ``with_text``, reached ``attention``;
+        None if no pass belongs to them."""
         self.served = True
-        if torch.compiler.is_compiling():
-            size = self.size
-        elif _in_backward():
-            size = self.recomputed
-        else:
-            size = None if attention.__dict__.get("served_pass") == self.passes else self.size
-            attention.__dict__["served_pass"] = self.passes
-        return size if size is not None and size[0] * size[1] == num_tokens else None
+        size, num_text = self.size, self.num_text
+        if not torch.compiler.is_compiling():
+            if _in_backward():
+                size, num_text = self.recomputed
+            else:
+                size = None if attention.__dict__.get("served_pass") == self.passes else size
+                attention.__dict__["served_pass"] = self.passes
+        if size is None:
+            return None
+        return size if size[0] * size[1] + (num_text if with_text else 0) == num_tokens else None
 
 
 class BlockMarker:
-    """A forward pre-hook of a block."""
+    """A forward pre-hook (``with_kwargs``) of a block, whose first argument, or ``hidden_states``, is the tokens."""
 
     def __init__(self, map_size: MapSize):
         self.map_size = map_size
 
-    def __call__(self, block: nn.Module, args) -> None:
-        if torch.compiler.is_compiling() or not args or not isinstance(args[0], Tensor):
+    def __call__(self, block: nn.Module, args, kwargs) -> None:
+        x = args[0] if args else kwargs.get("hidden_states")
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor):
             return
-        x = args[0]
         if not _in_backward():
-            setattr(x, _MARK, self.map_size.size)
+            setattr(x, _MARK, (self.map_size.size, self.map_size.num_text))
         elif hasattr(x, _MARK):
             self.map_size.recomputed = getattr(x, _MARK)
         elif x.grad_fn is None:  # a detached copy starts here, not the output of the block before
-            self.map_size.recomputed = None
+            self.map_size.recomputed = (None, 0)
+
+
+def remove_hooks(model: nn.Module, kinds: tuple[type, ...]) -> None:
+    """Take the forward hooks and pre-hooks of these classes off a model."""
+    for module in model.modules():
+        for hooks, extra in (
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, kinds)]:
+                del hooks[key]
+                extra.pop(key, None)

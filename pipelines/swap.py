@@ -1,0 +1,294 @@
+"""Routed attention in a diffusers pipeline or model, and back: one call each."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from colt5_vision.checks import check_pair
+from colt5_vision.reroute import BlockMarker, remove_hooks
+
+from .config import RoutedAttentionConfig
+from .processor import ATTENTIONS, PROCESSORS, RoutedAttnProcessor
+from .sizes import (
+    PARENTS,
+    MapSizeHook,
+    Timestep,
+    TimestepHook,
+    map_of_layer,
+    patch_size,
+)
+
+__all__ = [
+    "RoutedAttentionReport",
+    "disable_routed_attention",
+    "enable_routed_attention",
+    "routed_layers",
+]
+
+_HOOKS = (MapSizeHook, TimestepHook, BlockMarker)
+
+
+class RoutedAttentionReport(dict):
+    """Names of the routed layers and the tokens they see at ``sample_size`` (None: unknown before a run).
+
+    Attributes:
+        exact: names of the other attention layers, and why each keeps full attention.
+    """
+
+    def __init__(self, routed: dict[str, int | None], exact: dict[str, str]):
+        super().__init__(routed)
+        self.exact = exact
+
+    def __str__(self) -> str:
+        lines = [f"{len(self)} layers routed, {len(self.exact)} as they were"]
+        lines += [f"  {name}: {'?' if tokens is None else f'{tokens:,}'} tokens" for name, tokens in self.items()]
+        lines += [f"  {name}: full attention, {reason}" for name, reason in self.exact.items()]
+        return "\n".join(lines)
+
+
+class _Layer:
+    """An attention module of a model: whether it can be routed, and what tells the size of its map."""
+
+    def __init__(self, model: nn.Module, name: str, attn: nn.Module):
+        self.model, self.name, self.attn = model, name, attn
+        self.parent_name, self.parent = _parent(model, name)
+        self.reason = self._obstacle()
+
+    def _obstacle(self) -> str | None:
+        attn, processor = self.attn, self.attn.processor
+        if not isinstance(attn, ATTENTIONS):
+            return f"no routed form of {type(attn).__name__}"
+        if getattr(attn, "is_cross_attention", False):
+            return "cross-attention"
+        if getattr(attn, "add_k_proj", None) is not None and getattr(attn, "add_q_proj", None) is None:
+            return "keys and values have projections added"
+        if ".fuser." in f".{self.name}.":
+            return "attends to more than the map"
+        maps = isinstance(attn, Attention) and attn.group_norm is not None  # (B, C, H, W) to itself
+        if self.parent is None and not maps:
+            return "nothing tells the size of its map"
+        if isinstance(processor, RoutedAttnProcessor):
+            processor = processor.exact
+        if type(processor) not in PROCESSORS:
+            return f"no routed form of the processor {type(processor).__name__}"
+        return None
+
+    def tokens(self, sample_size: tuple[int, int] | None) -> int | None:
+        if sample_size is None:
+            return None
+        height, width = map_of_layer(self.model, self.name, self.parent, sample_size)
+        return height * width
+
+
+def _parent(model: nn.Module, name: str) -> tuple[str, nn.Module | None]:
+    parts = name.split(".")
+    for i in reversed(range(len(parts))):
+        around = model.get_submodule(".".join(parts[:i]))
+        if isinstance(around, PARENTS):
+            return ".".join(parts[:i]), around
+    return "", None
+
+
+def _layers(model: nn.Module) -> list[_Layer]:
+    found = [(name, m) for name, m in model.named_modules() if hasattr(m, "set_processor") and hasattr(m, "processor")]
+    return [_Layer(model, name, m) for name, m in found]
+
+
+def _models(pipe_or_model) -> dict[str, nn.Module]:
+    """The models to route, by the prefix of their layers' names: what denoises, not the autoencoder."""
+    if isinstance(pipe_or_model, DiffusionPipeline):
+        found = {}
+        for name, part in pipe_or_model.components.items():
+            part = getattr(part, "_orig_mod", part)
+            own = type(part).__module__
+            if isinstance(part, nn.Module) and own.startswith("diffusers.") and ".autoencoders." not in own:
+                found[f"{name}."] = part
+        return found
+    if isinstance(pipe_or_model, nn.Module):
+        return {"": getattr(pipe_or_model, "_orig_mod", pipe_or_model)}
+    raise TypeError(f"pipe_or_model: expected a diffusers pipeline or model, got {type(pipe_or_model).__name__}")
+
+
+def _chosen(layers: dict[str, _Layer], wanted: Sequence[int | str] | None) -> dict[str, _Layer]:
+    able = {name: layer for name, layer in layers.items() if layer.reason is None}
+    if wanted is None:
+        return able
+    names, chosen = list(able), set()
+    for one in wanted:
+        if isinstance(one, int):
+            if not -len(names) <= one < len(names):
+                raise ValueError(f"layers: expected indices in [0, {len(names)}), got {one}")
+            matches = [names[one]]
+        else:
+            matches = [name for name in names if fnmatchcase(name, one)]
+        if not matches:
+            why = f": {layers[one].reason}" if one in layers else f"; there are {', '.join(names[:3])}, ..."
+            raise ValueError(f"layers: {one!r} is no layer that can be routed{why}")
+        chosen.update(matches)
+    return {name: layer for name, layer in able.items() if name in chosen}
+
+
+def _sample_size(model: nn.Module, pipe, given: tuple[int, int] | None) -> tuple[int, int] | None:
+    """(H, W) of the latents to expect."""
+    if given is not None:
+        return given
+    size = getattr(getattr(model, "config", None), "sample_size", None)
+    size = getattr(pipe, "default_sample_size", None) if size is None else size
+    return None if size is None else check_pair("sample_size", size)
+
+
+def _counted(reasons: list[str]) -> str:
+    return ", ".join(f"{reason} ({reasons.count(reason)})" for reason in dict.fromkeys(reasons))
+
+
+def enable_routed_attention(
+    pipe_or_model: DiffusionPipeline | nn.Module,
+    config: RoutedAttentionConfig | None = None,
+    *,
+    sample_size: int | tuple[int, int] | None = None,
+) -> RoutedAttentionReport:
+    """Route the self-attention of a diffusers pipeline or model, in place, with its pretrained weights.
+
+    For UNets (Stable Diffusion 1.5, 2.1, XL, DDPM, with their ControlNets), DiT, PixArt, SD3 and Flux. Do it after
+    loading IP-Adapters and fusing projections (both replace processors), and before offloading and compiling. Call
+    :func:`disable_routed_attention` to undo it.
+
+    Args:
+        pipe_or_model: a pipeline, whose denoising models are routed, not its autoencoder; or a model.
+        config: None: :class:`RoutedAttentionConfig` as it is by default.
+        sample_size: (H, W) of the latents to expect, for the report and its check, and for a Flux model that is compiled
+            as a whole; default: the model's own. Any other size runs as well.
+
+    Returns:
+        :class:`RoutedAttentionReport`; print it.
+
+    Raises:
+        TypeError, ValueError: naming the argument, or saying why no layer would be routed; nothing is changed then.
+
+    Source: CoLT5 (arXiv 2303.09752); DESIGN sections 2.2 and 2.3.
+    """
+    config = RoutedAttentionConfig() if config is None else config
+    if not isinstance(config, RoutedAttentionConfig):
+        raise TypeError(f"config: expected a RoutedAttentionConfig, got {type(config).__name__}")
+    sample_size = None if sample_size is None else check_pair("sample_size", sample_size)
+    models = _models(pipe_or_model)
+    pipe = pipe_or_model if isinstance(pipe_or_model, DiffusionPipeline) else None
+    if routed_layers(pipe_or_model):
+        raise ValueError("pipe_or_model: is routed already, call disable_routed_attention first")
+    layers = {prefix + layer.name: layer for prefix, model in models.items() for layer in _layers(model)}
+    chosen = _chosen(layers, config.layers)
+    sizes = {model: _sample_size(model, pipe, sample_size) for model in models.values()}
+    routed, exact = {}, {name: layer.reason for name, layer in layers.items() if layer.reason is not None}
+    for name, layer in layers.items():
+        if name in chosen:
+            tokens = layer.tokens(sizes[layer.model])
+            if tokens is not None and tokens < config.min_tokens:
+                exact[name] = f"{tokens} tokens, fewer than min_tokens = {config.min_tokens}"
+            elif tokens is not None and not config.needs_timestep and config.settings(tokens) is None:
+                exact[name] = f"the schedule says so for {tokens} tokens"
+            else:
+                routed[name] = tokens
+        elif name not in exact:
+            exact[name] = "not among layers"
+    if not routed:
+        what = f"{type(pipe_or_model).__name__} with latents of {next(iter(sizes.values()), None)}"
+        reasons = _counted(list(exact.values())) or "it has no attention processors"
+        raise ValueError(
+            f"pipe_or_model: no layer of {what} would be routed: {reasons}. For larger latents tell sample_size=(H, W)"
+        )
+    processors = {name: _processor(config, layer) for name, layer in chosen.items()}
+    # nothing can fail from here on
+    for model in models.values():
+        _clean(model)
+    hooks: dict[nn.Module, MapSizeHook] = {}
+    clocks: dict[nn.Module, Timestep] = {}
+    for name, layer in chosen.items():
+        parent, processor = layer.parent, processors[name]
+        if parent is not None:
+            if parent not in hooks:
+                hooks[parent] = _hook_size(parent, sizes[layer.model])
+            processor.map_size = hooks[parent].map_size
+            _mark(layer, hooks[parent])
+        if config.needs_timestep:
+            if layer.model not in clocks:
+                clocks[layer.model] = Timestep()
+                hook = TimestepHook(layer.model, clocks[layer.model])
+                layer.model.register_forward_pre_hook(hook, with_kwargs=True)
+            processor.timestep = clocks[layer.model]
+        layer.attn.set_processor(processor)
+    return RoutedAttentionReport(routed, exact)
+
+
+def _processor(config: RoutedAttentionConfig, layer: _Layer) -> RoutedAttnProcessor:
+    attn, where = layer.attn, {}
+    if config.router == "learned":
+        weight = attn.to_q.weight
+        plain = weight.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        # a float8 weight is cast for storage; an offloaded one lies on no device
+        where = {"dtype": weight.dtype if plain else torch.float32, "dim": attn.to_k.out_features}
+        where["device"] = "cpu" if weight.device.type == "meta" else weight.device
+    exact = attn.processor.exact if isinstance(attn.processor, RoutedAttnProcessor) else attn.processor
+    return RoutedAttnProcessor(config, exact=exact, **where).train(attn.training)
+
+
+def _hook_size(parent: nn.Module, sample_size: tuple[int, int] | None) -> MapSizeHook:
+    told = None if sample_size is None else tuple(side // patch_size(parent) for side in sample_size)
+    hook = MapSizeHook(parent, told)
+    parent.register_forward_pre_hook(hook, with_kwargs=True)
+    return hook
+
+
+def _mark(layer: _Layer, hook: MapSizeHook) -> None:
+    """Mark what runs again in backward when checkpointed: an element of a list of blocks of the parent."""
+    local = layer.name[len(layer.parent_name) :].lstrip(".")
+    block = layer.parent.get_submodule(".".join(local.split(".")[:2]))
+    if not any(isinstance(hook, BlockMarker) for hook in block._forward_pre_hooks.values()):
+        block.register_forward_pre_hook(BlockMarker(hook.map_size), with_kwargs=True)
+
+
+def _clean(model: nn.Module) -> bool:
+    """Put the processors back that were there before, take the hooks off; whether there was anything."""
+    routed = [m for m in model.modules() if isinstance(getattr(m, "processor", None), RoutedAttnProcessor)]
+    hooks = [hook for m in model.modules() for hook in m._forward_pre_hooks.values() if isinstance(hook, _HOOKS)]
+    for attn in routed:
+        attn.set_processor(attn.processor.exact)
+    remove_hooks(model, _HOOKS)
+    return bool(routed or hooks)
+
+
+def disable_routed_attention(pipe_or_model: DiffusionPipeline | nn.Module) -> None:
+    """Undo :func:`enable_routed_attention`, in place: processors, weights and outputs are what they were.
+
+    Processors that diffusers has put in place of the routed ones since then stay.
+
+    Raises:
+        TypeError, ValueError: if it is no pipeline or model, or was never routed.
+    """
+    cleaned = [_clean(model) for model in _models(pipe_or_model).values()]
+    if not any(cleaned):
+        raise ValueError("pipe_or_model: nothing is routed, expected one that went through enable_routed_attention")
+
+
+def routed_layers(pipe_or_model: DiffusionPipeline | nn.Module) -> dict[str, RoutedAttnProcessor]:
+    """Names of the layers that are routed now, and their processors.
+
+    diffusers replaces processors without a word in ``set_default_attn_processor``, ``set_attn_processor``,
+    ``set_attention_slice`` and ``enable_attention_slicing``, ``fuse_qkv_projections`` of UNets and SD3, and
+    ``unload_ip_adapter``: what they replaced is missing here.
+
+    Raises:
+        TypeError: if it is no pipeline or model.
+    """
+    found = {}
+    for prefix, model in _models(pipe_or_model).items():
+        for layer in _layers(model):
+            processor = layer.attn.processor
+            # unload_ip_adapter makes every processor anew, without what tells the size
+            alone = layer.parent is not None and getattr(processor, "map_size", None) is None
+            if isinstance(processor, RoutedAttnProcessor) and not alone:
+                found[prefix + layer.name] = processor
+    return found
