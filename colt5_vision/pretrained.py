@@ -2,9 +2,9 @@
 
 Keys are chosen by *sampling*, and what is left out is represented, not dropped: token j is routed with probability
 ``π_j`` and stands for ``1 / π_j`` tokens, ``-log π_j`` added to its logit (a Horvitz-Thompson estimate of both sums of
-the softmax beyond a query's own window; within it, tail keys count about twice, being there exactly as well). The
-probabilities are soft top-k gates of a token's importance, its root mean square attention over a sample of queries:
-heavy hitters have ``π = 1`` and are exact, with weight 1, while the tail is thinned out in proportion.
+the softmax beyond a query's own window; within it every key is there itself). The probabilities are soft top-k gates of
+a token's importance, its root mean square attention over a sample of queries: heavy hitters have
+``π = 1`` and are exact, with weight 1, while the tail is thinned out in proportion.
 """
 
 import torch
@@ -328,7 +328,7 @@ class PretrainedRoutedAttention(nn.Module):
         call["window_size"] = window_size or self.window_size
         if routed is None:
             return routed_window_attention(q, k, v, **call)
-        call |= {"routed_indices": routed[0], "log_weights": routed[1]}
+        call |= {"routed_indices": routed[0], "log_weights": routed[1], "weight_own_window": False}
         count = num_heavy_tokens_q or self.num_heavy_tokens_q
         if count is None:
             return routed_window_attention(q, k, v, **call)

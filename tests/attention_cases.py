@@ -36,10 +36,18 @@ def operator(**call):
 
 
 def dense(
-    *, grid_size, window_size, routed_indices=None, num_prefix_tokens=0, scale=None, key_mask=None, query_indices=None
+    *,
+    grid_size,
+    window_size,
+    routed_indices=None,
+    num_prefix_tokens=0,
+    scale=None,
+    key_mask=None,
+    query_indices=None,
+    weight_own_window=True,
 ):
     def run(q, k, v, weights=None):
-        rest = (routed_indices, weights, key_mask, num_prefix_tokens, scale)
+        rest = (routed_indices, weights, key_mask, num_prefix_tokens, scale, weight_own_window)
         out = dense_attention(q, k, v, grid_size, window_size, *rest)
         if query_indices is None:
             return out

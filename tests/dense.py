@@ -10,9 +10,9 @@ def window_of(height, width, window):
 
 
 def dense_attention(
-    q, k, v, grid_size, window_size, routed=None, log_weights=None, key_mask=None, prefix=0, scale=None
+    q, k, v, grid_size, window_size, routed=None, log_weights=None, key_mask=None, prefix=0, scale=None, own=True
 ):
-    """Attention under the mask window ∪ routed ∪ prefix, all logits in one matrix."""
+    """Attention under the mask window ∪ routed ∪ prefix, all logits in one matrix; ``own``: is weight_own_window."""
     batch, heads, length, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
     win = window_of(*grid_size, window_size)
@@ -32,7 +32,8 @@ def dense_attention(
     mask = torch.ones(batch, heads, length, length, dtype=torch.bool)
     mask[:, :, prefix:, prefix:] = allowed
     full_bias = torch.zeros(batch, heads, length, length, dtype=q.dtype)
-    full_bias[:, :, prefix:, prefix:] = bias[:, :, None]
+    same = win[:, None] == win[None, :]
+    full_bias[:, :, prefix:, prefix:] = bias[:, :, None] if own else bias[:, :, None].masked_fill(same, 0)
     if key_mask is not None:
         if key_mask.shape[1] != length:
             key_mask = torch.nn.functional.pad(key_mask, (prefix, 0), value=True)

@@ -28,7 +28,9 @@ def lookup(table):
     return lambda i, j: table[batch, heads, i, j]
 
 
-def dense_with_bias(*, grid_size, window_size, routed_indices, num_prefix_tokens, key_mask, query_indices, scale):
+def dense_with_bias(
+    *, grid_size, window_size, routed_indices, num_prefix_tokens, key_mask, query_indices, scale, weight_own_window=True
+):
     """Plain attention over all keys, its mask built pair by pair."""
 
     def run(q, k, v, weights, table):
@@ -56,7 +58,10 @@ def dense_with_bias(*, grid_size, window_size, routed_indices, num_prefix_tokens
             bias = bias.index_put(tuple(torch.tensor(columns).T), values.to(q.dtype))
         image = torch.arange(length) >= prefix  # prefix queries see every key as it is
         logits = q @ k.mT * (dim**-0.5 if scale is None else scale)
-        logits = logits + bias.unsqueeze(2) * image[:, None] + (0 if table is None else table)
+        weighed = image[:, None].expand(length, length).clone()
+        if not weight_own_window:
+            weighed[prefix:, prefix:] &= window[:, None] != window[None, :]
+        logits = logits + bias.unsqueeze(2) * weighed + (0 if table is None else table)
         if key_mask is not None:
             full = torch.ones(batch, length, dtype=torch.bool)
             full[:, length - key_mask.shape[1] :] = key_mask
@@ -107,6 +112,7 @@ def problems(draw):
         "query_indices": distinct((batch,), draw(st.integers(1, tokens)), tokens, seed + 7)
         if draw(st.booleans())
         else None,
+        "weight_own_window": draw(st.booleans()),
     }
     return [q, k, v, None if weights is None else weights.requires_grad_(), table], call
 

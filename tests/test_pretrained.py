@@ -83,7 +83,7 @@ def test_every_router_is_attention_to_the_window_and_what_it_routes(router, keys
     slots = {1: 1, 5: 5, 0.25: 10, 400: TOKENS}[keys]
     assert abs(indices.shape[1] - slots) <= 1 and weights.shape == indices.shape
     assert (indices >= 0).any(1).all() and (weights[indices >= 0] >= 0).all()
-    close(out, dense_attention(q, k, v, GRID, 3, indices, weights, mask, 2))
+    close(out, dense_attention(q, k, v, GRID, 3, indices, weights, mask, 2, own=False))
 
 
 def test_controls_stand_for_what_they_leave_out():

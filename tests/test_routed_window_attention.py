@@ -49,6 +49,7 @@ def problems(draw):
         call["key_mask"] = randn(batch, masked, seed=seed + 6) > draw(st.sampled_from([-1, 0.5]))
     if draw(st.booleans()):
         call["query_indices"] = distinct((batch,), draw(st.integers(1, tokens)), tokens, seed + 7)
+    call["weight_own_window"] = draw(st.booleans())
     return [q, k, v, weights], call
 
 
@@ -79,11 +80,17 @@ def plain_path(monkeypatch):
     monkeypatch.setattr(sdpa, "_PLAIN_LOGITS", 100)  # several chunks
 
 
-@settings(max_examples=150)
-@given(problems())
-def test_equals_dense_masked_attention(problem):
-    inputs, call = problem
-    assert_same(out_and_grads(operator(**call), inputs), out_and_grads(dense(**call), inputs))
+@pytest.mark.parametrize("pairs", [1 << 24, 1, 300])
+def test_equals_dense_masked_attention(pairs, monkeypatch):
+    monkeypatch.setattr(reference, "_PAIRS", pairs)  # one call for all windows, one each, a few
+
+    @settings(max_examples=100)
+    @given(problems())
+    def check(problem):
+        inputs, call = problem
+        assert_same(out_and_grads(operator(**call), inputs), out_and_grads(dense(**call), inputs))
+
+    check()
 
 
 def test_plain_path_equals_dense_masked_attention(plain_path):

@@ -58,12 +58,13 @@ def test_export():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bare", [False, True])
-def test_opcheck(dtype, bare):
+@pytest.mark.parametrize("own", [0, 1])
+def test_opcheck(dtype, bare, own):
     q, k, v = leaves(2, 4, 22, 8, dtype=dtype)
     routed, mask, queries = distinct((2, 2), 3, 20), randn(2, 22, seed=5) > -1, distinct((2,), 5, 20)
     rest = (None, None, None) if bare else (randn(2, 2, 3, dtype=dtype).requires_grad_(), mask, queries)
     op = torch.ops.colt5_vision.routed_window_attention.default
-    torch.library.opcheck(op, (q, k, v, routed, *rest, [2, 4, 5, 2, 3], 0.3), rtol=1e-2, atol=1e-2)
+    torch.library.opcheck(op, (q, k, v, routed, *rest, [2, 4, 5, 2, 3, own], 0.3), rtol=1e-2, atol=1e-2)
 
 
 class LargestOutput(TorchDispatchMode):
@@ -78,7 +79,8 @@ class LargestOutput(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("queries", [False, True])
-def test_memory_is_linear(monkeypatch, queries):
+@pytest.mark.parametrize("own", [False, True])
+def test_memory_is_linear(monkeypatch, queries, own):
     tokens, num_routed, dim, mode = 128 * 128, 128, 16, LargestOutput()
 
     def watched(function):
@@ -92,7 +94,8 @@ def test_memory_is_linear(monkeypatch, queries):
         monkeypatch.setattr(reference, name, watched(getattr(reference, name)))
     inputs = [*leaves(1, 1, tokens, dim, dtype=torch.float32), torch.zeros(1, num_routed, requires_grad=True)]
     call = {"grid_size": (128, 128), "window_size": 8, "routed_indices": distinct((1,), num_routed, tokens)}
-    call["key_mask"] = randn(1, tokens, seed=5) > 0
+    call |= {"key_mask": randn(1, tokens, seed=5) > 0, "weight_own_window": own}
+    monkeypatch.setattr(reference, "_PAIRS", tokens * dim)
     if queries:
         call["query_indices"] = distinct((1,), tokens // 2, tokens)
     kept = {}
@@ -138,6 +141,7 @@ BAD = [
     ("key_mask", TypeError, [[[True] * 13] * 2]),
     ("query_indices", TypeError, [[[0], [1]]]),
     ("scale", TypeError, ["1", True]),
+    ("weight_own_window", TypeError, [1, None, "yes"]),
 ]
 
 

@@ -28,3 +28,9 @@ def slot_of_token(height: int, width: int, cell: tuple[int, int], device) -> Ten
     x = torch.arange(width, device=device).unsqueeze(0)
     slot = ((y // ch) * cols + x // cw) * (ch * cw) + (y % ch) * cw + x % cw
     return slot.reshape(-1)
+
+
+def window_of_token(height: int, width: int, cell: tuple[int, int], device) -> Tensor:
+    """(N,), the cell of each token in raster order."""
+    area = min(cell[0], height) * min(cell[1], width)
+    return torch.div(slot_of_token(height, width, cell, device), area, rounding_mode="floor")

@@ -14,8 +14,8 @@ from .reference import Geometry
 
 
 def _geometry(grid: list[int], scale: float) -> Geometry:
-    prefix, height, width, window_height, window_width = grid
-    return Geometry(prefix, height, width, (window_height, window_width), scale)
+    prefix, height, width, window_height, window_width, weight_own_window = grid
+    return Geometry(prefix, height, width, (window_height, window_width), scale, bool(weight_own_window))
 
 
 def _head_last(x: Tensor) -> Tensor:
@@ -137,6 +137,7 @@ def routed_window_attention(
     scale: float | None = None,
     query_indices: Tensor | None = None,
     pair_bias: PairBias | None = None,
+    weight_own_window: bool = True,
 ) -> Tensor:
     """One softmax over the keys of a token's own window and a few routed keys of the whole map.
 
@@ -161,6 +162,8 @@ def routed_window_attention(
             (1, 1, G, L, 1), and of keys, (B or 1, heads or 1, G, 1, S), it returns what is added to their logits,
             broadcastable to (B, heads, G, L, S). Differentiable. Only pairs that see each other are asked for; logits
             are then held, O(N (w² + K)) of them, a few windows at a time.
+        weight_own_window: whether ``log_weights`` hold for queries in the key's own window as well. False, for a key
+            whose weight stands for tokens that were left out: in its own window none was.
 
     Returns:
         (B, heads, P + N, head_dim), or (B, heads, P + Q, head_dim) with ``query_indices``; the dtype of ``q``.
@@ -221,7 +224,10 @@ def routed_window_attention(
         raise TypeError(f"scale: expected a number, got {scale!r} ({type(scale).__name__})")
     elif not (0 < scale < math.inf):
         raise ValueError(f"scale: expected a positive finite number, got {scale}")
-    grid = [prefix, height, width, min(window[0], height), min(window[1], width)]
+    if not isinstance(weight_own_window, bool):
+        raise TypeError(f"weight_own_window: expected a bool, got {weight_own_window!r}")
+    everywhere = weight_own_window or log_weights is None  # the same without weights
+    grid = [prefix, height, width, min(window[0], height), min(window[1], width), int(everywhere)]
     exporting = torch.onnx.is_in_onnx_export()  # an ONNX file knows no custom operators
     if pair_bias is not None or exporting:
         geometry = _geometry(grid, scale)

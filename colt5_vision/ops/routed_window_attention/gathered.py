@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..grid import cell_slots, slot_of_token
+from ..grid import cell_slots, slot_of_token, window_of_token
 from .reference import Geometry, free_keys
 
 PairBias = Callable[[Tensor, Tensor], Tensor]
@@ -93,17 +93,25 @@ def gathered_attention(
         weight = torch.nn.functional.pad(log_weights, (geo.prefix, 0))
         seen_valid = seen_valid & (weight > float("-inf"))
     free = free_keys(routed, key_mask, geo)  # (B, R, N)
+    window_of = window_of_token(geo.height, geo.width, geo.window, q.device)
+    seen_window = torch.nn.functional.pad(window_of[routed.clamp_min(0)], (geo.prefix, 0), value=-1)
 
     def windows(rows: Tensor, within: Tensor) -> Tensor:
         groups, area = rows.shape
 
         def with_seen(own: Tensor, seen: Tensor) -> Tensor:
-            both = torch.cat([seen.unsqueeze(2).expand(-1, -1, groups, -1), own], -1)
+            both = torch.cat([seen.expand(-1, -1, groups, -1), own], -1)
             return both.repeat_interleave(share, 1)
 
-        keys = with_seen(rows.expand(batch, routes, -1, -1), seen)
-        valid = with_seen(free[..., rows - geo.prefix] & within, seen_valid)
-        weights = None if weight is None else with_seen(weight.new_zeros(batch, routes, groups, area), weight)
+        beyond = seen_valid.unsqueeze(2)
+        if not geo.weight_own_window:
+            own = window_of[rows[:, 0] - geo.prefix].unsqueeze(-1)
+            beyond = beyond & (seen_window.unsqueeze(2) != own)
+        keys = with_seen(rows.expand(batch, routes, -1, -1), seen.unsqueeze(2))
+        valid = with_seen(free[..., rows - geo.prefix] & within, beyond)
+        weights = None
+        if weight is not None:
+            weights = with_seen(weight.new_zeros(batch, routes, groups, area), weight.unsqueeze(2))
         return _attend(q, k, v, rows, keys, valid, weights, pair_bias, geo.scale)
 
     per_window = batch * heads * slots.shape[1] * (slots.shape[1] + seen.shape[-1])

@@ -2,16 +2,21 @@
 
 Three parts. *Window*: every token to the keys of its window that are not routed. *Routed*: every querying token to the
 prefix tokens and the routed keys, with their log weights. *Prefix*: the prefix tokens to everything. No key counts
-twice for a query, so window and routed part join into one softmax.
+twice for a query, so window and routed part join into one softmax. Where the log weights do not hold within the window
+(``Geometry.weight_own_window``), the window part has all keys of the window, and the routed part those beyond it: its
+queries then go window by window, as each window has a bias of its own.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..grid import cell_slots, slot_of_token
 from .sdpa import attend, attend_backward, masked_logit
+
+_PAIRS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Geometry:
     width: int
     window: tuple[int, int]
     scale: float
+    weight_own_window: bool = True
 
     @property
     def tokens(self) -> int:
@@ -40,11 +46,15 @@ class _Plan:
     routed: Tensor | None  # (B, heads, K, 1) index into the P + N keys
     used: Tensor | None  # (B, heads, K, 1), False for an empty slot or a masked key
     routed_bias: Tensor | None  # (B, heads or 1, 1, P + K)
+    routed_window: Tensor | None  # (B, heads or 1, P + K) window of a routed key, -1 for the prefix
     prefix_bias: Tensor | None  # (B, 1, 1, P + N)
 
 
 def free_keys(routed: Tensor, key_mask: Tensor | None, geo: Geometry) -> Tensor:
-    """(B, R, N), True for a key that is valid and not routed: what a window may still read."""
+    """(B, R, N), True for a key that a window may read: valid and, if the routed part has it for all, not routed."""
+    if not geo.weight_own_window:
+        every = torch.ones(*routed.shape[:2], geo.tokens, dtype=torch.bool, device=routed.device)
+        return every if key_mask is None else every & key_mask[:, None, geo.prefix :]
     taken = torch.zeros(*routed.shape[:2], geo.tokens + 1, dtype=torch.bool, device=routed.device)
     # empty slots land in the spare last column
     free = ~taken.scatter(-1, torch.where(routed >= 0, routed, geo.tokens), True)[..., : geo.tokens]
@@ -65,10 +75,11 @@ def _plan(query: Tensor, routed: Tensor, log_weights: Tensor | None, key_mask: T
 
     slots, inside = cell_slots(geo.height, geo.width, geo.window, query.device)
     slot = slot_of_token(geo.height, geo.width, geo.window, query.device)
-    plan = _Plan(slots, inside, slot, None, None, None, None, None)
+    plan = _Plan(slots, inside, slot, None, None, None, None, None, None)
 
     used = routed >= 0
-    if num_routed or key_mask is not None or slots.numel() != geo.tokens:
+    taken = num_routed and geo.weight_own_window
+    if taken or key_mask is not None or slots.numel() != geo.tokens:
         free = free_keys(routed, key_mask, geo)
         valid = free[..., slots] & inside  # (B, R, windows, w*w)
         plan.window_bias = per_head(bias(valid.transpose(1, 2).flatten(0, 1)), 1).unsqueeze(2)
@@ -83,6 +94,10 @@ def _plan(query: Tensor, routed: Tensor, log_weights: Tensor | None, key_mask: T
         if key_mask is not None:
             prefix.masked_fill_(~key_mask[:, None, : geo.prefix], off)
         plan.routed_bias = per_head(torch.cat([prefix, part], -1), 1).unsqueeze(2)
+        if not geo.weight_own_window:
+            window = slot[routed.clamp_min(0)] // slots.shape[1]
+            window = torch.nn.functional.pad(window, (geo.prefix, 0), value=-1)
+            plan.routed_window = per_head(window, 1)
         plan.routed = index.repeat_interleave(heads // routes, 1).unsqueeze(-1)
         plan.used = used.repeat_interleave(heads // routes, 1).unsqueeze(-1)
     if geo.prefix and key_mask is not None:
@@ -117,6 +132,63 @@ def _blank_masked(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor
     return k.masked_fill(off, 0), v.masked_fill(off, 0)
 
 
+def _beyond(plan: _Plan, window: Tensor, off: float) -> Tensor:
+    """The bias of the prefix and the routed keys for queries of each window: a window's own keys are switched off.
+
+    Args:
+        window: (B or 1, L), of each query.
+
+    Returns:
+        (B, heads or 1, L, P + K).
+    """
+    own = plan.routed_window.unsqueeze(2) == window[:, None, :, None]
+    return plan.routed_bias.masked_fill(own, off)
+
+
+@dataclass
+class _Group:
+    """Queries of the routed part that go through one call, and the place of the call's results."""
+
+    rows: tuple  # index of the queries, (B, heads, Q, D) or, window by window, (B * windows, heads, w*w, D)
+    keys: slice  # of the batch
+    spread: int  # how often those keys stand side by side: the windows
+    bias: Tensor
+
+
+def _groups(query: Tensor, keys: Tensor, plan: _Plan, geo: Geometry, query_indices: Tensor | None) -> Iterator[_Group]:
+    """The routed part in calls, none with much more than ``_PAIRS`` gradients of keys or biases at once."""
+    if geo.weight_own_window:
+        yield _Group((slice(None),), slice(None), 1, plan.routed_bias)
+        return
+    off = masked_logit(query)
+    batch, heads, length, head_dim = keys.shape
+    if query_indices is None:
+        count = plan.slots.shape[0]
+        step = max(1, _PAIRS // max(1, heads * length * head_dim))
+        for sample in range(batch):
+            one = replace(
+                plan,
+                routed_bias=plan.routed_bias[sample : sample + 1],
+                routed_window=plan.routed_window[sample : sample + 1],
+            )
+            for start in range(0, count, step):
+                window = torch.arange(start, min(start + step, count), device=query.device)
+                bias = _beyond(one, window.unsqueeze(0), off)[0].transpose(0, 1).unsqueeze(2)
+                rows = slice(sample * count + start, sample * count + start + len(window))
+                yield _Group((rows,), slice(sample, sample + 1), len(window), bias)
+        return
+    window = plan.slot[query_indices] // plan.slots.shape[1]
+    step = max(1, _PAIRS // max(1, batch * plan.routed_window.shape[1] * length))
+    for start in range(0, query.shape[2], step):
+        rows = slice(start, start + step)
+        yield _Group((slice(None), slice(None), rows), slice(None), 1, _beyond(plan, window[:, rows], off))
+
+
+def _spread(x: Tensor, group: _Group) -> Tensor:
+    x = x[group.keys]
+    return x if group.spread == 1 else x.expand(group.spread, -1, -1, -1)
+
+
 def _queries(x: Tensor, geo: Geometry, query_indices: Tensor | None) -> Tensor:
     """The querying image tokens of (B, heads, P + N, ...)."""
     x = x[:, :, geo.prefix :]
@@ -140,21 +212,45 @@ def forward(
     batch = q.shape[0]
     plan = _plan(q, routed, log_weights, key_mask, geo)
     k, v = _blank_masked(k, v, key_mask)
-    out, lse = attend(*(_windows(x, plan, geo) for x in (q, k, v)), plan.window_bias, geo.scale)
+    by_window = plan.routed is not None and not geo.weight_own_window and query_indices is None
+    query, key, value = (_windows(x, plan, geo) for x in (q, k, v))
+    out, lse = attend(query, key, value, plan.window_bias, geo.scale)
+    if by_window:
+        out, lse = _joined(out, lse, query, k, v, plan, geo, None)
     out, lse = _raster(out, plan, batch), _raster(lse.unsqueeze(-1), plan, batch).squeeze(-1)
     if query_indices is not None:
         whole = Geometry(0, geo.height, geo.width, geo.window, geo.scale)
         out, lse = _queries(out, whole, query_indices), _queries(lse, whole, query_indices)
-    if plan.routed is not None:
-        keys, values = _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
-        routed_out, routed_lse = attend(_queries(q, geo, query_indices), keys, values, plan.routed_bias, geo.scale)
-        share = torch.sigmoid(routed_lse - lse).unsqueeze(-1)  # exp(routed_lse - logaddexp(lse, routed_lse))
-        out, lse = torch.lerp(out, routed_out, share.to(out.dtype)), torch.logaddexp(lse, routed_lse)
+    if plan.routed is not None and not by_window:
+        out, lse = _joined(out, lse, _queries(q, geo, query_indices), k, v, plan, geo, query_indices)
     if geo.prefix:
         prefix_out, prefix_lse = attend(q[:, :, : geo.prefix], k, v, plan.prefix_bias, geo.scale)
         out, lse = torch.cat([prefix_out, out], 2), torch.cat([prefix_lse, lse], 2)
     empty = lse < masked_logit(q) / 2
     return out.masked_fill(empty.unsqueeze(-1), 0), lse.masked_fill(empty, float("inf"))
+
+
+def _joined(
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: _Plan,
+    geo: Geometry,
+    query_indices: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The window part and the routed part as one softmax."""
+    keys, values = _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
+    outs, lses = [], []
+    for group in _groups(query, keys, plan, geo, query_indices):
+        part = attend(query[group.rows], _spread(keys, group), _spread(values, group), group.bias, geo.scale)
+        outs.append(part[0])
+        lses.append(part[1])
+    dim = 0 if query_indices is None else 2
+    routed_out, routed_lse = (x[0] if len(x) == 1 else torch.cat(x, dim) for x in (outs, lses))
+    share = torch.sigmoid(routed_lse - lse).unsqueeze(-1)  # exp(routed_lse - logaddexp(lse, routed_lse))
+    return torch.lerp(out, routed_out, share.to(out.dtype)), torch.logaddexp(lse, routed_lse)
 
 
 def backward(
@@ -191,24 +287,36 @@ def backward(
     g, o, l = (_windows(x, plan, whole) for x in (full[0], full[1], full[2].unsqueeze(-1)))
     l = l.squeeze(-1).unflatten(0, (batch, plan.slots.shape[0]))
     l = l.masked_fill(~plan.inside.unsqueeze(1), float("inf")).flatten(0, 1)
+    in_windows = (g, o, l)
     parts = attend_backward(g, *(_windows(x, plan, geo) for x in (q, k, v)), o, l, plan.window_bias, geo.scale)
     grad_q, grad_k, grad_v = (_raster(x, plan, batch) for x in parts)
 
     grad_log_weights = None if log_weights is None else torch.zeros_like(log_weights)
     prefix_k = prefix_v = None
     if plan.routed is not None:
-        query, keys, values = _queries(q, geo, query_indices), _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
-        g, o, l = own
+        by_window = not geo.weight_own_window and query_indices is None
+        query = _windows(q, plan, geo) if by_window else _queries(q, geo, query_indices)
+        keys, values = _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
+        g, o, l = in_windows if by_window else own
         if log_weights is not None:
             # one more feature, 1 in every query and 0 elsewhere, changes no logit, and its key gradient is the bias's
             # (eight of them, to keep the row alignment of the CUDA kernels)
             query = torch.nn.functional.pad(query, (0, 8), value=1.0)
             keys, values, g, o = (torch.nn.functional.pad(x, (0, 8)) for x in (keys, values, g, o))
-        dq, dk, dv = attend_backward(g, query, keys, values, o, l, plan.routed_bias, geo.scale)
+        dq, dk, dv = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
+        for group in _groups(query, keys, plan, geo, query_indices):
+            at = group.rows
+            pair = (_spread(keys, group), _spread(values, group))
+            part = attend_backward(g[at], query[at], *pair, o[at], l[at], group.bias, geo.scale)
+            dq[at] = part[0]
+            for total, each in ((dk, part[1]), (dv, part[2])):
+                total[group.keys] += each if group.spread == 1 else each.sum(0, keepdim=True)
         if log_weights is not None:
             dlog = dk[:, :, geo.prefix :, -1].unflatten(1, (routed.shape[1], -1)).sum(2) / geo.scale
             grad_log_weights = dlog.to(log_weights.dtype)
             dq, dk, dv = (x[..., : q.shape[-1]] for x in (dq, dk, dv))
+        if by_window:
+            dq = _raster(dq, plan, batch)
         if query_indices is not None:
             grad_q.scatter_add_(2, wide, dq)
         else:

@@ -47,6 +47,10 @@ def _logits(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Te
     return logits if bias is None else logits + bias
 
 
+def _rows(bias: Tensor | None, rows: slice) -> Tensor | None:
+    return bias if bias is None or bias.shape[2] == 1 else bias[:, :, rows]
+
+
 def _query_chunks(query: Tensor, key: Tensor) -> list[slice]:
     batch, heads, length, _ = query.shape
     step = max(1, _PLAIN_LOGITS // max(1, batch * heads * key.shape[2]))
@@ -58,7 +62,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale
 
     Args:
         query, key, value: (B, heads, L, D), (B, heads, S, D), (B, heads, S, D) with S >= 1.
-        bias: (B or 1, heads or 1, 1, S) added to the logits, in float32 or the query's dtype; None for none.
+        bias: (B or 1, heads or 1, L or 1, S) added to the logits, in float32 or the query's dtype; None for none.
         scale: factor of the logits.
 
     Returns:
@@ -76,7 +80,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale
     outs, lses = [], []
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     for rows in _query_chunks(query, key):
-        logits = _logits(query[:, :, rows].to(wide), key.to(wide), bias, scale)
+        logits = _logits(query[:, :, rows].to(wide), key.to(wide), _rows(bias, rows), scale)
         lses.append(logits.logsumexp(-1))
         outs.append((logits - lses[-1].unsqueeze(-1)).exp().to(value.dtype) @ value)
     return torch.cat(outs, 2), torch.cat(lses, 2)
@@ -105,7 +109,7 @@ def attend_backward(
     delta = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
     for rows in _query_chunks(query, key):
         q, g = query[:, :, rows].to(wide), grad[:, :, rows].to(wide)
-        weights = (_logits(q, key.to(wide), bias, scale) - lse[:, :, rows].unsqueeze(-1)).exp()
+        weights = (_logits(q, key.to(wide), _rows(bias, rows), scale) - lse[:, :, rows].unsqueeze(-1)).exp()
         grad_value += weights.mT @ g
         grad_logits = weights * (g @ value.to(wide).mT - delta[:, :, rows])
         grad_query[:, :, rows] = (grad_logits @ key.to(wide)) * scale
