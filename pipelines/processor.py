@@ -137,10 +137,10 @@ class RoutedAttnProcessor(nn.Module):
         settings = None
         if size is not None:
             settings = self.config.settings(size[0] * size[1], self.timestep and self.timestep.value)
-        if settings is None and self.teacher is None or size is None:
+        if settings is None:
             return _call(self.exact, given, named)
         text_behind = isinstance(attn, Attention)  # SD3 puts it behind the image, Flux before it
-        with RerouteAttention(partial(self._attend, attn, size, text_behind, settings or {})):
+        with RerouteAttention(partial(self._attend, attn, size, text_behind, settings)):
             return _call(self._rerouted or self.exact, given, named)
 
     def _size(
@@ -188,10 +188,8 @@ class RoutedAttnProcessor(nn.Module):
             "features": k[:, :, text:].transpose(1, 2).flatten(2) if self.routing.router == "learned" else None,
             "scale": getattr(attn, "scale", scale),
         }
-        if self.teacher is not None:
-            out = self.teacher(self, q, k, v, key_mask=None, pair_bias=None, **call)
-        else:
-            out = self.routing(q, k, v, **call, **settings)
+        attend = self.routing if self.teacher is None else partial(self.teacher, self)
+        out = attend(q, k, v, **call, **settings)
         return out.roll(-text, 2) if text and text_behind else out
 
     # FluxAttention keeps these on its processor

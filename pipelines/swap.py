@@ -1,6 +1,7 @@
 """Routed attention in a diffusers pipeline or model, and back: one call each."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
@@ -171,56 +172,85 @@ def enable_routed_attention(
 
     Source: CoLT5 (arXiv 2303.09752); DESIGN sections 2.2 and 2.3.
     """
+    if routed_layers(pipe_or_model):
+        raise ValueError("pipe_or_model: is routed already, call disable_routed_attention first")
+    return apply(plan(pipe_or_model, config, sample_size=sample_size))
+
+
+@dataclass
+class Plan:
+    """What routing would change."""
+
+    config: RoutedAttentionConfig
+    models: list[nn.Module]
+    sizes: dict[nn.Module, tuple[int, int] | None]
+    layers: dict[str, _Layer]
+    processors: dict[str, RoutedAttnProcessor]
+    report: RoutedAttentionReport
+
+
+def plan(
+    pipe_or_model: DiffusionPipeline | nn.Module,
+    config: RoutedAttentionConfig | None = None,
+    *,
+    sample_size: int | tuple[int, int] | None = None,
+    must_route: bool = True,
+) -> Plan:
+    """All that can fail of :func:`enable_routed_attention`; changes nothing.
+
+    Args:
+        must_route: raise if no layer would be routed at ``sample_size``.
+    """
     config = RoutedAttentionConfig() if config is None else config
     if not isinstance(config, RoutedAttentionConfig):
         raise TypeError(f"config: expected a RoutedAttentionConfig, got {type(config).__name__}")
     sample_size = None if sample_size is None else check_pair("sample_size", sample_size)
     models = _models(pipe_or_model)
     pipe = pipe_or_model if isinstance(pipe_or_model, DiffusionPipeline) else None
-    if routed_layers(pipe_or_model):
-        raise ValueError("pipe_or_model: is routed already, call disable_routed_attention first")
     layers = {prefix + layer.name: layer for prefix, model in models.items() for layer in _layers(model)}
-    chosen = _chosen(layers, config.layers)
     sizes = {model: _sample_size(model, pipe, sample_size) for model in models.values()}
-    routed, exact = {}, {name: layer.reason for name, layer in layers.items() if layer.reason is not None}
-    for name, layer in layers.items():
-        if name in chosen:
-            tokens = layer.tokens(sizes[layer.model])
-            if tokens is not None and tokens < config.min_tokens:
-                exact[name] = f"{tokens} tokens, fewer than min_tokens = {config.min_tokens}"
-            elif tokens is not None and not config.needs_timestep and config.settings(tokens) is None:
-                exact[name] = f"the schedule says so for {tokens} tokens"
-            else:
-                routed[name] = tokens
-        elif name not in exact:
-            exact[name] = "not among layers"
-    if not routed:
+    chosen = _chosen(layers, config.layers)
+    exact = {name: layer.reason or "not among layers" for name, layer in layers.items() if name not in chosen}
+    routed = {}
+    for name, layer in chosen.items():
+        tokens = layer.tokens(sizes[layer.model])
+        if tokens is not None and tokens < config.min_tokens:
+            exact[name] = f"{tokens} tokens, fewer than min_tokens = {config.min_tokens}"
+        elif tokens is not None and not config.needs_timestep and config.settings(tokens) is None:
+            exact[name] = f"the schedule says so for {tokens} tokens"
+        else:
+            routed[name] = tokens
+    if not routed and (must_route or not chosen):
         what = f"{type(pipe_or_model).__name__} with latents of {next(iter(sizes.values()), None)}"
         reasons = _counted(list(exact.values())) or "it has no attention processors"
-        raise ValueError(
-            f"pipe_or_model: no layer of {what} would be routed: {reasons}. For larger latents tell sample_size=(H, W)"
-        )
+        hint = ". For larger latents tell sample_size=(H, W)" if chosen else ""
+        raise ValueError(f"pipe_or_model: no layer of {what} would be routed: {reasons}{hint}")
     processors = {name: _processor(config, layer) for name, layer in chosen.items()}
-    # nothing can fail from here on
-    for model in models.values():
+    report = RoutedAttentionReport(routed, exact)
+    return Plan(config, list(models.values()), sizes, chosen, processors, report)
+
+
+def apply(plan: Plan) -> RoutedAttentionReport:
+    """Carry out a plan; nothing in it fails."""
+    for model in plan.models:
         _clean(model)
     hooks: dict[nn.Module, MapSizeHook] = {}
     clocks: dict[nn.Module, Timestep] = {}
-    for name, layer in chosen.items():
-        parent, processor = layer.parent, processors[name]
+    for name, layer in plan.layers.items():
+        parent, processor = layer.parent, plan.processors[name]
         if parent is not None:
             if parent not in hooks:
-                hooks[parent] = _hook_size(parent, sizes[layer.model])
+                hooks[parent] = _hook_size(parent, plan.sizes[layer.model])
             processor.map_size = hooks[parent].map_size
             _mark(layer, hooks[parent])
-        if config.needs_timestep:
+        if plan.config.needs_timestep:
             if layer.model not in clocks:
                 clocks[layer.model] = Timestep()
                 hook = TimestepHook(layer.model, clocks[layer.model])
                 layer.model.register_forward_pre_hook(hook, with_kwargs=True)
             processor.timestep = clocks[layer.model]
         layer.attn.set_processor(processor)
-    return RoutedAttentionReport(routed, exact)
+    return plan.report
 
 
 def _processor(config: RoutedAttentionConfig, layer: _Layer) -> RoutedAttnProcessor:

@@ -12,7 +12,7 @@ from swap_cases import CASES, build, picture, trace
 from swap_cases import routed_case as routed
 from torch.utils.data import DataLoader
 
-distill = sys.modules["colt5_vision.models.distill"]
+from colt5_vision import distill
 
 
 def toy(**how):
@@ -102,7 +102,7 @@ def test_an_interruption_within_a_forward_is_resumed_bit_for_bit(loader, tmp_pat
     straight = toy()
     expected = distill_routers(straight, batches, **call)
     call["checkpoint"] = tmp_path / "state.pt"
-    calls, cost = [], distill._Teacher._cost
+    calls, cost = [], distill.Teacher._cost
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -111,7 +111,7 @@ def test_an_interruption_within_a_forward_is_resumed_bit_for_bit(loader, tmp_pat
         return cost(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill._Teacher, "_cost", interrupted)
+        patch.setattr(distill.Teacher, "_cost", interrupted)
         distill_routers(toy(), batches, **call)
     fresh = toy()
     assert distill_routers(fresh, batches, **call) == expected
