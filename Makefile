@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo swap test lint bench clean
+.PHONY: demo swap diffusion test lint bench clean
 
 # the main job on real images: trains a classifier of digits in large canvases, about 5 minutes on 2 CPU cores
 demo: $(STAMP)
@@ -12,6 +12,10 @@ demo: $(STAMP)
 # routed attention in a real pretrained ViT, quality and speed; a quarter hour on 2 CPU cores
 swap: $(STAMP)
 	$(BIN)/python examples/swap_pretrained_vit.py $(ARGS)
+
+# routed attention in a real diffusion network, quality and speed, routers trained; half an hour on 2 CPU cores
+diffusion: $(STAMP)
+	$(BIN)/python examples/distill_diffusion.py $(ARGS)
 
 # n processes with a thread each beat one process with n threads, and threads of several processes fight
 test: $(STAMP)
@@ -23,6 +27,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.ops
+	$(BIN)/python -m benchmarks.diffusion
 
 $(STAMP): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

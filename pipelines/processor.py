@@ -1,12 +1,13 @@
 """A diffusers attention processor that routes self-attention over a map, around the processor it replaces."""
 
-import copy
 import inspect
 from functools import partial
 from typing import Any
 
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import (
     Attention,
+    AttnAddedKVProcessor2_0,
     AttnProcessor,
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
@@ -45,6 +46,8 @@ _REROUTABLE = (
     FluxAttnProcessor,
     FluxIPAdapterAttnProcessor,
 )
+# of these, only with the native backend
+_DISPATCHING = (FluxAttnProcessor, FluxIPAdapterAttnProcessor)
 # ... and what computes the same as AttnProcessor2_0 in another way
 _EQUIVALENT = (AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor)
 PROCESSORS = _REROUTABLE + _EQUIVALENT
@@ -64,7 +67,7 @@ class RoutedAttnProcessor(nn.Module):
 
     Args:
         config: None: :class:`RoutedAttentionConfig` as it is by default.
-        exact: the processor it stands in for; None: ``AttnProcessor2_0``.
+        exact: the processor it stands in for; None: what the layer has by default, found at the first call.
         dim: channels of the layer's keys, for ``router="learned"``.
         device, dtype: of a learned router's parameters.
 
@@ -88,16 +91,14 @@ class RoutedAttnProcessor(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
+        nn.Module.__init__(self)  # of a processor for IP-Adapters, the next in line is diffusers' own
         config = RoutedAttentionConfig() if config is None else config
         if not isinstance(config, RoutedAttentionConfig):
             raise TypeError(f"config: expected a RoutedAttentionConfig, got {type(config).__name__}")
-        exact = AttnProcessor2_0() if exact is None else exact
-        if type(exact) not in PROCESSORS:
+        if exact is not None and type(exact) not in PROCESSORS:
             raise ValueError(f"exact: expected one of {[p.__name__ for p in PROCESSORS]}, got {type(exact).__name__}")
         self.config = config
         self.exact = exact
-        self._rerouted = _rerouted_in_place_of(exact)
         self.routing = PretrainedRoutedAttention(
             window_size=config.window_size,
             num_heavy_tokens_kv=config.num_heavy_tokens_kv,
@@ -132,22 +133,35 @@ class RoutedAttnProcessor(nn.Module):
             **kwargs,
         }
         named = {name: value for name, value in named.items() if value is not None}
+        if self.exact is None:
+            self.exact = default_processor(attn)
         given = (attn, hidden_states, encoder_hidden_states, attention_mask, *args)
-        size = None if attention_mask is not None else self._size(attn, hidden_states, encoder_hidden_states)
+        size = self._size(attn, hidden_states, encoder_hidden_states) if attention_mask is None else None
         settings = None
         if size is not None:
             settings = self.config.settings(size[0] * size[1], self.timestep and self.timestep.value)
         if settings is None:
             return _call(self.exact, given, named)
-        text_behind = isinstance(attn, Attention)  # SD3 puts it behind the image, Flux before it
-        with RerouteAttention(partial(self._attend, attn, size, text_behind, settings)):
-            return _call(self._rerouted or self.exact, given, named)
+        text = hidden_states.shape[1] - size[0] * size[1] if hidden_states.ndim == 3 else 0  # of a single-stream block
+        text += 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        with RerouteAttention(partial(self._attend, attn, size, text, settings)):
+            if isinstance(self.exact, _EQUIVALENT):
+                return _call(AttnProcessor2_0(), given, named)
+            if not isinstance(self.exact, _DISPATCHING):
+                return _call(self.exact, given, named)
+            chosen, self.exact._attention_backend = self.exact._attention_backend, AttentionBackendName.NATIVE
+            try:
+                return _call(self.exact, given, named)
+            finally:
+                self.exact._attention_backend = chosen
 
     def _size(
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None
     ) -> tuple[int, int] | None:
         """(H, W) of the map in ``hidden_states`` if it attends to itself, or None."""
         if getattr(attn, "add_k_proj", None) is not None and getattr(attn, "add_q_proj", None) is None:
+            return None
+        if getattr(self.exact, "_parallel_config", None) is not None:  # other processes hold parts of the map
             return None
         joint = getattr(attn, "add_q_proj", None) is not None
         if encoder_hidden_states is not None and not joint:
@@ -163,7 +177,7 @@ class RoutedAttnProcessor(nn.Module):
         self,
         attn: nn.Module,
         size: tuple[int, int],
-        text_behind: bool,
+        text: int,
         settings: dict[str, Any],
         query: Tensor,
         key: Tensor,
@@ -175,22 +189,21 @@ class RoutedAttnProcessor(nn.Module):
         enable_gqa: bool = False,
     ) -> Tensor:
         """In place of ``scaled_dot_product_attention``."""
-        tokens, length = size[0] * size[1], query.shape[2]
-        if key.shape[2] != length:  # an IP-Adapter's own keys
+        if not key.shape[2] == query.shape[2] == size[0] * size[1] + text:  # an IP-Adapter's own attention
             return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-        text = length - tokens
         q, k, v = autocast_like(query, key, value)
-        if text and text_behind:
+        behind = text and isinstance(attn, Attention)  # SD3 has its text behind the image, Flux before it
+        if behind:
             q, k, v = (x.roll(text, 2) for x in (q, k, v))
         call = {
             "grid_size": size,
             "num_prefix_tokens": text,
             "features": k[:, :, text:].transpose(1, 2).flatten(2) if self.routing.router == "learned" else None,
-            "scale": getattr(attn, "scale", scale),
+            "scale": attn.scale if isinstance(self.exact, _EQUIVALENT) else scale,
         }
         attend = self.routing if self.teacher is None else partial(self.teacher, self)
         out = attend(q, k, v, **call, **settings)
-        return out.roll(-text, 2) if text and text_behind else out
+        return out.roll(-text, 2) if behind else out
 
     # FluxAttention keeps these on its processor
     @property
@@ -210,15 +223,44 @@ class RoutedAttnProcessor(nn.Module):
         self.exact._parallel_config = config
 
 
-def _rerouted_in_place_of(exact: Any) -> Any:
-    """The processor to run rerouted if it is not ``exact`` itself."""
-    if isinstance(exact, _EQUIVALENT):
-        return AttnProcessor2_0()
-    if isinstance(exact, FluxAttnProcessor):
-        processor = copy.copy(exact)
-        processor._attention_backend = "native"  # the one that is scaled_dot_product_attention
-        return processor
-    return None
+class _WithIPAdapter:
+    """diffusers tells processors with an IP-Adapter by their class, and sets ``scale`` on them."""
+
+    @property
+    def scale(self):
+        return self.exact.scale
+
+    @scale.setter
+    def scale(self, scale) -> None:
+        self.exact.scale = scale
+
+
+class _RoutedFluxIPAdapter(_WithIPAdapter, RoutedAttnProcessor, FluxIPAdapterAttnProcessor):
+    pass
+
+
+class _RoutedSD3IPAdapter(_WithIPAdapter, RoutedAttnProcessor, SD3IPAdapterJointAttnProcessor2_0):
+    pass
+
+
+_KINDS = {FluxIPAdapterAttnProcessor: _RoutedFluxIPAdapter, SD3IPAdapterJointAttnProcessor2_0: _RoutedSD3IPAdapter}
+
+
+def routed_in_place_of(exact: Any, config: RoutedAttentionConfig, **where) -> RoutedAttnProcessor:
+    """A routed processor that diffusers takes for what it replaces."""
+    return _KINDS.get(type(exact), RoutedAttnProcessor)(config, exact=exact, **where)
+
+
+def default_processor(attn: nn.Module) -> Any:
+    """The processor that diffusers gives a layer."""
+    if isinstance(attn, FluxAttention):
+        return FluxAttnProcessor()
+    fused = getattr(attn, "fused_projections", False)
+    if getattr(attn, "add_q_proj", None) is not None:
+        return FusedJointAttnProcessor2_0() if fused else JointAttnProcessor2_0()
+    if getattr(attn, "add_k_proj", None) is not None:
+        return AttnAddedKVProcessor2_0()
+    return FusedAttnProcessor2_0() if fused else AttnProcessor2_0()
 
 
 def _call(processor: Any, given: tuple, named: dict[str, Any]):

@@ -40,26 +40,30 @@ class _Arguments:
         place = self.place[name]
         return args[place] if place < len(args) else kwargs.get(name)
 
+    def first(self, args: tuple, kwargs: dict):
+        return self.get(next(iter(self.place)), args, kwargs)
+
 
 class MapSizeHook:
-    """A forward pre-hook (``with_kwargs``) of one of the :data:`PARENTS`, which begins a pass.
+    """A forward pre-hook (``with_kwargs``) of :func:`entrance`, which begins a pass.
 
     Attributes:
-        map_size: that the attention layers below read.
+        map_size: that the attention layers of ``parent`` read.
         told: (H, W) in tokens for packed models under ``torch.compile``, where positions cannot be looked at.
     """
 
     def __init__(self, parent: nn.Module, told: tuple[int, int] | None = None):
-        self.arguments, self.map_size, self.told = _Arguments(parent), MapSize(), told
+        self.arguments, self.map_size, self.told = _Arguments(entrance(parent)), MapSize(), told
+        self.packed, self.patch = isinstance(parent, _PACKED), patch_size(parent)
 
-    def __call__(self, parent: nn.Module, args, kwargs) -> None:
-        if isinstance(parent, _PACKED):
+    def __call__(self, module: nn.Module, args, kwargs) -> None:
+        if self.packed:
             text = self.arguments.get("encoder_hidden_states", args, kwargs)
             self.map_size.begin(self._packed(args, kwargs), text.shape[1])
             return
-        x, patch = self.arguments.get("hidden_states", args, kwargs), patch_size(parent)
+        x = self.arguments.first(args, kwargs)
         latents = isinstance(x, Tensor) and x.ndim == 4
-        self.map_size.begin((x.shape[-2] // patch, x.shape[-1] // patch) if latents else None)
+        self.map_size.begin((x.shape[-2] // self.patch, x.shape[-1] // self.patch) if latents else None)
 
     def _packed(self, args, kwargs) -> tuple[int, int] | None:
         """Size of the map whose tokens lie at ``img_ids`` (N, 3) = (_, row, column); None unless all are there in
@@ -108,6 +112,16 @@ class TimestepHook:
                 raise ValueError(f"timestep: the schedule needs one for the whole batch, got {low} to {high}")
             value = low
         self.timestep.value = None if value is None else float(value)
+
+
+def entrance(parent: nn.Module) -> nn.Module:
+    """What gets the latents as its first argument: the patch embedding, or the parent itself.
+
+    A hook of a model that is compiled as a whole is a graph of its own, and the size would be a constant of the next.
+    """
+    inner = isinstance(parent, Transformer2DModel) and not parent.is_input_patches
+    embed = None if isinstance(parent, _PACKED) or inner else parent.pos_embed
+    return parent if embed is None else embed
 
 
 def patch_size(parent: nn.Module) -> int:

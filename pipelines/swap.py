@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -13,12 +14,19 @@ from colt5_vision.checks import check_pair
 from colt5_vision.reroute import BlockMarker, remove_hooks
 
 from .config import RoutedAttentionConfig
-from .processor import ATTENTIONS, PROCESSORS, RoutedAttnProcessor
+from .processor import (
+    ATTENTIONS,
+    PROCESSORS,
+    RoutedAttnProcessor,
+    default_processor,
+    routed_in_place_of,
+)
 from .sizes import (
     PARENTS,
     MapSizeHook,
     Timestep,
     TimestepHook,
+    entrance,
     map_of_layer,
     patch_size,
 )
@@ -60,7 +68,7 @@ class _Layer:
         self.reason = self._obstacle()
 
     def _obstacle(self) -> str | None:
-        attn, processor = self.attn, self.attn.processor
+        attn = self.attn
         if not isinstance(attn, ATTENTIONS):
             return f"no routed form of {type(attn).__name__}"
         if getattr(attn, "is_cross_attention", False):
@@ -70,10 +78,9 @@ class _Layer:
         if ".fuser." in f".{self.name}.":
             return "attends to more than the map"
         maps = isinstance(attn, Attention) and attn.group_norm is not None  # (B, C, H, W) to itself
-        if self.parent is None and not maps:
+        if (self.parent is None and not maps) or getattr(self.parent, "pos_embed", self) is None:
             return "nothing tells the size of its map"
-        if isinstance(processor, RoutedAttnProcessor):
-            processor = processor.exact
+        processor = _exact_of(attn)
         if type(processor) not in PROCESSORS:
             return f"no routed form of the processor {type(processor).__name__}"
         return None
@@ -140,6 +147,14 @@ def _sample_size(model: nn.Module, pipe, given: tuple[int, int] | None) -> tuple
     size = getattr(getattr(model, "config", None), "sample_size", None)
     size = getattr(pipe, "default_sample_size", None) if size is None else size
     return None if size is None else check_pair("sample_size", size)
+
+
+def _exact_of(attn: nn.Module) -> Any:
+    """The processor of a layer that computes full attention."""
+    processor = attn.processor
+    if not isinstance(processor, RoutedAttnProcessor):
+        return processor
+    return default_processor(attn) if processor.exact is None else processor.exact
 
 
 def _counted(reasons: list[str]) -> str:
@@ -261,14 +276,13 @@ def _processor(config: RoutedAttentionConfig, layer: _Layer) -> RoutedAttnProces
         # a float8 weight is cast for storage; an offloaded one lies on no device
         where = {"dtype": weight.dtype if plain else torch.float32, "dim": attn.to_k.out_features}
         where["device"] = "cpu" if weight.device.type == "meta" else weight.device
-    exact = attn.processor.exact if isinstance(attn.processor, RoutedAttnProcessor) else attn.processor
-    return RoutedAttnProcessor(config, exact=exact, **where).train(attn.training)
+    return routed_in_place_of(_exact_of(attn), config, **where).train(attn.training)
 
 
 def _hook_size(parent: nn.Module, sample_size: tuple[int, int] | None) -> MapSizeHook:
     told = None if sample_size is None else tuple(side // patch_size(parent) for side in sample_size)
     hook = MapSizeHook(parent, told)
-    parent.register_forward_pre_hook(hook, with_kwargs=True)
+    entrance(parent).register_forward_pre_hook(hook, with_kwargs=True)
     return hook
 
 
@@ -285,7 +299,10 @@ def _clean(model: nn.Module) -> bool:
     routed = [m for m in model.modules() if isinstance(getattr(m, "processor", None), RoutedAttnProcessor)]
     hooks = [hook for m in model.modules() for hook in m._forward_pre_hooks.values() if isinstance(hook, _HOOKS)]
     for attn in routed:
-        attn.set_processor(attn.processor.exact)
+        attn.set_processor(_exact_of(attn))
+    for hook in hooks:
+        if isinstance(hook, MapSizeHook):  # diffusers may hold processors that it puts back when it unfuses
+            hook.map_size.begin(None)
     remove_hooks(model, _HOOKS)
     return bool(routed or hooks)
 
@@ -306,9 +323,9 @@ def disable_routed_attention(pipe_or_model: DiffusionPipeline | nn.Module) -> No
 def routed_layers(pipe_or_model: DiffusionPipeline | nn.Module) -> dict[str, RoutedAttnProcessor]:
     """Names of the layers that are routed now, and their processors.
 
-    diffusers replaces processors without a word in ``set_default_attn_processor``, ``set_attn_processor``,
-    ``set_attention_slice`` and ``enable_attention_slicing``, ``fuse_qkv_projections`` of UNets and SD3, and
-    ``unload_ip_adapter``: what they replaced is missing here.
+    diffusers replaces processors without a word in ``set_attn_processor``, ``set_default_attn_processor`` (which UNets
+    with conditions refuse while routed), ``set_attention_slice`` and ``enable_attention_slicing``,
+    ``fuse_qkv_projections`` of UNets and SD3, and ``unload_ip_adapter``: what they replaced is missing here.
 
     Raises:
         TypeError: if it is no pipeline or model.

@@ -1,7 +1,6 @@
 """Distillation of routers."""
 
 import io
-import sys
 
 import pytest
 import torch

@@ -1,0 +1,180 @@
+"""Routed diffusers models compiled whole and block by block, and with gradient checkpointing."""
+
+from functools import partial
+
+import diffusers
+import pytest
+import torch
+from colt5_vision.pipelines import (
+    disable_routed_attention,
+    enable_routed_attention,
+    routed_layers,
+)
+from diffusers_cases import (
+    CASES,
+    arguments,
+    build,
+    close,
+    config,
+    every_family,
+    flux,
+    pixart,
+    run,
+    sd3,
+    some,
+    unet,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def enable(model, share=0.25, size=None, **how):
+    enable_routed_attention(model, config(share, **how), sample_size=size)
+    return model
+
+
+def compiled(model):
+    counter = CompileCounterWithBackend("eager")
+    return torch.compile(model, fullgraph=True, dynamic=True, backend=counter), counter
+
+
+def one_block():
+    plain = {"block_out_channels": (16,), "mid_block_type": None}
+    return unet(**plain, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",))
+
+
+def one_map():
+    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False}
+    return diffusers.UNet2DModel(
+        **blocks, block_out_channels=(16,), layers_per_block=1, norm_num_groups=8, sample_size=16
+    )
+
+
+EVEN = ((26, 42), (42, 26), (18, 24))
+SHALLOW = {
+    "sd15": CASES["sd15"]._replace(make=one_block),
+    "ddpm": CASES["ddpm"]._replace(make=one_map),
+    "pixart": CASES["pixart"]._replace(make=partial(pixart, num_layers=1), sizes=EVEN),
+    "sd3": CASES["sd3"]._replace(make=partial(sd3, num_layers=1), sizes=EVEN),
+}
+FLUX = CASES["flux"]._replace(make=partial(flux, num_layers=1, num_single_layers=1))
+
+
+@pytest.mark.parametrize(("name", "router"), [(name, "mean_query") for name in SHALLOW] + [("sd15", "learned")])
+def test_one_graph_serves_all_sizes_as_many_as_the_stock_model_makes(name, router):
+    case = SHALLOW[name]
+    sizes, graphs = (case.sizes[0], case.sizes[2]), []
+    for model in (build(case), enable(build(case), router=router)):
+        expected = [run(model, case, size) for size in sizes]
+        fast, counter = compiled(model)
+        for size, out in zip(sizes, expected, strict=True):
+            close(run(fast, case, size), out)
+        graphs.append(counter.frame_count)
+    assert graphs[1] == graphs[0]
+
+
+def test_flux_compiled_whole_must_be_told_its_size():
+    model = build(FLUX)
+    report = enable_routed_attention(model, config(), sample_size=FLUX.size)
+    expected = run(model, FLUX)
+    assert set(report.values()) == {273}
+    close(run(compiled(model)[0], FLUX), expected)
+    torch.compiler.reset()
+    disable_routed_attention(model)
+    enable_routed_attention(model, config())
+    with pytest.raises(Exception, match="sample_size: Flux gets its map packed"):
+        run(compiled(model)[0], FLUX)
+
+
+def test_the_repeated_blocks_of_flux_follow_the_size():
+    model, eager = enable(build(FLUX), router="learned"), enable(build(FLUX))
+    counter = CompileCounterWithBackend("eager")
+    model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=counter)
+    for size in FLUX.sizes[:2]:
+        close(run(model, FLUX, size), run(eager, FLUX, size))
+    assert counter.frame_count >= 2
+
+
+@pytest.mark.parametrize("which", ["compiled", "in place"])
+def test_routing_is_switched_after_compiling(which):
+    case = SHALLOW["pixart"]
+    model = build(case)
+    expected = run(model, case)
+    few = run(enable(build(case)), case)
+    if which == "in place":
+        model.compile(fullgraph=True, backend="eager")
+        fast = model
+    else:
+        fast = torch.compile(model, fullgraph=True, backend="eager")
+    close(run(fast, case), expected)
+    enable_routed_attention(fast, config())
+    assert set(routed_layers(model)) == set(routed_layers(fast)) == {"transformer_blocks.0.attn1"}
+    close(run(fast, case), few)
+    disable_routed_attention(fast)
+    close(run(fast, case), expected)
+
+
+def test_a_compiled_schedule_by_timestep_is_an_error_and_by_size_is_not():
+    case = SHALLOW["pixart"]
+    model = enable(build(case), schedule=[{"min_timestep": 600, "full": True}])
+    with pytest.raises(Exception, match="schedule: a compiled graph cannot look at its timestep"):
+        run(compiled(model)[0], case)
+    torch.compiler.reset()
+    disable_routed_attention(model)
+    enable(model, schedule=[{"max_tokens": 100, "num_heavy_tokens_kv": 0.5}])
+    expected = [run(model, case, size) for size in ((26, 26), (13, 21))]
+    fast = compiled(model)[0]
+    close([run(fast, case, size) for size in ((26, 26), (13, 21))], expected)
+
+
+def gradients(model, *calls):
+    """Of the sum of the losses of several forwards, in training mode."""
+    model.train().zero_grad()
+    torch.manual_seed(3)
+    sum(model(**call, return_dict=False)[0].square().mean() for call in calls).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@every_family
+def test_checkpointing_gives_the_same_gradients(case):
+    sizes = case.sizes[:2]  # transposed ones, both in flight
+    model = enable(build(case))
+    expected = gradients(model, *(arguments(case, size) for size in sizes))
+    full = gradients(build(case), *(arguments(case, size) for size in sizes))
+    assert any((expected[name] - full[name]).abs().max() > 1e-4 for name in full)
+    ran, count = [], len(case.tokens)
+    for processor in routed_layers(model).values():
+        processor.routing.register_forward_hook(lambda *_: ran.append(1))
+    model.enable_gradient_checkpointing()
+    for _ in range(2):
+        ran.clear()
+        close(gradients(model, *(arguments(case, size) for size in sizes)), expected)
+        again = 0 if case is CASES["ddpm"] else count  # diffusers does not checkpoint its attention
+        assert len(ran) == len(sizes) * (count + again)
+
+
+@some("sd15", "pixart", "sd35", "flux")
+def test_checkpointing_is_the_stock_models_when_every_key_is_routed(case):
+    stock, model = build(case), enable(build(case), 1.0)
+    for each in (stock, model):
+        each.enable_gradient_checkpointing()
+    call = arguments(case)
+    close(gradients(model, call), gradients(stock, call))
+
+
+@some("sd15", "flux")
+def test_checkpointing_with_a_run_between_forward_and_backward(case):
+    model = enable(build(case)).train()
+    expected = gradients(model, arguments(case, case.sizes[0]))
+    model.enable_gradient_checkpointing()
+    model.zero_grad()
+    loss = model(**arguments(case, case.sizes[0]), return_dict=False)[0].square().mean()
+    run(model, case, case.sizes[1])
+    loss.backward()
+    close({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, expected)
