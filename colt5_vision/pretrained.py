@@ -98,7 +98,7 @@ def importance_logits(
         if key_mask is not None:  # a masked token asks for nothing, whatever stands in it
             asks = key_mask[:, None, rows, None]
             query = query.masked_fill(~asks, 0)
-        key = k.to(wide).mT
+        key = k.to(wide).contiguous().mT
         for start in range(0, probes, _PROBE_CHUNK):
             part = slice(start, start + _PROBE_CHUNK)
             logits = query[:, :, part] @ key
@@ -106,6 +106,9 @@ def importance_logits(
                 logits = logits + pair_bias(rows[part].view(1, 1, 1, -1, 1), every).squeeze(2)
             if key_mask is not None:
                 logits = logits.masked_fill(~key_mask[:, None, None], torch.finfo(wide).min)
+            if key_mask is None and pair_bias is None:
+                total = total + logits.softmax(-1)[..., prefix:].square().sum((1, 2))
+                continue
             logits = logits.clamp_min(torch.finfo(wide).min)  # a row of -inf would give NaN
             sees = logits.amax(-1, keepdim=True) > torch.finfo(wide).min / 2
             if key_mask is not None:

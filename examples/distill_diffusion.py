@@ -3,7 +3,7 @@ training its routers.
 
     python examples/distill_diffusion.py                              # 128, 256 and 512 px, half an hour on 2 CPU cores
     python examples/distill_diffusion.py --sizes 128 --steps 10 --no-timing     # a minute
-    accelerate launch --num_processes 2 --cpu examples/distill_diffusion.py     # routers trained by two processes
+    torchrun --nproc-per-node 2 examples/distill_diffusion.py   # routers trained by two, or accelerate launch --multi_gpu
 
 The network is a consistency UNet of terrain with 28 attention layers (see terrain.py). Only its routers are trained, its
 teacher is itself with full attention, its inputs are those of its own denoising. Leaves in --output: results.md,
@@ -264,7 +264,7 @@ def main() -> None:
     if not 0 < args.share <= 1:
         sys.exit(f"--share: expected a number in (0, 1], got {args.share}")
     args.output.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     try:
         with accelerator.main_process_first():
             net = load(args.cache)

@@ -3,7 +3,7 @@
     python examples/image_classification.py                        # digits in 192x192 canvases, minutes on a CPU
     python examples/image_classification.py --resume               # go on after an interruption
     python examples/image_classification.py --data FOLDER          # your own images, one sub-folder a class
-    accelerate launch --num_processes 2 examples/image_classification.py
+    torchrun --nproc-per-node 2 examples/image_classification.py
 
 Leaves in --output: checkpoint/ (safetensors), history.json, results.md, curve.png, routing.png.
 """
@@ -186,7 +186,9 @@ def train(args) -> None:
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
         raise UserError(f"--device: {args.device} is not available here")
     try:
-        accelerator = Accelerator(mixed_precision=args.amp, cpu=args.device == "cpu")
+        # processes that share no accelerator find each other only if told that they have none
+        cpu = args.device == "cpu" or not torch.accelerator.is_available()
+        accelerator = Accelerator(mixed_precision=args.amp, cpu=cpu)
     except ValueError as error:  # a precision that the device does not have
         raise UserError(f"--amp: {error}") from error
     set_seed(args.seed)

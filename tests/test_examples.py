@@ -92,7 +92,9 @@ def test_what_the_user_can_mend_is_one_line(folder, tmp_path):
 
 
 def test_two_processes(tmp_path):
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    # without --multi_gpu accelerate starts one process on a machine without a GPU
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
     done = run(*SMALL, "--epochs", 1, "--output", tmp_path, launcher=launcher)
     assert done.returncode == 0, done.stderr
+    assert "2/2" in done.stderr and "4/4" not in done.stderr  # 32 digits, 8 a step and process
     assert done.stdout.count("held-out accuracy") == 2  # the epoch and the summary, by the main process only

@@ -227,7 +227,7 @@ def forward(
         prefix_out, prefix_lse = attend(q[:, :, : geo.prefix], k, v, plan.prefix_bias, geo.scale)
         out, lse = torch.cat([prefix_out, out], 2), torch.cat([prefix_lse, lse], 2)
     empty = lse < masked_logit(q) / 2
-    return out.masked_fill(empty.unsqueeze(-1), 0), lse.masked_fill(empty, float("inf"))
+    return out.masked_fill_(empty.unsqueeze(-1), 0), lse.masked_fill_(empty, float("inf"))
 
 
 def _joined(
@@ -240,17 +240,15 @@ def _joined(
     geo: Geometry,
     query_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The window part and the routed part as one softmax."""
+    """The window part, given, and the routed part as one softmax, in place."""
     keys, values = _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
-    outs, lses = [], []
     for group in _groups(query, keys, plan, geo, query_indices):
-        part = attend(query[group.rows], _spread(keys, group), _spread(values, group), group.bias, geo.scale)
-        outs.append(part[0])
-        lses.append(part[1])
-    dim = 0 if query_indices is None else 2
-    routed_out, routed_lse = (x[0] if len(x) == 1 else torch.cat(x, dim) for x in (outs, lses))
-    share = torch.sigmoid(routed_lse - lse).unsqueeze(-1)  # exp(routed_lse - logaddexp(lse, routed_lse))
-    return torch.lerp(out, routed_out, share.to(out.dtype)), torch.logaddexp(lse, routed_lse)
+        at = group.rows  # slices: views
+        part = attend(query[at], _spread(keys, group), _spread(values, group), group.bias, geo.scale)
+        share = torch.sigmoid(part[1] - lse[at]).unsqueeze(-1)  # exp(part_lse - logaddexp(lse, part_lse))
+        out[at].lerp_(part[0], share.to(out.dtype))
+        lse[at].copy_(torch.logaddexp(lse[at], part[1]))
+    return out, lse
 
 
 def backward(

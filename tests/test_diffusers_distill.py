@@ -1,0 +1,150 @@
+"""Distillation of the routers of diffusers models, alone and in two processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from colt5_vision.pipelines import (
+    disable_routed_attention,
+    distill_routers,
+    enable_routed_attention,
+    routed_layers,
+)
+from diffusers_cases import CASES, arguments, build, config, every_family, run, some
+
+
+def learned(case, dtype=torch.float32, **how):
+    model = build(case, dtype)
+    enable_routed_attention(model, config(router="learned", **how))
+    return model
+
+
+def inputs(case, count=2, dtype=torch.float32):
+    return [arguments(case, dtype=dtype, seed=seed) for seed in range(count)]
+
+
+def weights(model):
+    return {name: part.routing.correction[2].weight.clone() for name, part in routed_layers(model).items()}
+
+
+@every_family
+def test_routers_learn_and_nothing_else_changes(case):
+    model, original = learned(case), build(case, torch.float32)
+    state = {name: x.clone() for name, x in model.state_dict().items() if ".routing." not in name}
+    history = distill_routers(model, inputs(case), steps=12, lr=3e-2, progress=False)
+    assert len(history) == 12 and set(history[0]) == set(case.tokens)
+    assert all(abs(ratio - 1) < 1e-4 for ratio in history[0].values())  # starts as the mean query
+    mean = lambda part: sum(sum(step.values()) / len(step) for step in part) / len(part)
+    assert mean(history[-2:]) < 0.99
+    assert all(torch.equal(model.state_dict()[name], x) for name, x in state.items())
+    assert all(weight.abs().max() > 0 for weight in weights(model).values())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    disable_routed_attention(model)
+    assert torch.equal(run(model, case, dtype=torch.float32), run(original, case, dtype=torch.float32))
+
+
+@some("sd15", "ddpm", "flux")
+def test_the_teacher_is_full_attention(case):
+    model, original = learned(case, torch.float64), build(case)
+    seen = []
+    model.register_forward_hook(lambda module, args, out: seen.append(out.sample))
+    distill_routers(model, inputs(case, 1, torch.float64), steps=1, progress=False)
+    torch.testing.assert_close(seen[0], run(original, case, seed=0), rtol=1e-9, atol=1e-9)
+
+
+def test_resuming_gives_what_one_go_gives(tmp_path):
+    case, how = CASES["sd15"], {"steps": 4, "save_every": 1, "progress": False}
+
+    def stopping():
+        yield inputs(case)[0]
+        yield inputs(case)[1]
+        raise KeyboardInterrupt
+
+    def start():
+        torch.manual_seed(0)
+        return learned(case)
+
+    first, second, one_go = start(), start(), start()
+    with pytest.raises(KeyboardInterrupt):
+        distill_routers(first, stopping(), checkpoint=tmp_path / "c.pt", **how)
+    resumed = distill_routers(second, inputs(case), checkpoint=tmp_path / "c.pt", **how)
+    history = distill_routers(one_go, inputs(case), **how)
+    assert resumed == history
+    assert all(torch.equal(weight, weights(one_go)[name]) for name, weight in weights(second).items())
+
+
+def test_layers_below_min_tokens_are_left_alone():
+    case = CASES["sd15"]
+    limit = max(case.tokens.values())
+    model = learned(case, min_tokens=limit)
+    history = distill_routers(model, inputs(case, 1), steps=2, progress=False)
+    large = {name for name, tokens in case.tokens.items() if tokens >= limit}
+    assert set(history[0]) == large and len(large) < len(case.tokens)
+    assert {name for name, weight in weights(model).items() if weight.abs().max() > 0} == large
+
+
+def test_errors_name_the_argument():
+    case = CASES["ddpm"]
+    with pytest.raises(TypeError, match="model: expected a diffusers model, such as pipe.unet, got str"):
+        distill_routers("unet", [])
+    model = build(case, torch.float32)
+    enable_routed_attention(model, config())
+    with pytest.raises(ValueError, match="model: has no learned router"):
+        distill_routers(model, inputs(case))
+    with pytest.raises(ValueError, match="inputs: expected an iterable of batches that starts over"):
+        distill_routers(learned(case), [], progress=False)
+    with pytest.raises(ValueError, match="steps"):
+        distill_routers(learned(case), inputs(case), steps=0)
+    bad = inputs(case, 1)
+    bad[0]["sample"] = bad[0]["sample"] * float("nan")
+    model = learned(case)
+    with pytest.raises(ValueError, match="inputs: batch 0 gives an error that is not finite"):
+        distill_routers(model, bad, progress=False)
+    assert all(weight.abs().max() == 0 for weight in weights(model).values())
+    small = enable_small(case)
+    with pytest.raises(ValueError, match="inputs: batch 0 reached no map that is routed"):
+        distill_routers(small, inputs(case), progress=False)
+
+
+def enable_small(case):
+    model = build(case, torch.float32)
+    enable_routed_attention(model, config(router="learned", min_tokens=1024), sample_size=128)
+    return model
+
+
+WORKER = """
+import sys, torch
+from torch import distributed
+from colt5_vision.pipelines import distill_routers, routed_layers
+from test_diffusers_distill import CASES, inputs, learned, weights
+
+distributed.init_process_group("gloo")
+rank, case = distributed.get_rank(), CASES["ddpm"]
+torch.manual_seed(rank)  # routers start alike all the same
+model = learned(case)
+own = inputs(case, 4)[rank::2]
+history = distill_routers(model, own, steps=4, progress=True, checkpoint=sys.argv[1] + "/c.pt", save_every=4)
+torch.save(weights(model), f"{sys.argv[1]}/{rank}.pt")
+"""
+
+
+def test_two_processes_train_one_router(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(tmp_path / "worker.py"), str(tmp_path)]
+    path = str(Path(__file__).parent)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(weight, two[name]) and weight.abs().max() > 0 for name, weight in one.items())
+    assert done.stderr.count("4/4") >= 1 and (tmp_path / "c.pt").exists()
