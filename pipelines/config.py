@@ -101,7 +101,7 @@ class RoutedAttentionConfig:
         num_heavy_tokens_q: tokens that see the routed keys, likewise; None: all.
         router: see :class:`~colt5_vision.pretrained.PretrainedRoutedAttention`; ``"learned"`` starts as
             ``"mean_query"`` and is trained by :func:`distill_routers`.
-        min_tokens: maps of fewer tokens get full attention: there it is as fast.
+        min_tokens: maps of fewer tokens get full attention, which is as fast there.
         layers: which self-attention layers: names, patterns (``"up_blocks.*"``, see :mod:`fnmatch`) or indices;
             None: all.
         schedule: :class:`ScheduleRule`, or dicts of their arguments; the first that holds applies. Full attention in
@@ -116,7 +116,7 @@ class RoutedAttentionConfig:
     num_heavy_tokens_kv: TokenCount = 1 / 16
     num_heavy_tokens_q: TokenCount | None = None
     router: str = "mean_query"
-    min_tokens: int = 2048
+    min_tokens: int = 1024
     layers: Sequence[int | str] | None = None
     schedule: Sequence[ScheduleRule | Mapping[str, Any]] = ()
 
