@@ -16,8 +16,8 @@ from colt5_vision.pipelines import RoutedAttentionConfig, RoutedAttnProcessor
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from benchmarks.ops import medians
 from colt5_vision.reroute import MapSize
+from examples.measure import medians
 from examples.peers import ReplaceAttention, subsampled_keys
 
 CHANNELS, HEADS, BATCH = 320, 8, 2
@@ -75,7 +75,7 @@ def compare(side: int, repeats: int) -> dict[str, float]:
     with torch.inference_mode():
         full, every = calls["full SDPA"](x), layer(side, RoutedAttentionConfig(min_tokens=1, num_heavy_tokens_kv=1.0))
         torch.testing.assert_close(every(x), full, rtol=1e-3, atol=1e-4)
-        return medians({name: (lambda call=call: call(x)) for name, call in calls.items()}, repeats)
+        return medians({name: (lambda call=call: call(x)) for name, call in calls.items()}, repeats, warm_up=True)
 
 
 def main() -> None:

@@ -6,8 +6,6 @@ Median of interleaved repeats; the gates on one thread (8 rows of 65,536 logits,
 import argparse
 import json
 import platform
-import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -20,19 +18,7 @@ from colt5_vision.ops import (
     routed_window_attention,
     soft_topk,
 )
-
-
-def medians(calls: dict, repeats: int) -> dict[str, float]:
-    """Seconds a call, the calls taking turns so that a busy machine slows all of them alike."""
-    times = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+from examples.measure import medians
 
 
 def gates(repeats: int) -> list[tuple[str, str, str, float, float]]:
@@ -52,9 +38,12 @@ def gates(repeats: int) -> list[tuple[str, str, str, float, float]]:
             "coordinate_descent": both(lambda s: coordinate_descent(s, k, n_iters=50)),
         },
         repeats,
+        warm_up=True,
     )
     with torch.no_grad():
-        infer = medians({"topk": lambda: scores.topk(k), "route_topk": lambda: route_topk(scores, k)}, 5 * repeats)
+        infer = medians(
+            {"topk": lambda: scores.topk(k), "route_topk": lambda: route_topk(scores, k)}, 5 * repeats, True
+        )
     torch.set_num_threads(threads)
     what, peer = "gates, forward + backward", "colt5_attention.coor_descent, 50 iterations"
     return [
@@ -80,7 +69,7 @@ def attention(side: int, share: int, window: int, repeats: int) -> list[tuple[st
             "full": lambda run=run: run(scaled_dot_product_attention),
             "routed": lambda run=run: run(lambda *x: routed_window_attention(*x, **call)),
         }
-        times = medians(calls, repeats)
+        times = medians(calls, repeats, warm_up=True)
         name = f"routed_window_attention, {side}x{side} tokens, 6 x 64, window {window}, keys 1/{share}"
         rows.append((name, what, "full SDPA", times["routed"], times["full"]))
     return rows

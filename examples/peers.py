@@ -9,15 +9,24 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 
-def _strided(grid_size: tuple[int, int], stride: int) -> Tensor:
-    height, width = grid_size
-    rows, columns = torch.arange(stride // 2, height, stride), torch.arange(stride // 2, width, stride)
+def _strided(grid_size: tuple[int, int], stride: int, offset: int | None = None) -> Tensor:
+    (height, width), start = grid_size, stride // 2 if offset is None else offset
+    rows, columns = torch.arange(start, height, stride), torch.arange(start, width, stride)
     return (rows.unsqueeze(1) * width + columns).flatten()
 
 
-def subsampled_keys(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], prefix: int, share: float) -> Tensor:
-    """ToDo (arXiv 2402.13573): keys and values of every n-th row and column only."""
-    kept = torch.cat([torch.arange(prefix), _strided(grid_size, round(share**-0.5)) + prefix])
+def subsampled_keys(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid_size: tuple[int, int],
+    prefix: int,
+    share: float,
+    offset: int | None = None,
+) -> Tensor:
+    """ToDo (arXiv 2402.13573): keys and values of every n-th row and column only, from ``offset`` on (ToDo's own is 0,
+    by default the middle)."""
+    kept = torch.cat([torch.arange(prefix), _strided(grid_size, round(share**-0.5), offset) + prefix])
     return scaled_dot_product_attention(q, k[:, :, kept], v[:, :, kept])
 
 

@@ -11,7 +11,6 @@ The network is DINOv2's ViT-S/14 (see dinov2.py), all 12 layers swapped, compare
 import argparse
 import json
 import platform
-import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -32,9 +31,11 @@ from tqdm.auto import tqdm
 
 try:
     from dinov2 import MEAN, STD, load, open_photo
+    from measure import medians, table
     from peers import ReplaceAttention, merged_keys, subsampled_keys
 except ImportError:  # run as examples.swap_pretrained_vit
     from examples.dinov2 import MEAN, STD, load, open_photo
+    from examples.measure import medians, table
     from examples.peers import ReplaceAttention, merged_keys, subsampled_keys
 
 WINDOW, PATCH = 14, 14
@@ -163,17 +164,6 @@ def _added_memory(cache: Path, photo: Path, size: int, share: float | None) -> f
     return (resident("VmHWM") - before) / 1024
 
 
-def medians(calls: dict, repeats: int) -> dict[str, float]:
-    """Seconds a call, taking turns so that a busy machine slows all of them alike."""
-    times = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def timing(model: nn.Module, photo: Path, size: int, args) -> dict[str, float]:
     """Whole model and one attention (routing included), full against routed, in turns."""
     x, caught = open_photo(photo, size), {}
@@ -226,11 +216,6 @@ def picture(path: Path, x: Tensor, maps: dict[str, Tensor]) -> None:
         axis.axis("off")
     figure.savefig(path, dpi=90)
     plt.close(figure)
-
-
-def table(header: list[str], rows: list[list]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ def test_the_example_leaves_tables_pictures_and_routers(net, tmp_path, monkeypat
     assert text in capsys.readouterr().out
     record = json.loads((tmp_path / "results.json").read_text())
     errors = {name: values[0] for name, values in record["error"]["128"].items()}
-    assert errors["full attention"] == 0 and len(errors) == 13
+    assert errors["full attention"] == 0 and len(errors) == 14
     for name in ("routed, keys 1/16", "distilled, keys 1/16", "routed, keys 1/4"):
         assert errors[name] < 0.02 < errors["window only"]
     for name in errors:
