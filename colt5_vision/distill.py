@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .checks import TokenCount, check_int, check_positive, token_count
 from .ops import routed_window_attention
+from .ops.autocast import without_autocast
 from .ops.grid import window_of_token
 from .pretrained import PretrainedRoutedAttention
 from .store import save_atomically
@@ -65,8 +66,9 @@ class Teacher:
             raise ValueError("attn_mask: distillation takes whole images, got a mask")
         routing, window = attention.routing, window_size or attention.routing.window_size
         out = self._full(window, q, k, v, **call)
-        cost = self._cost(window, q, k, v, out, **call)
-        with torch.enable_grad():
+        with without_autocast(q.device.type):
+            cost = self._cost(window, q, k, v, out, **call)
+        with torch.enable_grad(), without_autocast(q.device.type):
             logits = routing.logits(q, k, features, **call)
             error = sampling_error(routing, logits, cost, num_heavy_tokens_kv).mean()
             base = (logits - routing.correct(features)).detach()
@@ -88,13 +90,15 @@ class Teacher:
         """(B, N): sum over heads and sampled queries outside key j's window of ``(p_ij |v_j - o_i|)²``."""
         prefix, tokens = num_prefix_tokens, grid_size[0] * grid_size[1]
         rows = torch.randperm(tokens, generator=self.generator)[: self.num_queries].to(q.device) + prefix
-        logits = (q[:, :, rows] @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32  # half precision overflows unscaled
+        query = q[:, :, rows].to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        logits = query @ k.to(wide).mT
         if pair_bias is not None:
             every = torch.arange(k.shape[2], device=q.device)
             bias = pair_bias(rows.view(1, 1, 1, -1, 1), every.view(1, 1, 1, 1, -1))
             logits = logits + bias.squeeze(2)
-        p = logits.float().softmax(-1)[..., prefix:]
-        values, o = v[:, :, prefix:].float(), out[:, :, rows].float()
+        p = logits.softmax(-1)[..., prefix:]
+        values, o = v[:, :, prefix:].to(wide), out[:, :, rows].to(wide)
         distance = values.square().sum(-1).unsqueeze(2) + o.square().sum(-1, keepdim=True) - 2 * o @ values.mT
         window = window_of_token(*grid_size, window_size, q.device)
         outside = window[rows - prefix].unsqueeze(-1) != window
@@ -108,6 +112,7 @@ def distill(
     batches: Iterable,
     *,
     argument: str,
+    settings: dict[str, Any],
     steps: int,
     lr: float,
     num_queries: int,
@@ -122,13 +127,14 @@ def distill(
 
     Args:
         argument: what the caller calls ``batches``, for messages.
+        settings: further ones by name that a checkpoint to resume must share, of plain types.
 
     Other arguments, return value and errors are those of ``distill_routers``.
     """
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError("distillation needs tqdm: pip install 'colt5-vision[timm]'") from error
+        raise ImportError("distill_routers needs tqdm: pip install tqdm") from error
 
     check_int("steps", steps)
     check_int("num_queries", num_queries)
@@ -136,7 +142,7 @@ def distill(
     check_int("seed", seed, minimum=0)
     check_positive("lr", lr)
     routers = nn.ModuleDict({name.replace(".", "/"): m.routing for name, m in attention.items()})
-    settings = {"steps": steps, "lr": lr, "num_queries": num_queries, "seed": seed}
+    settings = settings | {"steps": steps, "lr": lr, "num_queries": num_queries, "seed": seed}
     settings |= {name: repr(m.routing) for name, m in attention.items()}
     optimizer = torch.optim.Adam(routers.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

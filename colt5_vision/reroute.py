@@ -1,6 +1,7 @@
 """What the swap-ins share: other code's scaled dot-product attention rerouted, and the size of the map it runs over."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,31 @@ _MARK = "_colt5_map_size"  # on the input of a block: the size of the map it bel
 
 
 class RerouteAttention(TorchFunctionMode):
-    """Within it, ``attend`` is called in place of ``scaled_dot_product_attention``, with the same arguments."""
+    """Within it, ``attend`` is called in place of ``scaled_dot_product_attention``, with the same arguments.
+
+    Raises:
+        RuntimeError: on leaving it, if nobody called that function: other code stands in its place, and what was to be
+            routed was not.
+    """
 
     def __init__(self, attend: Callable[..., Tensor]):
         super().__init__()
         self.attend = attend
+        self.called = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (self.attend if func is _SDPA else func)(*args, **(kwargs or {}))
+        if func is not _SDPA:
+            return func(*args, **(kwargs or {}))
+        self.called = True
+        return self.attend(*args, **(kwargs or {}))
+
+    def __exit__(self, kind, error, traceback):
+        super().__exit__(kind, error, traceback)
+        if kind is None and not self.called:
+            raise RuntimeError(
+                "scaled_dot_product_attention: expected a call of torch's own function to route, got none; has other "
+                "code replaced it?"
+            )
 
 
 def autocast_like(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -56,52 +74,78 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+class Pass(NamedTuple):
+    """One forward over a map."""
+
+    size: tuple[int, int] | None  # (H, W) in tokens; None: unknown
+    num_text: int = 0  # tokens of a text that runs along, in some layers in one sequence with the map
+    timestep: float | None = None  # of a diffusion model
+
+
 class MapSize:
-    """The (H, W) of the forward in progress; never that of an earlier one.
+    """What attention modules must know of the forward in progress; never that of an earlier one.
 
     A pass begins with :meth:`begin` and serves each attention module once. In backward a checkpointed block runs again
-    on the very tensor it got first, which :class:`BlockMarker` marked with the size of its own forward.
+    on the very tensor it got first, which :class:`BlockMarker` marked with its own pass. One model must not run in
+    several threads at once.
 
-    Attributes:
-        size: (H, W) in tokens; None: unknown.
-        num_text: tokens of a text that runs along, in some layers in one sequence with the map.
+    Args:
+        apart: other passes may begin between :meth:`begin` and the blocks, as when a model's embedding is used alone;
+            their tokens are then not mistaken for those of a map of another shape.
     """
 
-    def __init__(self):
-        self.size: tuple[int, int] | None = None
-        self.num_text = 0
-        self.recomputed: tuple[tuple[int, int] | None, int] = (None, 0)
+    def __init__(self, apart: bool = True):
+        self.apart = apart
+        self.now = Pass(None)
+        self.recomputed = Pass(None)
+        self.made_anew = False  # recomputed is that of a whole map, not of one block
         self.passes = 0
         self.served = True
 
-    def begin(self, size: tuple[int, int] | None, num_text: int = 0) -> None:
+    @property
+    def size(self) -> tuple[int, int] | None:
+        return self.now.size
+
+    def begin(self, size: tuple[int, int] | None, num_text: int = 0, timestep: float | None = None) -> None:
+        new = Pass(size, num_text, timestep)
         if torch.compiler.is_compiling():  # one trace is one forward: nothing can be stale within it
-            self.size, self.num_text = size, num_text
+            self.now = new
             return
-        if _in_backward():  # the whole map is made again, not a block alone
-            self.recomputed = (size, num_text)
+        if _in_backward():
+            self.recomputed, self.made_anew = new, True
             return
-        # a pass that no attention has followed may still be to come: its tokens must not meet the size of this one
-        before = size if self.served else self.size
-        known = before is not None and size is not None
-        mixed = known and before != size and before[0] * before[1] == size[0] * size[1]
-        self.size, self.num_text, self.served = None if mixed else size, num_text, False
+        self.made_anew = False
+        pending = None if self.served or not self.apart else self.size  # its tokens must not meet this size
+        if None not in (pending, size) and pending != size and pending[0] * pending[1] == size[0] * size[1]:
+            new = Pass(None)
+        self.now, self.served = new, False
         self.passes += 1
 
-    def for_tokens(self, attention: nn.Module, num_tokens: int, with_text: bool = False) -> tuple[int, int] | None:
-        """(H, W) of the map whose ``num_tokens`` tokens, the text's among them if ``with_text``, reached ``attention``;
-        None if no pass belongs to them."""
-        self.served = True
-        size, num_text = self.size, self.num_text
+    def for_tokens(self, attention: nn.Module, num_tokens: int, with_text: bool = False) -> Pass | None:
+        """The pass whose ``num_tokens`` tokens, the text's among them if ``with_text``, reached ``attention``, or None.
+
+        Raises:
+            ValueError: in backward, if ``attention`` runs again on tokens of no known pass.
+        """
+        self.served, found = True, self.now
+        memory = attention.__dict__
         if not torch.compiler.is_compiling():
             if _in_backward():
-                size, num_text = self.recomputed
+                found = self.recomputed
             else:
-                size = None if attention.__dict__.get("served_pass") == self.passes else size
-                attention.__dict__["served_pass"] = self.passes
-        if size is None:
-            return None
-        return size if size[0] * size[1] + (num_text if with_text else 0) == num_tokens else None
+                found = Pass(None) if memory.get("served_pass", (None,))[0] == self.passes else found
+        fits = found.size is not None
+        if fits:
+            fits = found.size[0] * found.size[1] + (found.num_text if with_text else 0) == num_tokens
+        if not torch.compiler.is_compiling():
+            if not _in_backward():
+                memory["served_pass"] = (self.passes, fits)
+            elif not fits and memory.get("served_pass", (None, False))[1]:
+                raise ValueError(
+                    "checkpointing: the size of the map behind a recomputed block is unknown; expected "
+                    "use_reentrant=False, around whole blocks"
+                )
+        return found if fits else None
 
 
 class BlockMarker:
@@ -115,11 +159,11 @@ class BlockMarker:
         if torch.compiler.is_compiling() or not isinstance(x, Tensor):
             return
         if not _in_backward():
-            setattr(x, _MARK, (self.map_size.size, self.map_size.num_text))
+            setattr(x, _MARK, self.map_size.now)
         elif hasattr(x, _MARK):
-            self.map_size.recomputed = getattr(x, _MARK)
-        elif x.grad_fn is None:  # a detached copy starts here, not the output of the block before
-            self.map_size.recomputed = (None, 0)
+            self.map_size.recomputed, self.map_size.made_anew = getattr(x, _MARK), False
+        elif x.grad_fn is None and not self.map_size.made_anew:
+            self.map_size.recomputed = Pass(None)  # a detached copy starts here, not the output of the block before
 
 
 def remove_hooks(model: nn.Module, kinds: tuple[type, ...]) -> None:

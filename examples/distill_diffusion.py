@@ -249,6 +249,11 @@ def main() -> None:
     for name, sides in (("--sizes", args.sizes), ("--train-size", [args.train_size])):
         if any(side < 96 or side % 16 for side in sides):
             sys.exit(f"{name}: expected multiples of 16 from 96 on, got {sides}")
+    for name in ("noises", "window", "batch_size", "repeats"):
+        if getattr(args, name) < 1:
+            sys.exit(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if args.steps < 0:
+        sys.exit(f"--steps: expected at least 0, got {args.steps}")
     if not 0 < args.share <= 1:
         sys.exit(f"--share: expected a number in (0, 1], got {args.share}")
     args.output.mkdir(parents=True, exist_ok=True)

@@ -62,6 +62,7 @@ def distill_routers(
         getattr(model, "forward_features", model),
         images,
         argument="images",
+        settings={},
         steps=steps,
         lr=lr,
         num_queries=num_queries,

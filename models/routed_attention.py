@@ -74,14 +74,14 @@ class RoutedTokens(RoutedSelfAttention):
 
     def _layout(self, x: Tensor) -> tuple[tuple[int, int], int]:
         tokens = x.shape[1] - self.prefix
-        size = self.map_size.for_tokens(self, tokens)
-        if size is None:
+        found = self.map_size.for_tokens(self, tokens)
+        if found is None:
             raise ValueError(
                 f"x: the size of the map behind these {tokens} tokens is unknown; a routed block runs once for each "
                 f"pass through the model's patch embedding (the last one made {self.map_size.size}), not on its own nor "
                 "after two of them in a row, and is checkpointed with use_reentrant=False"
             )
-        return size, self.prefix
+        return found.size, self.prefix
 
 
 class RoutedMap(RoutedSelfAttention):

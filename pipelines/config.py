@@ -130,7 +130,7 @@ class RoutedAttentionConfig:
         if self.router not in ROUTERS:
             raise ValueError(f"router: expected one of {ROUTERS}, got {self.router!r}")
         check_int("min_tokens", self.min_tokens, minimum=0)
-        object.__setattr__(self, "layers", _check_layers(self.layers))
+        object.__setattr__(self, "layers", check_layers(self.layers))
         object.__setattr__(self, "schedule", _check_schedule(self.schedule))
 
     @property
@@ -166,7 +166,7 @@ class RoutedAttentionConfig:
         return cls(**values)
 
 
-def _check_layers(layers) -> tuple[int | str, ...] | None:
+def check_layers(layers) -> tuple[int | str, ...] | None:
     if layers is None:
         return None
     if isinstance(layers, str) or not isinstance(layers, Sequence):

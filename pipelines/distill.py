@@ -1,5 +1,6 @@
 """Training the routers of a routed diffusers model against its own full attention."""
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -66,6 +67,7 @@ def distill_routers(
         lambda arguments: model(**arguments),
         inputs,
         argument="inputs",
+        settings={"config": json.dumps(next(iter(attention.values())).config.to_dict())},
         steps=steps,
         lr=lr,
         num_queries=num_queries,

@@ -15,9 +15,10 @@ from colt5_vision.checks import (
 )
 from colt5_vision.reroute import BlockMarker, MapSize
 
-from .config import _check_layers
+from .config import check_layers
+from .layers import Layer, attention_layers, choose, counted
 from .sizes import MapSizeHook
-from .swap import _chosen, _counted, _Layer, _layers, routed_layers
+from .swap import routed_layers
 
 __all__ = ["ConditionalRoutedAttentionBlock", "build_routed_attention"]
 
@@ -146,13 +147,13 @@ class ConditionalRoutedAttentionBlock(nn.Module):
                 f"hidden_states: expected a map (B, C, H, W), got {num_tokens} tokens (B, N, C) and nothing that tells "
                 "the size of their map; build_routed_attention sets that up inside a UNet2DConditionModel"
             )
-        size = self.map_size.for_tokens(self, num_tokens)
-        if size is None:
+        found = self.map_size.for_tokens(self, num_tokens)
+        if found is None:
             raise ValueError(
                 f"hidden_states: expected the tokens of the map that the Transformer2DModel around this block was last "
                 f"called with, {self.map_size.size}, got {num_tokens} tokens; call the transformer, not its blocks"
             )
-        return size
+        return found.size
 
 
 def build_routed_attention(
@@ -193,13 +194,13 @@ def build_routed_attention(
         raise TypeError(f"{', '.join(fixed)}: expected no such argument, it is that of the layer replaced")
     if routed_layers(model):
         raise ValueError("model: its pretrained attention is routed, call disable_routed_attention first")
-    found = {layer.name: layer for layer in _layers(model)}
+    found = {layer.name: layer for layer in attention_layers(model)}
     for layer in found.values():
         if layer.reason is None and layer.attn.spatial_norm is not None:
             layer.reason = "its norm is conditioned on another map"
-    chosen = _chosen(found, _check_layers(layers))
+    chosen = choose(found, check_layers(layers))
     if not chosen:
-        reasons = _counted([layer.reason for layer in found.values()]) or "it has no attention left to replace"
+        reasons = counted([layer.reason for layer in found.values()]) or "it has no attention left to replace"
         raise ValueError(f"model: no layer of {type(model).__name__} can be replaced: {reasons}")
     blocks = {name: _block(layer, num_heavy_tokens_kv, attention) for name, layer in chosen.items()}
     # nothing can fail from here on
@@ -218,7 +219,7 @@ def build_routed_attention(
     return list(chosen)
 
 
-def _block(layer: _Layer, num_heavy_tokens_kv: TokenCount, attention: dict) -> ConditionalRoutedAttentionBlock:
+def _block(layer: Layer, num_heavy_tokens_kv: TokenCount, attention: dict) -> ConditionalRoutedAttentionBlock:
     attn: Attention = layer.attn
     norm, weight = attn.group_norm, attn.to_q.weight
     own = {

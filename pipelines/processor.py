@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from colt5_vision.checks import check_int
 from colt5_vision.pretrained import PretrainedRoutedAttention
-from colt5_vision.reroute import MapSize, RerouteAttention, autocast_like
+from colt5_vision.reroute import MapSize, Pass, RerouteAttention, autocast_like
 
 from .config import RoutedAttentionConfig
 from .sizes import Timestep
@@ -136,10 +136,11 @@ class RoutedAttnProcessor(nn.Module):
         if self.exact is None:
             self.exact = default_processor(attn)
         given = (attn, hidden_states, encoder_hidden_states, attention_mask, *args)
-        size = self._size(attn, hidden_states, encoder_hidden_states) if attention_mask is None else None
-        settings = None
-        if size is not None:
-            settings = self.config.settings(size[0] * size[1], self.timestep and self.timestep.value)
+        found = self._pass(attn, hidden_states, encoder_hidden_states) if attention_mask is None else None
+        size, settings = None, None
+        if found is not None:
+            size = found.size
+            settings = self.config.settings(size[0] * size[1], found.timestep)
         if settings is None:
             return _call(self.exact, given, named)
         text = hidden_states.shape[1] - size[0] * size[1] if hidden_states.ndim == 3 else 0  # of a single-stream block
@@ -155,10 +156,8 @@ class RoutedAttnProcessor(nn.Module):
             finally:
                 self.exact._attention_backend = chosen
 
-    def _size(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None
-    ) -> tuple[int, int] | None:
-        """(H, W) of the map in ``hidden_states`` if it attends to itself, or None."""
+    def _pass(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> Pass | None:
+        """What is known of the map in ``hidden_states`` if it attends to itself, or None."""
         if getattr(attn, "add_k_proj", None) is not None and getattr(attn, "add_q_proj", None) is None:
             return None
         if getattr(self.exact, "_parallel_config", None) is not None:  # other processes hold parts of the map
@@ -167,7 +166,8 @@ class RoutedAttnProcessor(nn.Module):
         if encoder_hidden_states is not None and not joint:
             return None
         if hidden_states.ndim == 4:
-            return hidden_states.shape[-2], hidden_states.shape[-1]
+            timestep = None if self.timestep is None else self.timestep.value
+            return Pass((hidden_states.shape[-2], hidden_states.shape[-1]), timestep=timestep)
         if self.map_size is None:
             return None
         with_text = isinstance(attn, FluxAttention) and not joint  # a single-stream block
@@ -189,8 +189,13 @@ class RoutedAttnProcessor(nn.Module):
         enable_gqa: bool = False,
     ) -> Tensor:
         """In place of ``scaled_dot_product_attention``."""
+        if attn_mask is not None or dropout_p or is_causal or enable_gqa:
+            raise ValueError(
+                f"attn: expected {type(self.exact).__name__} to call plain scaled_dot_product_attention, got attn_mask, "
+                "dropout_p, is_causal or enable_gqa"
+            )
         if not key.shape[2] == query.shape[2] == size[0] * size[1] + text:  # an IP-Adapter's own attention
-            return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+            return scaled_dot_product_attention(query, key, value, scale=scale)
         q, k, v = autocast_like(query, key, value)
         behind = text and isinstance(attn, Attention)  # SD3 has its text behind the image, Flux before it
         if behind:

@@ -44,6 +44,13 @@ class _Arguments:
         return self.get(next(iter(self.place)), args, kwargs)
 
 
+class Timestep:
+    """The timestep of the forward in progress, for schedules; None before the first."""
+
+    def __init__(self):
+        self.value: float | None = None
+
+
 class MapSizeHook:
     """A forward pre-hook (``with_kwargs``) of :func:`entrance`, which begins a pass.
 
@@ -52,18 +59,26 @@ class MapSizeHook:
         told: (H, W) in tokens for packed models under ``torch.compile``, where positions cannot be looked at.
     """
 
-    def __init__(self, parent: nn.Module, told: tuple[int, int] | None = None):
-        self.arguments, self.map_size, self.told = _Arguments(entrance(parent)), MapSize(), told
+    def __init__(
+        self, parent: nn.Module, told: tuple[int, int] | None = None, timestep: Timestep | None = None
+    ):
+        self.arguments, self.told = _Arguments(entrance(parent)), told
+        self.map_size = MapSize(apart=False)  # the blocks follow in the same forward
         self.packed, self.patch = isinstance(parent, _PACKED), patch_size(parent)
+        self.modes = int(getattr(parent, "union", False))  # tokens that a ControlNet puts before the text
+        self.timestep = timestep
 
     def __call__(self, module: nn.Module, args, kwargs) -> None:
+        timestep = None if self.timestep is None else self.timestep.value
         if self.packed:
             text = self.arguments.get("encoder_hidden_states", args, kwargs)
-            self.map_size.begin(self._packed(args, kwargs), text.shape[1])
+            self.map_size.begin(self._packed(args, kwargs), text.shape[1] + self.modes, timestep)
             return
         x = self.arguments.first(args, kwargs)
-        latents = isinstance(x, Tensor) and x.ndim == 4
-        self.map_size.begin((x.shape[-2] // self.patch, x.shape[-1] // self.patch) if latents else None)
+        size = None
+        if isinstance(x, Tensor) and x.ndim == 4:
+            size = (x.shape[-2] // self.patch, x.shape[-1] // self.patch)
+        self.map_size.begin(size, timestep=timestep)
 
     def _packed(self, args, kwargs) -> tuple[int, int] | None:
         """Size of the map whose tokens lie at ``img_ids`` (N, 3) = (_, row, column); None unless all are there in
@@ -73,6 +88,12 @@ class MapSizeHook:
                 raise ValueError(
                     "sample_size: Flux gets its map packed, and a compiled graph cannot look at img_ids; compile its "
                     "blocks (compile_repeated_blocks), or tell enable_routed_attention(..., sample_size=(H, W))"
+                )
+            tokens = self.arguments.get("hidden_states", args, kwargs).shape[1]
+            if tokens != self.told[0] * self.told[1]:
+                raise ValueError(
+                    f"sample_size: expected the {self.told[0]} x {self.told[1]} tokens told to enable_routed_attention, "
+                    f"got {tokens}; a Flux model that is compiled as a whole runs at that size only"
                 )
             return self.told
         ids = self.arguments.get("img_ids", args, kwargs)
@@ -86,18 +107,19 @@ class MapSizeHook:
         return (height, width) if torch.equal(ids[:, 0] * width + ids[:, 1], place) else None
 
 
-class Timestep:
-    """The timestep of the forward in progress, for schedules; None before the first."""
-
-    def __init__(self):
-        self.value: float | None = None
-
-
 class TimestepHook:
-    """A forward pre-hook (``with_kwargs``) of a whole model."""
+    """A forward pre-hook (``with_kwargs``) of a whole model.
+
+    Raises:
+        ValueError: for a model whose forward has no ``timestep``.
+    """
 
     def __init__(self, model: nn.Module, timestep: Timestep):
         self.arguments, self.timestep = _Arguments(model), timestep
+        if "timestep" not in self.arguments.place:
+            raise ValueError(
+                f"schedule: expected a model that takes timestep, got {type(model).__name__}; route the model inside it"
+            )
 
     def __call__(self, model: nn.Module, args, kwargs) -> None:
         value = self.arguments.get("timestep", args, kwargs)
@@ -135,8 +157,8 @@ def patch_size(parent: nn.Module) -> int:
 
 def map_of_layer(
     model: nn.Module, name: str, parent: nn.Module | None, sample_size: tuple[int, int]
-) -> tuple[int, int]:
-    """(H, W) in tokens that an attention layer will see.
+) -> tuple[int, int] | None:
+    """(H, W) in tokens that an attention layer will see; None where nothing tells.
 
     Args:
         model: a diffusers model.
@@ -146,6 +168,8 @@ def map_of_layer(
     """
     height, width = sample_size
     unet, local = _unet_of(model, name)
+    if unet is None and parent is None:  # of an autoencoder
+        return None
     for _ in range(0 if unet is None else _halvings(unet, local)):
         height, width = (height + 1) // 2, (width + 1) // 2
     patch = 1 if parent is None else patch_size(parent)

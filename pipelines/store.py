@@ -37,6 +37,9 @@ def save_routed_attention(pipe_or_model: DiffusionPipeline | nn.Module, director
     routed = routed_layers(pipe_or_model)
     if not routed:
         raise ValueError("pipe_or_model: nothing is routed, expected one that went through enable_routed_attention")
+    config, *others = {part.config for part in routed.values()}
+    if others:
+        raise ValueError("pipe_or_model: expected one configuration for all layers, got several; save model by model")
     tensors = {f"{name}.{key}": x for name, part in routed.items() for key, x in part.routing.state_dict().items()}
     if away := [key for key, x in tensors.items() if x.device.type == "meta"]:
         raise ValueError(f"pipe_or_model: {away[0]} is offloaded, save before offloading")
@@ -46,7 +49,7 @@ def save_routed_attention(pipe_or_model: DiffusionPipeline | nn.Module, director
     about = {
         "format": 1,
         "model": type(pipe_or_model).__name__,
-        "config": next(iter(routed.values())).config.to_dict(),
+        "config": config.to_dict(),
         "layers": list(routed),
         "weights": {"file": file, "sha256": digest},
     }
@@ -60,13 +63,17 @@ def save_routed_attention(pipe_or_model: DiffusionPipeline | nn.Module, director
 
 
 def load_routed_attention(
-    pipe_or_model: DiffusionPipeline | nn.Module, directory: str | os.PathLike
+    pipe_or_model: DiffusionPipeline | nn.Module,
+    directory: str | os.PathLike,
+    *,
+    sample_size: int | tuple[int, int] | None = None,
 ) -> RoutedAttentionReport:
     """Route a pipeline or model as the saved one was, with its learned routers; earlier routing is replaced.
 
     Args:
         pipe_or_model: of the same architecture as the saved one.
         directory: of :func:`save_routed_attention`.
+        sample_size: as for :func:`enable_routed_attention`.
 
     Returns:
         As of :func:`enable_routed_attention`.
@@ -78,7 +85,7 @@ def load_routed_attention(
     about, tensors = _read(Path(directory))
     try:
         config = RoutedAttentionConfig.from_dict(about["config"])
-        planned = plan(pipe_or_model, config, must_route=False)
+        planned = plan(pipe_or_model, config, sample_size=sample_size, must_route=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"directory: {directory} does not fit {type(pipe_or_model).__name__}: {error}") from error
     if list(planned.processors) != about["layers"]:

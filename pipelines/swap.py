@@ -1,35 +1,18 @@
 """Routed attention in a diffusers pipeline or model, and back: one call each."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from colt5_vision.checks import check_pair
 from colt5_vision.reroute import BlockMarker, remove_hooks
 
 from .config import RoutedAttentionConfig
-from .processor import (
-    ATTENTIONS,
-    PROCESSORS,
-    RoutedAttnProcessor,
-    default_processor,
-    routed_in_place_of,
-)
-from .sizes import (
-    PARENTS,
-    MapSizeHook,
-    Timestep,
-    TimestepHook,
-    entrance,
-    map_of_layer,
-    patch_size,
-)
+from .layers import Layer, attention_layers, choose, counted, exact_of, models_of
+from .processor import RoutedAttnProcessor, routed_in_place_of
+from .sizes import MapSizeHook, Timestep, TimestepHook, entrance, patch_size
 
 __all__ = [
     "RoutedAttentionReport",
@@ -59,87 +42,6 @@ class RoutedAttentionReport(dict):
         return "\n".join(lines)
 
 
-class _Layer:
-    """An attention module of a model: whether it can be routed, and what tells the size of its map."""
-
-    def __init__(self, model: nn.Module, name: str, attn: nn.Module):
-        self.model, self.name, self.attn = model, name, attn
-        self.parent_name, self.parent = _parent(model, name)
-        self.reason = self._obstacle()
-
-    def _obstacle(self) -> str | None:
-        attn = self.attn
-        if not isinstance(attn, ATTENTIONS):
-            return f"no routed form of {type(attn).__name__}"
-        if getattr(attn, "is_cross_attention", False):
-            return "cross-attention"
-        if getattr(attn, "add_k_proj", None) is not None and getattr(attn, "add_q_proj", None) is None:
-            return "keys and values have projections added"
-        if ".fuser." in f".{self.name}.":
-            return "attends to more than the map"
-        maps = isinstance(attn, Attention) and attn.group_norm is not None  # (B, C, H, W) to itself
-        if (self.parent is None and not maps) or getattr(self.parent, "pos_embed", self) is None:
-            return "nothing tells the size of its map"
-        processor = _exact_of(attn)
-        if type(processor) not in PROCESSORS:
-            return f"no routed form of the processor {type(processor).__name__}"
-        return None
-
-    def tokens(self, sample_size: tuple[int, int] | None) -> int | None:
-        if sample_size is None:
-            return None
-        height, width = map_of_layer(self.model, self.name, self.parent, sample_size)
-        return height * width
-
-
-def _parent(model: nn.Module, name: str) -> tuple[str, nn.Module | None]:
-    parts = name.split(".")
-    for i in reversed(range(len(parts))):
-        around = model.get_submodule(".".join(parts[:i]))
-        if isinstance(around, PARENTS):
-            return ".".join(parts[:i]), around
-    return "", None
-
-
-def _layers(model: nn.Module) -> list[_Layer]:
-    found = [(name, m) for name, m in model.named_modules() if hasattr(m, "set_processor") and hasattr(m, "processor")]
-    return [_Layer(model, name, m) for name, m in found]
-
-
-def _models(pipe_or_model) -> dict[str, nn.Module]:
-    """The models to route, by the prefix of their layers' names: what denoises, not the autoencoder."""
-    if isinstance(pipe_or_model, DiffusionPipeline):
-        found = {}
-        for name, part in pipe_or_model.components.items():
-            part = getattr(part, "_orig_mod", part)
-            own = type(part).__module__
-            if isinstance(part, nn.Module) and own.startswith("diffusers.") and ".autoencoders." not in own:
-                found[f"{name}."] = part
-        return found
-    if isinstance(pipe_or_model, nn.Module):
-        return {"": getattr(pipe_or_model, "_orig_mod", pipe_or_model)}
-    raise TypeError(f"pipe_or_model: expected a diffusers pipeline or model, got {type(pipe_or_model).__name__}")
-
-
-def _chosen(layers: dict[str, _Layer], wanted: Sequence[int | str] | None) -> dict[str, _Layer]:
-    able = {name: layer for name, layer in layers.items() if layer.reason is None}
-    if wanted is None:
-        return able
-    names, chosen = list(able), set()
-    for one in wanted:
-        if isinstance(one, int):
-            if not -len(names) <= one < len(names):
-                raise ValueError(f"layers: expected indices in [0, {len(names)}), got {one}")
-            matches = [names[one]]
-        else:
-            matches = [name for name in names if fnmatchcase(name, one)]
-        if not matches:
-            why = f": {layers[one].reason}" if one in layers else f"; there are {', '.join(names[:3])}, ..."
-            raise ValueError(f"layers: {one!r} is no layer that can be routed{why}")
-        chosen.update(matches)
-    return {name: layer for name, layer in able.items() if name in chosen}
-
-
 def _sample_size(model: nn.Module, pipe, given: tuple[int, int] | None) -> tuple[int, int] | None:
     """(H, W) of the latents to expect."""
     if given is not None:
@@ -147,18 +49,6 @@ def _sample_size(model: nn.Module, pipe, given: tuple[int, int] | None) -> tuple
     size = getattr(getattr(model, "config", None), "sample_size", None)
     size = getattr(pipe, "default_sample_size", None) if size is None else size
     return None if size is None else check_pair("sample_size", size)
-
-
-def _exact_of(attn: nn.Module) -> Any:
-    """The processor of a layer that computes full attention."""
-    processor = attn.processor
-    if not isinstance(processor, RoutedAttnProcessor):
-        return processor
-    return default_processor(attn) if processor.exact is None else processor.exact
-
-
-def _counted(reasons: list[str]) -> str:
-    return ", ".join(f"{reason} ({reasons.count(reason)})" for reason in dict.fromkeys(reasons))
 
 
 def enable_routed_attention(
@@ -176,8 +66,8 @@ def enable_routed_attention(
     Args:
         pipe_or_model: a pipeline, whose denoising models are routed, not its autoencoder; or a model.
         config: None: :class:`RoutedAttentionConfig` as it is by default.
-        sample_size: (H, W) of the latents to expect, for the report and its check, and for a Flux model that is compiled
-            as a whole; default: the model's own. Any other size runs as well.
+        sample_size: (H, W) of the latents to expect, for the report and its check; default: the model's own. Any other
+            size runs as well, but for a Flux model that is compiled as a whole: it needs to be told and runs at that.
 
     Returns:
         :class:`RoutedAttentionReport`; print it.
@@ -198,8 +88,9 @@ class Plan:
 
     config: RoutedAttentionConfig
     models: list[nn.Module]
-    sizes: dict[nn.Module, tuple[int, int] | None]
-    layers: dict[str, _Layer]
+    told: tuple[int, int] | None
+    clocks: dict[nn.Module, TimestepHook]
+    layers: dict[str, Layer]
     processors: dict[str, RoutedAttnProcessor]
     report: RoutedAttentionReport
 
@@ -220,15 +111,16 @@ def plan(
     if not isinstance(config, RoutedAttentionConfig):
         raise TypeError(f"config: expected a RoutedAttentionConfig, got {type(config).__name__}")
     sample_size = None if sample_size is None else check_pair("sample_size", sample_size)
-    models = _models(pipe_or_model)
+    models = models_of(pipe_or_model)
     pipe = pipe_or_model if isinstance(pipe_or_model, DiffusionPipeline) else None
-    layers = {prefix + layer.name: layer for prefix, model in models.items() for layer in _layers(model)}
+    layers = {prefix + layer.name: layer for prefix, model in models.items() for layer in attention_layers(model)}
     sizes = {model: _sample_size(model, pipe, sample_size) for model in models.values()}
-    chosen = _chosen(layers, config.layers)
+    usual = next((size for size in sizes.values() if size is not None), None)  # a ControlNet does not say its own
+    chosen = choose(layers, config.layers)
     exact = {name: layer.reason or "not among layers" for name, layer in layers.items() if name not in chosen}
     routed = {}
     for name, layer in chosen.items():
-        tokens = layer.tokens(sizes[layer.model])
+        tokens = layer.tokens(sizes[layer.model] or usual)
         if tokens is not None and tokens < config.min_tokens:
             exact[name] = f"{tokens} tokens, fewer than min_tokens = {config.min_tokens}"
         elif tokens is not None and not config.needs_timestep and config.settings(tokens) is None:
@@ -236,39 +128,39 @@ def plan(
         else:
             routed[name] = tokens
     if not routed and (must_route or not chosen):
-        what = f"{type(pipe_or_model).__name__} with latents of {next(iter(sizes.values()), None)}"
-        reasons = _counted(list(exact.values())) or "it has no attention processors"
+        what = f"{type(pipe_or_model).__name__} with latents of {usual}"
+        reasons = counted(list(exact.values())) or "it has no attention processors"
         hint = ". For larger latents tell sample_size=(H, W)" if chosen else ""
         raise ValueError(f"pipe_or_model: no layer of {what} would be routed: {reasons}{hint}")
     processors = {name: _processor(config, layer) for name, layer in chosen.items()}
+    timed = {layer.model for layer in chosen.values()} if config.needs_timestep else ()
+    clocks = {model: TimestepHook(model, Timestep()) for model in timed}
     report = RoutedAttentionReport(routed, exact)
-    return Plan(config, list(models.values()), sizes, chosen, processors, report)
+    return Plan(config, list(models.values()), sample_size, clocks, chosen, processors, report)
 
 
 def apply(plan: Plan) -> RoutedAttentionReport:
     """Carry out a plan; nothing in it fails."""
     for model in plan.models:
         _clean(model)
+    for model, clock in plan.clocks.items():  # the hooks of sizes read them
+        model.register_forward_pre_hook(clock, with_kwargs=True)
     hooks: dict[nn.Module, MapSizeHook] = {}
-    clocks: dict[nn.Module, Timestep] = {}
     for name, layer in plan.layers.items():
         parent, processor = layer.parent, plan.processors[name]
-        if parent is not None:
+        timestep = plan.clocks[layer.model].timestep if plan.clocks else None
+        if parent is None:
+            processor.timestep = timestep
+        else:
             if parent not in hooks:
-                hooks[parent] = _hook_size(parent, plan.sizes[layer.model])
+                hooks[parent] = _hook_size(parent, plan.told, timestep)
             processor.map_size = hooks[parent].map_size
             _mark(layer, hooks[parent])
-        if plan.config.needs_timestep:
-            if layer.model not in clocks:
-                clocks[layer.model] = Timestep()
-                hook = TimestepHook(layer.model, clocks[layer.model])
-                layer.model.register_forward_pre_hook(hook, with_kwargs=True)
-            processor.timestep = clocks[layer.model]
         layer.attn.set_processor(processor)
     return plan.report
 
 
-def _processor(config: RoutedAttentionConfig, layer: _Layer) -> RoutedAttnProcessor:
+def _processor(config: RoutedAttentionConfig, layer: Layer) -> RoutedAttnProcessor:
     attn, where = layer.attn, {}
     if config.router == "learned":
         weight = attn.to_q.weight
@@ -276,17 +168,17 @@ def _processor(config: RoutedAttentionConfig, layer: _Layer) -> RoutedAttnProces
         # a float8 weight is cast for storage; an offloaded one lies on no device
         where = {"dtype": weight.dtype if plain else torch.float32, "dim": attn.to_k.out_features}
         where["device"] = "cpu" if weight.device.type == "meta" else weight.device
-    return routed_in_place_of(_exact_of(attn), config, **where).train(attn.training)
+    return routed_in_place_of(exact_of(attn), config, **where).train(attn.training)
 
 
-def _hook_size(parent: nn.Module, sample_size: tuple[int, int] | None) -> MapSizeHook:
-    told = None if sample_size is None else tuple(side // patch_size(parent) for side in sample_size)
-    hook = MapSizeHook(parent, told)
+def _hook_size(parent: nn.Module, sample_size: tuple[int, int] | None, timestep: Timestep | None) -> MapSizeHook:
+    told = None if sample_size is None else (sample_size[0] // patch_size(parent), sample_size[1] // patch_size(parent))
+    hook = MapSizeHook(parent, told, timestep)
     entrance(parent).register_forward_pre_hook(hook, with_kwargs=True)
     return hook
 
 
-def _mark(layer: _Layer, hook: MapSizeHook) -> None:
+def _mark(layer: Layer, hook: MapSizeHook) -> None:
     """Mark what runs again in backward when checkpointed: an element of a list of blocks of the parent."""
     local = layer.name[len(layer.parent_name) :].lstrip(".")
     block = layer.parent.get_submodule(".".join(local.split(".")[:2]))
@@ -299,7 +191,7 @@ def _clean(model: nn.Module) -> bool:
     routed = [m for m in model.modules() if isinstance(getattr(m, "processor", None), RoutedAttnProcessor)]
     hooks = [hook for m in model.modules() for hook in m._forward_pre_hooks.values() if isinstance(hook, _HOOKS)]
     for attn in routed:
-        attn.set_processor(_exact_of(attn))
+        attn.set_processor(exact_of(attn))
     for hook in hooks:
         if isinstance(hook, MapSizeHook):  # diffusers may hold processors that it puts back when it unfuses
             hook.map_size.begin(None)
@@ -315,7 +207,7 @@ def disable_routed_attention(pipe_or_model: DiffusionPipeline | nn.Module) -> No
     Raises:
         TypeError, ValueError: if it is no pipeline or model, or was never routed.
     """
-    cleaned = [_clean(model) for model in _models(pipe_or_model).values()]
+    cleaned = [_clean(model) for model in models_of(pipe_or_model).values()]
     if not any(cleaned):
         raise ValueError("pipe_or_model: nothing is routed, expected one that went through enable_routed_attention")
 
@@ -324,15 +216,16 @@ def routed_layers(pipe_or_model: DiffusionPipeline | nn.Module) -> dict[str, Rou
     """Names of the layers that are routed now, and their processors.
 
     diffusers replaces processors without a word in ``set_attn_processor``, ``set_default_attn_processor`` (which UNets
-    with conditions refuse while routed), ``set_attention_slice`` and ``enable_attention_slicing``,
-    ``fuse_qkv_projections`` of UNets and SD3, and ``unload_ip_adapter``: what they replaced is missing here.
+    with conditions refuse while routed), ``enable_attention_slicing``, ``enable_xformers_memory_efficient_attention``,
+    ``fuse_qkv_projections`` (but for Flux), ``load_ip_adapter`` and ``unload_ip_adapter``: what they replaced is missing
+    here.
 
     Raises:
         TypeError: if it is no pipeline or model.
     """
     found = {}
-    for prefix, model in _models(pipe_or_model).items():
-        for layer in _layers(model):
+    for prefix, model in models_of(pipe_or_model).items():
+        for layer in attention_layers(model):
             processor = layer.attn.processor
             # unload_ip_adapter makes every processor anew, without what tells the size
             alone = layer.parent is not None and getattr(processor, "map_size", None) is None

@@ -24,6 +24,7 @@ from diffusers_cases import (
     some,
     unet,
 )
+from diffusers_pipes import pipeline
 from torch._dynamo.testing import CompileCounterWithBackend
 
 
@@ -90,6 +91,18 @@ def test_flux_compiled_whole_must_be_told_its_size():
     enable_routed_attention(model, config())
     with pytest.raises(Exception, match="sample_size: Flux gets its map packed"):
         run(compiled(model)[0], FLUX)
+    torch.compiler.reset()
+    disable_routed_attention(model)
+    enable_routed_attention(model, config(), sample_size=(8, 12))
+    with pytest.raises(Exception, match="sample_size: expected the 4 x 6 tokens told .*, got 273"):
+        run(compiled(model)[0], FLUX)
+
+
+def test_a_pipelines_own_size_is_not_taken_for_one_that_was_told():
+    pipe = pipeline("flux")
+    enable_routed_attention(pipe, config())
+    with pytest.raises(Exception, match="sample_size: Flux gets its map packed"):
+        run(compiled(pipe.transformer)[0], FLUX)
 
 
 def test_the_repeated_blocks_of_flux_follow_the_size():

@@ -109,6 +109,25 @@ def test_errors_name_the_argument():
         distill_routers(small, inputs(case), progress=False)
 
 
+def test_another_schedule_does_not_resume(tmp_path):
+    case, how = CASES["sd15"], {"steps": 2, "progress": False, "checkpoint": tmp_path / "c.pt"}
+    distill_routers(learned(case), inputs(case), **how)
+    other = learned(case, schedule=[{"min_tokens": 100, "num_heavy_tokens_kv": 7}])
+    with pytest.raises(ValueError, match="config: expected that of the checkpoint"):
+        distill_routers(other, inputs(case), **how)
+
+
+@some("sd15", "flux")
+def test_autocast_changes_the_errors_little(case):
+    ratios = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            ratios.append(distill_routers(learned(case), inputs(case), steps=4, lr=3e-2, progress=False)[-1])
+    for name, ratio in ratios[0].items():
+        assert abs(ratios[1][name] - ratio) < 0.1 * ratio, name
+
+
 def enable_small(case):
     model = build(case, torch.float32)
     enable_routed_attention(model, config(router="learned", min_tokens=1024), sample_size=128)

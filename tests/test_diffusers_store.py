@@ -163,6 +163,25 @@ def test_a_directory_of_another_model_is_refused(case, tmp_path):
     assert routed_layers(model) == {}
 
 
+def test_the_size_is_told_again_when_loading(tmp_path):
+    case = CASES["flux"]
+    model = build(case)
+    enable_routed_attention(model, config())
+    save_routed_attention(model, tmp_path)
+    assert set(load_routed_attention(build(case), tmp_path, sample_size=(8, 12)).values()) == {24}
+
+
+def test_several_configurations_are_not_saved_as_one(tmp_path):
+    pipe = pipeline("sd15")
+    enable_routed_attention(pipe.unet, config(layers=[0]))
+    other = build(CASES["sd15"])
+    enable_routed_attention(other, config(0.5, layers=[1]))
+    name, processor = next(iter(routed_layers(other).items()))
+    pipe.unet.get_submodule(name).set_processor(processor)
+    with pytest.raises(ValueError, match="expected one configuration for all layers, got several"):
+        save_routed_attention(pipe, tmp_path)
+
+
 def test_what_cannot_be_saved_says_so(tmp_path):
     case = CASES["ddpm"]
     with pytest.raises(ValueError, match="nothing is routed"):

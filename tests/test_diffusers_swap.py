@@ -146,7 +146,9 @@ def test_transposed_sizes_are_not_confused(case):
     model, size = enable(build(case)), case.sizes[0]
     expected = run(model, case, size)
     for processor in routed_layers(model).values():
-        processor.map_size.for_tokens = lambda *_, map_size=processor.map_size: map_size.size[::-1]
+        processor.map_size.for_tokens = lambda *_, map_size=processor.map_size: map_size.now._replace(
+            size=map_size.size[::-1]
+        )
     assert (run(model, case, size) - expected).abs().max() > 1e-4
 
 
@@ -284,3 +286,43 @@ def test_an_error_says_why_and_leaves_the_model_untouched(make, how, error, matc
     assert trace(model) == before
     with pytest.raises(ValueError, match="nothing is routed"):
         disable_routed_attention(model)
+
+
+class Own(diffusers.UNet2DConditionModel):
+    """A user's subclass, from a module that is not diffusers'."""
+
+
+def test_models_of_subclasses_are_routed_in_a_pipeline():
+    case, pipe = CASES["sd15"], pipeline("sd15")
+    own = Own.from_config(pipe.unet.config).double().eval()
+    own.load_state_dict(pipe.unet.state_dict())
+    pipe.unet = own
+    assert set(enable_routed_attention(pipe, config())) == {f"unet.{name}" for name in case.tokens}
+
+
+def test_patterns_match_in_a_pipeline_without_its_prefix():
+    pipe, model = pipeline("sd15"), build(CASES["sd15"])
+    short = enable_routed_attention(pipe, config(layers=["up_blocks.*"]))
+    assert set(short) == {f"unet.{name}" for name in enable_routed_attention(model, config(layers=["up_blocks.*"]))}
+    disable_routed_attention(pipe)
+    assert enable_routed_attention(pipe, config(layers=["unet.up_blocks.*"])) == short
+
+
+def test_a_controlnet_is_judged_by_the_size_of_the_unet_beside_it():
+    pipe = pipeline("sd15")
+    net = diffusers.ControlNetModel.from_unet(pipe.unet).double()
+    parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
+    both = diffusers.StableDiffusionControlNetPipeline(**parts, controlnet=net, requires_safety_checker=False)
+    report = enable_routed_attention(both, config())
+    assert None not in report.values() and any(name.startswith("controlnet.") for name in report)
+    disable_routed_attention(both)
+    with pytest.raises(ValueError, match="fewer than min_tokens = 10000"):
+        enable_routed_attention(both, config(min_tokens=10_000))
+
+
+def test_a_schedule_by_timestep_needs_a_model_that_takes_one():
+    model = torch.nn.Sequential(build(CASES["sd15"]))
+    before = trace(model)
+    with pytest.raises(ValueError, match="schedule: expected a model that takes timestep, got Sequential"):
+        enable_routed_attention(model, config(schedule=[{"min_timestep": 500, "full": True}]))
+    assert trace(model) == before

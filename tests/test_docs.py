@@ -25,5 +25,5 @@ def test_the_snippets_run_one_after_another(monkeypatch, tmp_path):
     assert len(BLOCKS) == 3
     for code in BLOCKS:
         code = code.replace("steps=100", "steps=2")
-        exec(code, names)
+        exec(code, names)  # noqa: S102
     assert routed_layers(pipe)
