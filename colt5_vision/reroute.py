@@ -10,6 +10,10 @@ from torch.overrides import TorchFunctionMode
 from .ops.routed_window_attention.gathered import PairBias
 
 _SDPA = nn.functional.scaled_dot_product_attention
+# The size of the map that a compiled block belongs to, as the shape of a tensor without content, and whose it is: a
+# compiler makes a constant of an int that it finds on a module, and a graph for each size, but not of a shape.
+_SHAPE: Tensor = torch.empty(0)
+_OWNER: "MapSize | None" = None
 _MARK = "_colt5_map_size"  # on the input of a block: the size of the map it belongs to
 
 
@@ -108,18 +112,25 @@ class MapSize:
 
     def begin(self, size: tuple[int, int] | None, num_text: int = 0, timestep: float | None = None) -> None:
         new = Pass(size, num_text, timestep)
+        if not torch.compiler.is_compiling() and _in_backward():
+            self.recomputed, self.made_anew = new, True
+            return
+        self._show(size)
         if torch.compiler.is_compiling():  # one trace is one forward: nothing can be stale within it
             self.now = new
-            return
-        if _in_backward():
-            self.recomputed, self.made_anew = new, True
             return
         self.made_anew = False
         pending = None if self.served or not self.apart else self.size  # its tokens must not meet this size
         if None not in (pending, size) and pending != size and pending[0] * pending[1] == size[0] * size[1]:
             new = Pass(None)
+        if new.size is None:
+            self._show(None)
         self.now, self.served = new, False
         self.passes += 1
+
+    def _show(self, size: tuple[int, int] | None) -> None:
+        global _SHAPE, _OWNER
+        _SHAPE, _OWNER = torch.empty(1).expand(size or (0, 0)), self
 
     def for_tokens(self, attention: nn.Module, num_tokens: int, with_text: bool = False) -> Pass | None:
         """The pass whose ``num_tokens`` tokens, the text's among them if ``with_text``, reached ``attention``, or None.
@@ -127,25 +138,35 @@ class MapSize:
         Raises:
             ValueError: in backward, if ``attention`` runs again on tokens of no known pass.
         """
-        self.served, found = True, self.now
+        self.served = True
+        if torch.compiler.is_compiling():
+            return self._compiled(num_tokens, with_text)
+        found = self.now
         memory = attention.__dict__
-        if not torch.compiler.is_compiling():
-            if _in_backward():
-                found = self.recomputed
-            else:
-                found = Pass(None) if memory.get("served_pass", (None,))[0] == self.passes else found
+        if _in_backward():
+            found = self.recomputed
+        elif memory.get("served_pass", (None,))[0] == self.passes:
+            found = Pass(None)
         fits = found.size is not None
         if fits:
             fits = found.size[0] * found.size[1] + (found.num_text if with_text else 0) == num_tokens
-        if not torch.compiler.is_compiling():
-            if not _in_backward():
-                memory["served_pass"] = (self.passes, fits)
-            elif not fits and memory.get("served_pass", (None, False))[1]:
-                raise ValueError(
-                    "checkpointing: the size of the map behind a recomputed block is unknown; expected "
-                    "use_reentrant=False, around whole blocks"
-                )
+        if not _in_backward():
+            memory["served_pass"] = (self.passes, fits)
+        elif not fits and memory.get("served_pass", (None, False))[1]:
+            raise ValueError(
+                "checkpointing: the size of the map behind a recomputed block is unknown; expected use_reentrant=False, "
+                "around whole blocks"
+            )
         return found if fits else None
+
+    def _compiled(self, num_tokens: int, with_text: bool) -> Pass | None:
+        if _OWNER is not self:
+            return None
+        height, width = _SHAPE.shape
+        text = self.now.num_text if with_text else 0
+        if height == 0 or height * width + text != num_tokens:
+            return None
+        return Pass((height, width), text, self.now.timestep)
 
 
 class BlockMarker:

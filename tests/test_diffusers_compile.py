@@ -105,13 +105,25 @@ def test_a_pipelines_own_size_is_not_taken_for_one_that_was_told():
         run(compiled(pipe.transformer)[0], FLUX)
 
 
-def test_the_repeated_blocks_of_flux_follow_the_size():
-    model, eager = enable(build(FLUX), router="learned"), enable(build(FLUX))
-    counter = CompileCounterWithBackend("eager")
-    model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=counter)
-    for size in FLUX.sizes[:2]:
-        close(run(model, FLUX, size), run(eager, FLUX, size))
-    assert counter.frame_count >= 2
+SEVERAL = ((26, 42), (42, 26), (18, 24), (24, 18), (30, 30), (34, 22), (38, 26), (40, 28), (44, 20), (22, 46))
+
+
+@pytest.mark.parametrize(("case", "more"), [(SHALLOW["sd15"], 0), (FLUX, 2)], ids=["sd15", "flux"])
+def test_blocks_compiled_one_by_one_make_no_graph_for_each_size(case, more):
+    graphs = []
+    for routed in (False, True):
+        torch.compiler.reset()
+        model, eager = build(case), build(case)
+        if routed:
+            enable(model), enable(eager)
+        counter = CompileCounterWithBackend("eager")
+        for block in model.modules():
+            if type(block).__name__ in ("BasicTransformerBlock", *model._repeated_blocks):
+                block.compile(fullgraph=True, dynamic=True, backend=counter)
+        for size in SEVERAL:
+            close(run(model, case, size), run(eager, case, size))
+        graphs.append(counter.frame_count)
+    assert graphs[0] > 0 and graphs[1] <= graphs[0] + more
 
 
 @pytest.mark.parametrize("which", ["compiled", "in place"])
