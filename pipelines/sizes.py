@@ -59,9 +59,7 @@ class MapSizeHook:
         told: (H, W) in tokens for packed models under ``torch.compile``, where positions cannot be looked at.
     """
 
-    def __init__(
-        self, parent: nn.Module, told: tuple[int, int] | None = None, timestep: Timestep | None = None
-    ):
+    def __init__(self, parent: nn.Module, told: tuple[int, int] | None = None, timestep: Timestep | None = None):
         self.arguments, self.told = _Arguments(entrance(parent)), told
         self.map_size = MapSize(apart=False)  # the blocks follow in the same forward
         self.packed, self.patch = isinstance(parent, _PACKED), patch_size(parent)
