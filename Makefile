@@ -13,7 +13,7 @@ demo: $(STAMP)
 swap: $(STAMP)
 	$(BIN)/python examples/swap_pretrained_vit.py $(ARGS)
 
-# routed attention in a real diffusion network, quality and speed, routers trained; half an hour on 2 CPU cores
+# routed attention in a real diffusion network, quality and speed, routers trained; ten minutes on 2 CPU cores
 diffusion: $(STAMP)
 	$(BIN)/python examples/distill_diffusion.py $(ARGS)
 

@@ -35,7 +35,9 @@ def sampling_error(
         logits, cost: (B, N).
         count: of routed keys; None: the routing's.
     """
-    slots = token_count("num_heavy_tokens_kv", count or routing.num_heavy_tokens_kv, logits.shape[-1])
+    slots = token_count(
+        "num_heavy_tokens_kv", routing.num_heavy_tokens_kv if count is None else count, logits.shape[-1]
+    )
     gates = routing.gates(logits, slots, None).clamp_min(1e-12)
     return ((1 / gates - 1) * cost).sum(-1)
 
@@ -59,12 +61,13 @@ class Teacher:
         key_mask: Tensor | None = None,
         window_size: tuple[int, int] | None = None,
         num_heavy_tokens_kv: TokenCount | None = None,
-        num_heavy_tokens_q: TokenCount | None = None,
+        num_heavy_tokens_q: TokenCount | None = None,  # every query tells what it needs
         **call,
     ) -> Tensor:
         if key_mask is not None:
             raise ValueError("attn_mask: distillation takes whole images, got a mask")
-        routing, window = attention.routing, window_size or attention.routing.window_size
+        routing = attention.routing
+        window = routing.window_size if window_size is None else window_size
         out = self._full(window, q, k, v, **call)
         with without_autocast(q.device.type):
             cost = self._cost(window, q, k, v, out, **call)

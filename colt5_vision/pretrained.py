@@ -230,7 +230,8 @@ class PretrainedRoutedAttention(nn.Module):
         batch, tokens = q.shape[0], q.shape[2] - num_prefix_tokens
         image = slice(num_prefix_tokens, None)
         mask = None if key_mask is None else key_mask[:, image]
-        slots = token_count("num_heavy_tokens_kv", num_heavy_tokens_kv or self.num_heavy_tokens_kv, tokens)
+        count = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
+        slots = token_count("num_heavy_tokens_kv", count, tokens)
         if self.router == "window":
             return None
         if self.router in ("random", "grid", "mean_query_topk"):
@@ -269,7 +270,7 @@ class PretrainedRoutedAttention(nn.Module):
     ) -> Tensor:
         """Raster indices (B, Q) of the tokens that attend most to a few of the routed keys, against themselves; by
         content, without ``pair_bias``."""
-        slots = token_count("num_heavy_tokens_q", count or self.num_heavy_tokens_q, q.shape[2])
+        slots = token_count("num_heavy_tokens_q", self.num_heavy_tokens_q if count is None else count, q.shape[2])
         indices, log_weights = routed
         probe = torch.linspace(0, indices.shape[1] - 1, min(_PROBE_KEYS, indices.shape[1]), device=q.device).long()
         chosen = indices[:, probe]
@@ -328,11 +329,11 @@ class PretrainedRoutedAttention(nn.Module):
         }
         chosen = {"generator": generator or self.generator, "num_heavy_tokens_kv": num_heavy_tokens_kv}
         routed = self.route(q, k, features=features, **chosen, **call)
-        call["window_size"] = window_size or self.window_size
+        call["window_size"] = self.window_size if window_size is None else window_size
         if routed is None:
             return routed_window_attention(q, k, v, **call)
         call |= {"routed_indices": routed[0], "log_weights": routed[1], "weight_own_window": False}
-        count = num_heavy_tokens_q or self.num_heavy_tokens_q
+        count = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
         if count is None:
             return routed_window_attention(q, k, v, **call)
         image = slice(num_prefix_tokens, None)

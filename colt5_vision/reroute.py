@@ -115,22 +115,15 @@ class MapSize:
         if not torch.compiler.is_compiling() and _in_backward():
             self.recomputed, self.made_anew = new, True
             return
-        self._show(size)
-        if torch.compiler.is_compiling():  # one trace is one forward: nothing can be stale within it
-            self.now = new
-            return
-        self.made_anew = False
-        pending = None if self.served or not self.apart else self.size  # its tokens must not meet this size
-        if None not in (pending, size) and pending != size and pending[0] * pending[1] == size[0] * size[1]:
-            new = Pass(None)
-        if new.size is None:
-            self._show(None)
-        self.now, self.served = new, False
-        self.passes += 1
-
-    def _show(self, size: tuple[int, int] | None) -> None:
+        if not torch.compiler.is_compiling():  # one trace is one forward: nothing can be stale within it
+            pending = None if self.served or not self.apart else self.size  # its tokens must not meet this size
+            if None not in (pending, size) and pending != size and pending[0] * pending[1] == size[0] * size[1]:
+                new = Pass(None)
+            self.made_anew, self.served = False, False
+            self.passes += 1
+        self.now = new
         global _SHAPE, _OWNER
-        _SHAPE, _OWNER = torch.empty(1).expand(size or (0, 0)), self
+        _SHAPE, _OWNER = torch.empty(1).expand(new.size or (0, 0)), self
 
     def for_tokens(self, attention: nn.Module, num_tokens: int, with_text: bool = False) -> Pass | None:
         """The pass whose ``num_tokens`` tokens, the text's among them if ``with_text``, reached ``attention``, or None.

@@ -1,7 +1,7 @@
 """Routed attention in a real diffusion network: what it costs in quality, what it gains in time, before and after
 training its routers.
 
-    python examples/distill_diffusion.py                              # 128, 256 and 512 px, half an hour on 2 CPU cores
+    python examples/distill_diffusion.py                              # 128, 256 and 512 px, ten minutes on 2 CPU cores
     python examples/distill_diffusion.py --sizes 128 --steps 10 --no-timing     # a minute
     torchrun --nproc-per-node 2 examples/distill_diffusion.py   # routers trained by two, or accelerate launch --multi_gpu
 

@@ -28,13 +28,11 @@ from tqdm.auto import tqdm
 from colt5_vision.visualize import plot_routing, record_routing
 
 try:
+    from command_line import UserError, at_least_one, exit_status
     from digits import DigitCanvases
 except ImportError:  # run as examples.image_classification
+    from examples.command_line import UserError, at_least_one, exit_status
     from examples.digits import DigitCanvases
-
-
-class UserError(Exception):
-    """What the user can mend; shown as one line."""
 
 
 def first_line(error: Exception) -> str:
@@ -298,25 +296,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", default="runs/digits")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     args = parser.parse_args(argv)
-    for name in ("img_size", "epochs", "batch_size", "limit"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    at_least_one(parser, args, "img_size", "epochs", "batch_size", "limit")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        train(args)
-    except UserError as error:
-        # a data loading process hands its traceback over as the message
-        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('__main__.UserError: ')}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with --resume --output {args.output}", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(train, parse(argv))
 
 
 if __name__ == "__main__":

@@ -39,8 +39,10 @@ from colt5_vision.checks import token_count
 from colt5_vision.store import save_atomically
 
 try:
+    from command_line import UserError, at_least_one, exit_status
     from digits import load_digits
 except ImportError:  # run as examples.train_diffusion
+    from examples.command_line import UserError, at_least_one, exit_status
     from examples.digits import load_digits
 
 FOLD = 2  # the UNet sees blocks of 2 x 2 pixels as 4 channels: a quarter of the positions
@@ -48,10 +50,6 @@ NO_CLASS, DROP, GUIDANCE = 10, 0.1, 1.5  # classifier-free guidance: training hi
 RANGE = 0.5  # images lie in [-0.5, 0.5]: noisier at every timestep, for larger maps (arXiv 2301.10972)
 DDIM_STEPS, ROWS, HELD_OUT = 20, 4, 200
 SAME = ("size", "batch_size", "limit", "keys", "window", "fusion", "seed")  # what a resumed run may not change
-
-
-class UserError(Exception):
-    """What the user can mend; shown as one line."""
 
 
 @contextmanager
@@ -323,26 +321,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", default="runs/diffusion")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     args = parser.parse_args(argv)
-    for name in ("epochs", "limit", "batch_size", "window"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    at_least_one(parser, args, "epochs", "limit", "batch_size", "window")
     if args.size < 32 or args.size % 8:
         parser.error(f"--size: expected a multiple of 8, at least 32, got {args.size}")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        train(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with --resume --output {args.output}", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(train, parse(argv))
 
 
 if __name__ == "__main__":

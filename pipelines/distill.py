@@ -67,7 +67,7 @@ def distill_routers(
         lambda arguments: model(**arguments),
         inputs,
         argument="inputs",
-        settings={"config": json.dumps(next(iter(attention.values())).config.to_dict())},
+        settings={"config": json.dumps([part.config.to_dict() for part in attention.values()])},
         steps=steps,
         lr=lr,
         num_queries=num_queries,

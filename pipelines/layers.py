@@ -8,7 +8,13 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from .processor import ATTENTIONS, PROCESSORS, RoutedAttnProcessor, default_processor
+from .processor import (
+    ATTENTIONS,
+    PROCESSORS,
+    RoutedAttnProcessor,
+    adds_keys,
+    default_processor,
+)
 from .sizes import PARENTS, map_of_layer
 
 
@@ -26,7 +32,7 @@ class Layer:
             return f"no routed form of {type(attn).__name__}"
         if getattr(attn, "is_cross_attention", False):
             return "cross-attention"
-        if getattr(attn, "add_k_proj", None) is not None and getattr(attn, "add_q_proj", None) is None:
+        if adds_keys(attn):
             return "keys and values have projections added"
         if ".fuser." in f".{self.name}.":
             return "attends to more than the map"
@@ -39,6 +45,7 @@ class Layer:
         return None
 
     def tokens(self, sample_size: tuple[int, int] | None) -> int | None:
+        """Of the map that the layer sees when the model gets latents of ``sample_size`` (H, W); None: unknown."""
         if sample_size is None:
             return None
         size = map_of_layer(self.model, self.name, self.parent, sample_size)
@@ -55,6 +62,7 @@ def _parent(model: nn.Module, name: str) -> tuple[str, nn.Module | None]:
 
 
 def attention_layers(model: nn.Module) -> list[Layer]:
+    """All attention modules of a model that have processors, those that cannot be routed among them."""
     found = [(name, m) for name, m in model.named_modules() if hasattr(m, "set_processor") and hasattr(m, "processor")]
     return [Layer(model, name, m) for name, m in found]
 
@@ -104,4 +112,5 @@ def exact_of(attn: nn.Module) -> Any:
 
 
 def counted(reasons: list[str]) -> str:
+    """Each reason once, with how often it came."""
     return ", ".join(f"{reason} ({reasons.count(reason)})" for reason in dict.fromkeys(reasons))

@@ -54,6 +54,16 @@ PROCESSORS = _REROUTABLE + _EQUIVALENT
 """Processors that a :class:`RoutedAttnProcessor` can stand in for."""
 
 
+def is_joint(attn: nn.Module) -> bool:
+    """Whether a text, projected by the layer itself, attends together with the map (SD3, Flux's double blocks)."""
+    return getattr(attn, "add_q_proj", None) is not None
+
+
+def adds_keys(attn: nn.Module) -> bool:
+    """Whether a text gives keys and values only (UnCLIP, Kandinsky)."""
+    return getattr(attn, "add_k_proj", None) is not None and not is_joint(attn)
+
+
 class RoutedAttnProcessor(nn.Module):
     """Routed self-attention with the weights of the layer it is set on.
 
@@ -123,7 +133,26 @@ class RoutedAttnProcessor(nn.Module):
         ip_hidden_states: list[Tensor] | None = None,
         ip_adapter_masks: Tensor | None = None,
         **kwargs,
-    ):
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Attend, as the replaced processor would.
+
+        Args:
+            attn: the layer.
+            hidden_states: (B, C, H, W), or (B, N, C) with N = H * W in raster order; in single-stream blocks of Flux
+                (B, P + N, C), the text in front.
+            encoder_hidden_states: (B, P, C'), the text of joint attention; of cross-attention otherwise.
+            attention_mask: given, attention is exact.
+            args, temb, image_rotary_emb, ip_hidden_states, ip_adapter_masks, kwargs: for the replaced processor, those
+                that it takes.
+
+        Returns:
+            What the replaced processor returns: the shape of ``hidden_states``, and with a joint text that of
+            ``encoder_hidden_states`` as well.
+
+        Raises:
+            RuntimeError: if the replaced processor did not call torch's own ``scaled_dot_product_attention``.
+            ValueError: from checkpointing that does not tell which map is recomputed.
+        """
         # diffusers passes on what it finds by name in this signature
         named = {
             "temb": temb,
@@ -158,11 +187,11 @@ class RoutedAttnProcessor(nn.Module):
 
     def _pass(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> Pass | None:
         """What is known of the map in ``hidden_states`` if it attends to itself, or None."""
-        if getattr(attn, "add_k_proj", None) is not None and getattr(attn, "add_q_proj", None) is None:
+        if adds_keys(attn):
             return None
         if getattr(self.exact, "_parallel_config", None) is not None:  # other processes hold parts of the map
             return None
-        joint = getattr(attn, "add_q_proj", None) is not None
+        joint = is_joint(attn)
         if encoder_hidden_states is not None and not joint:
             return None
         if hidden_states.ndim == 4:
@@ -261,9 +290,9 @@ def default_processor(attn: nn.Module) -> Any:
     if isinstance(attn, FluxAttention):
         return FluxAttnProcessor()
     fused = getattr(attn, "fused_projections", False)
-    if getattr(attn, "add_q_proj", None) is not None:
+    if is_joint(attn):
         return FusedJointAttnProcessor2_0() if fused else JointAttnProcessor2_0()
-    if getattr(attn, "add_k_proj", None) is not None:
+    if adds_keys(attn):
         return AttnAddedKVProcessor2_0()
     return FusedAttnProcessor2_0() if fused else AttnProcessor2_0()
 

@@ -139,25 +139,25 @@ def plan(
     return Plan(config, list(models.values()), sample_size, clocks, chosen, processors, report)
 
 
-def apply(plan: Plan) -> RoutedAttentionReport:
+def apply(planned: Plan) -> RoutedAttentionReport:
     """Carry out a plan; nothing in it fails."""
-    for model in plan.models:
+    for model in planned.models:
         _clean(model)
-    for model, clock in plan.clocks.items():  # the hooks of sizes read them
+    for model, clock in planned.clocks.items():  # the hooks of sizes read them
         model.register_forward_pre_hook(clock, with_kwargs=True)
     hooks: dict[nn.Module, MapSizeHook] = {}
-    for name, layer in plan.layers.items():
-        parent, processor = layer.parent, plan.processors[name]
-        timestep = plan.clocks[layer.model].timestep if plan.clocks else None
+    for name, layer in planned.layers.items():
+        parent, processor = layer.parent, planned.processors[name]
+        timestep = planned.clocks[layer.model].timestep if planned.clocks else None
         if parent is None:
             processor.timestep = timestep
         else:
             if parent not in hooks:
-                hooks[parent] = _hook_size(parent, plan.told, timestep)
+                hooks[parent] = _hook_size(parent, planned.told, timestep)
             processor.map_size = hooks[parent].map_size
             _mark(layer, hooks[parent])
         layer.attn.set_processor(processor)
-    return plan.report
+    return planned.report
 
 
 def _processor(config: RoutedAttentionConfig, layer: Layer) -> RoutedAttnProcessor:
@@ -182,7 +182,7 @@ def _mark(layer: Layer, hook: MapSizeHook) -> None:
     """Mark what runs again in backward when checkpointed: an element of a list of blocks of the parent."""
     local = layer.name[len(layer.parent_name) :].lstrip(".")
     block = layer.parent.get_submodule(".".join(local.split(".")[:2]))
-    if not any(isinstance(hook, BlockMarker) for hook in block._forward_pre_hooks.values()):
+    if not any(isinstance(present, BlockMarker) for present in block._forward_pre_hooks.values()):
         block.register_forward_pre_hook(BlockMarker(hook.map_size), with_kwargs=True)
 
 

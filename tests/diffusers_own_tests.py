@@ -12,23 +12,19 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
 import diffusers
 from colt5_vision.pipelines import RoutedAttentionConfig, enable_routed_attention
 from diffusers import ModelMixin
+from source_distributions import Unavailable, source_distribution
 
 from colt5_vision.pretrained import PretrainedRoutedAttention
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 CONFIG = RoutedAttentionConfig(window_size=4, num_heavy_tokens_kv=1.0, min_tokens=1)
 """All tokens routed: what stock attention computes, up to rounding."""
-
-
-class Unavailable(Exception):
-    """The tests could not be had; the text says why."""
 
 
 def fetch() -> Path:
@@ -59,31 +55,13 @@ def _checked(source: Path) -> Path:
 
 
 def _download(target: Path) -> None:
-    """Tests and ``src/diffusers/__init__.py`` of the source distribution into ``target``; pip checks its hash."""
-    CACHE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        only_source = ["--no-deps", "--no-binary", ":all:", "--no-cache-dir", "--retries", "1", "--timeout", "20"]
-        command = [sys.executable, "-m", "pip", "download", *only_source, "--dest", folder]
+    """Tests and ``src/diffusers/__init__.py`` of the source distribution into ``target``."""
+    with source_distribution("diffusers", diffusers.__version__, CACHE) as (content, folder):
+        wanted = (f"{target.name}/tests/", f"{target.name}/src/diffusers/__init__.py")
+        members = [member for member in content.getmembers() if member.name.startswith(wanted)]
+        content.extractall(folder, members, filter="data")
         try:
-            done = subprocess.run(
-                [*command, f"diffusers=={diffusers.__version__}"],
-                capture_output=True,
-                text=True,
-                timeout=240,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise Unavailable("pip download of diffusers' source distribution took more than 240 s") from error
-        archive = Path(folder, f"{target.name}.tar.gz")
-        if done.returncode or not archive.exists():
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise Unavailable(f"pip download of diffusers' source distribution failed: {lines[-1]}")
-        with tarfile.open(archive) as content:
-            wanted = (f"{target.name}/tests/", f"{target.name}/src/diffusers/__init__.py")
-            members = [member for member in content.getmembers() if member.name.startswith(wanted)]
-            content.extractall(folder, members, filter="data")
-        try:
-            Path(folder, target.name).rename(target)
+            (folder / target.name).rename(target)
         except OSError:  # another process was as fast
             if not target.exists():
                 raise

@@ -37,7 +37,7 @@ def test_the_core_needs_torch_and_einops_only(tmp_path):
     assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr
 
 
-@pytest.mark.parametrize("room, needs", [("models", "timm")])
+@pytest.mark.parametrize("room, needs", [("models", "timm"), ("pipelines", "diffusers")])
 def test_a_room_without_its_library_says_what_to_install(room, needs, tmp_path):
     done = python(BLOCK + f"import colt5_vision.{room}", tmp_path)
     assert done.returncode != 0

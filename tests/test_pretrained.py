@@ -330,3 +330,20 @@ def test_bad_inputs():
         routing(router="learned")(q, k, v, grid_size=GRID)
     with pytest.raises(ValueError, match="grid_size"):
         routing(router="window")(q, k, v, grid_size=(6, 6))
+
+
+SETTINGS = {"window_size": (2, 5), "num_heavy_tokens_kv": 9, "num_heavy_tokens_q": 0.5}
+
+
+def test_settings_of_a_call_are_those_of_a_module_that_has_them():
+    q, k, v = tensors()
+    expected = PretrainedRoutedAttention(**SETTINGS)(q, k, v, grid_size=GRID)
+    close(routing(3)(q, k, v, grid_size=GRID, **SETTINGS), expected)
+    assert (routing(3)(q, k, v, grid_size=GRID) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_of_a_call_is_never_taken_for_the_default(name):
+    q, k, v = tensors()
+    with pytest.raises(ValueError, match=name):
+        routing(3)(q, k, v, grid_size=GRID, **{name: 0})

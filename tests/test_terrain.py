@@ -84,17 +84,14 @@ def test_the_example_leaves_tables_pictures_and_routers(net, tmp_path, monkeypat
     assert {path.name for path in tmp_path.iterdir()} >= {"terrain_128.png", "training.pt", "routers", "results.json"}
     assert routed_layers(net.unet) == {}
 
+    full = draw(net, 128)
     load_routed_attention(net.unet, tmp_path / "routers")
-    assert abs(error(draw(net, 128), draw_exact(net, 128)) - errors["distilled, keys 1/16"]) < 1e-6
+    assert abs(error(draw(net, 128), full) - errors["distilled, keys 1/16"]) < 1e-6
+    disable_routed_attention(net.unet)
     monkeypatch.setattr(sys, "argv", ["distill_diffusion.py", *SMALL, "--no-timing", "--output", str(tmp_path)])
     example.main()  # goes on from the trained routers
     assert "resumed" in (tmp_path / "results.md").read_text()
     assert json.loads((tmp_path / "results.json").read_text())["error"] == record["error"]
-
-
-def draw_exact(net, size):
-    disable_routed_attention(net.unet)
-    return draw(net, size)
 
 
 @pytest.mark.parametrize(("args", "message"), [(["--sizes", "100"], "--sizes"), (["--share", "2"], "--share")])

@@ -5,10 +5,6 @@ The wheel has no tests. The source distribution comes from the package registry 
 """
 
 import importlib.util
-import subprocess
-import sys
-import tarfile
-import tempfile
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -16,12 +12,9 @@ from unittest import mock
 
 import pytest
 import timm
+from source_distributions import Unavailable, source_distribution
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
-
-
-class Unavailable(Exception):
-    """The tests could not be had; the text says why."""
 
 
 def fetch() -> Path:
@@ -34,31 +27,17 @@ def fetch() -> Path:
     target = CACHE / release / "test_models.py"
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        only_source = ["--no-deps", "--no-binary", ":all:", "--no-cache-dir", "--retries", "1", "--timeout", "20"]
-        command = [sys.executable, "-m", "pip", "download", *only_source, "--dest", folder]
+    with source_distribution("timm", timm.__version__, CACHE) as (content, folder):
         try:
-            done = subprocess.run(
-                [*command, f"timm=={timm.__version__}"], capture_output=True, text=True, timeout=240, check=False
+            version, tests = (
+                content.extractfile(f"{release}/{name}").read() for name in ("timm/version.py", "tests/test_models.py")
             )
-        except subprocess.TimeoutExpired as error:
-            raise Unavailable("pip download of timm's source distribution took more than 240 s") from error
-        archive = Path(folder, f"{release}.tar.gz")
-        if done.returncode or not archive.exists():
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise Unavailable(f"pip download of timm's source distribution failed: {lines[-1]}")
-        with tarfile.open(archive) as content:
-            try:
-                version, tests = (
-                    content.extractfile(f"{release}/{name}").read()
-                    for name in ("timm/version.py", "tests/test_models.py")
-                )
-            except (KeyError, AttributeError) as error:  # no such member, or not a file
-                raise Unavailable(f"{archive.name} is not laid out as expected: {error}") from error
+        except (KeyError, AttributeError) as error:  # no such member, or not a file
+            raise Unavailable(f"{content.name} is not laid out as expected: {error}") from error
         if version != Path(timm.__file__).with_name("version.py").read_bytes():
-            raise Unavailable(f"{archive.name} is not of the installed timm {timm.__version__}")
-        whole = Path(folder, "test_models.py")
+            raise Unavailable(f"{content.name} is not of the installed timm {timm.__version__}")
+        target.parent.mkdir(exist_ok=True)
+        whole = folder / "test_models.py"
         whole.write_bytes(tests)
         whole.replace(target)  # another process may have been as fast
     return target

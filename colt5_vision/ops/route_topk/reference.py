@@ -21,9 +21,7 @@ def ordered_keys(scores: Tensor) -> Tensor:
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
     """Indices (..., k) of the k largest, in falling order, ties to the lower index. float32 or float64 scores."""
-    if (
-        torch.onnx.is_in_onnx_export()
-    ):  # ONNX cannot read a float's bits; its TopK breaks ties to the lower index itself
+    if torch.onnx.is_in_onnx_export():  # cannot read a float's bits; its TopK breaks ties to the lower index itself
         return scores.topk(k, dim=-1).indices
     if scores.dtype == torch.float64:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
