@@ -16,7 +16,7 @@ from torch import Tensor
 from ..grid import cell_slots, slot_of_token
 from .sdpa import attend, attend_backward, masked_logit
 
-_PAIRS = 1 << 24
+_PAIRS = 1 << 24  # elements held at once, of a bias or of the gradients of keys that several windows share
 
 
 @dataclass(frozen=True)
