@@ -1,4 +1,4 @@
-"""Hard selection of the tokens to route: checks around ``reference.py``."""
+"""Hard selection of the tokens to route: checks and dispatch around ``reference.py``."""
 
 import math
 import numbers
@@ -7,7 +7,41 @@ import torch
 from torch import Tensor
 
 from ...checks import check_float_tensor, check_int, check_mask, check_pair
+from ..backend import (
+    check_backend,
+    needs_operator,
+    requested_backend,
+    use_triton,
+    why_not_triton,
+)
 from . import reference
+
+
+@torch.library.custom_op("colt5_vision::top_indices", mutates_args=())
+def _top_indices(scores: Tensor, k: int, backend: str) -> Tensor:
+    # "auto" stays with torch.topk: no measurement on a GPU has shown the kernels to be faster yet
+    if requested_backend(backend) == "triton":
+        use_triton("route_topk", "triton", why_not_triton(scores, (torch.float32,)))  # says why not
+        from . import triton
+
+        return triton.top_indices(scores, k)
+    return reference.top_indices(scores, k).contiguous()
+
+
+@_top_indices.register_fake
+def _(scores, k, backend):
+    return scores.new_empty((*scores.shape[:-1], k), dtype=torch.int64)
+
+
+def _select(scores: Tensor, k: int, backend: str | None) -> Tensor:
+    """Indices (..., k); through the registered operator only where it may find the kernels asked for."""
+    if torch.onnx.is_in_onnx_export():  # an ONNX file knows no custom operators
+        return reference.top_indices(scores, k)
+    if backend is None and not torch.compiler.is_compiling():  # a compiled graph asks when it runs
+        backend = requested_backend()
+    if backend == "triton" or (backend is None and needs_operator(scores)):
+        return _top_indices(scores, k, backend or "")
+    return reference.top_indices(scores, k)
 
 
 def route_topk(
@@ -18,6 +52,7 @@ def route_topk(
     num_slots: int | None = None,
     grid_size: tuple[int, int] | None = None,
     cell_size: int | tuple[int, int] | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Indices of the ``k`` largest scores of each row, a total order: ties go to the lower index.
 
@@ -33,6 +68,9 @@ def route_topk(
             give it under ``torch.compile``). Larger entries of ``k`` are cut to it.
         grid_size: (H, W) with H * W = n in raster order; needed by ``cell_size``.
         cell_size: height and width of the cells of a stratified selection.
+        backend: ``"eager"`` and ``"auto"`` run ``torch.topk``; ``"triton"`` a radix select that spreads a long row over
+            the GPU (float32 and narrower, CUDA or ROCm), the same result. Default: the environment variable
+            ``COLT5_VISION_BACKEND``, else ``"auto"``.
 
     Returns:
         ``(indices, valid)``, both (..., K), K = min(k, n): int64 indices in falling order of score, and a bool that
@@ -40,8 +78,11 @@ def route_topk(
         slots are in range.
 
     Raises:
-        TypeError, ValueError: on a wrong dtype or shape, ``k`` < 1, a grid that does not match n.
+        TypeError, ValueError: on a wrong dtype or shape, ``k`` < 1, a grid that does not match n, an unknown
+            ``backend``.
+        RuntimeError: ``"triton"`` was asked for and cannot run; it says why.
     """
+    check_backend(backend)
     check_float_tensor("scores", scores)
     if scores.ndim < 1 or scores.shape[-1] < 1:
         raise ValueError(f"scores: expected shape (..., n) with n >= 1, got {tuple(scores.shape)}")
@@ -83,7 +124,7 @@ def route_topk(
     elif grid_size is not None:
         raise ValueError("grid_size: only used with cell_size, got no cell_size")
 
-    indices = reference.top_indices(scores, slots)
+    indices = _select(scores, slots, backend)
     valid = torch.ones_like(indices, dtype=torch.bool) if mask is None else mask.gather(-1, indices)
     if isinstance(k, Tensor):
         valid = valid & (torch.arange(slots, device=indices.device) < k.unsqueeze(-1))

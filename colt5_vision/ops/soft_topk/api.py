@@ -7,65 +7,118 @@ import torch
 from torch import Tensor
 
 from ...checks import check_float_tensor, check_int, check_mask, check_positive
+from ..backend import check_backend, needs_operator, use_triton, why_not_triton
 from . import reference
+
+MOST_ITERATIONS = 4096
+"""Of the kernels of coordinate descent: their backward holds the iterates of a row in one program."""
+
+
+def _runs_kernels(operator: str, backend: str, scores: Tensor, n_iters: int = 1) -> bool:
+    """Asked inside the registered operators: ``torch.compile`` must not trace the environment."""
+    why_not = why_not_triton(scores, (torch.float32,))
+    if why_not is None and n_iters > MOST_ITERATIONS:
+        why_not = f"the kernels take at most {MOST_ITERATIONS} iterations, got {n_iters}"
+    return use_triton(operator, backend or None, why_not)
 
 
 @torch.library.custom_op("colt5_vision::soft_topk", mutates_args=())
-def _soft_topk(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float, head_size: int) -> Tensor:
+def _soft_topk(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float, head_size: int, backend: str = "") -> Tensor:
+    if _runs_kernels("soft_topk", backend, scores):
+        from . import triton
+
+        return triton.forward(scores, k, num_valid, eps)
     return reference.soft_topk_forward(scores, k, num_valid, eps, head_size)
 
 
 @_soft_topk.register_fake
-def _(scores, k, num_valid, eps, head_size):
+def _(scores, k, num_valid, eps, head_size, backend=""):
     return torch.empty_like(scores)
 
 
+@torch.library.custom_op("colt5_vision::soft_topk_backward", mutates_args=())
+def _soft_topk_gradient(grad: Tensor, gates: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    if _runs_kernels("soft_topk", backend, gates):
+        from . import triton
+
+        return triton.backward(grad, gates, eps)
+    grad_scores, grad_k = reference.soft_topk_backward(grad, gates, eps)
+    return reference.laid_out_as(grad_scores, gates), grad_k
+
+
+@_soft_topk_gradient.register_fake
+def _(grad, gates, eps, backend):
+    return torch.empty_like(gates), gates.new_empty(gates.shape[0], 1)
+
+
 def _soft_topk_setup(ctx, inputs, output):
-    ctx.eps = inputs[3]
+    ctx.eps, ctx.backend = inputs[3], inputs[5]
     ctx.save_for_backward(output)  # the gates alone: U and the gradient follow from them
 
 
 def _soft_topk_backward(ctx, grad):
     (gates,) = ctx.saved_tensors
-    grad_scores, grad_k = reference.soft_topk_backward(grad, gates, ctx.eps)
-    return grad_scores, grad_k, None, None, None
+    # plain torch where no kernel can run, and where the gradient is to be differentiated again
+    plain = torch.is_grad_enabled() or not needs_operator(gates)
+    if plain:
+        grad_scores, grad_k = reference.soft_topk_backward(grad, gates, ctx.eps)
+    else:
+        grad_scores, grad_k = _soft_topk_gradient(grad, gates, ctx.eps, ctx.backend)
+    return grad_scores, grad_k, None, None, None, None
 
 
 _soft_topk.register_autograd(_soft_topk_backward, setup_context=_soft_topk_setup)
 
 
 @torch.library.custom_op("colt5_vision::coordinate_descent", mutates_args=())
-def _coordinate_descent(scores: Tensor, k: Tensor, num_valid: Tensor, schedule: list[float]) -> tuple[Tensor, Tensor]:
+def _coordinate_descent(
+    scores: Tensor, k: Tensor, num_valid: Tensor, schedule: list[float], backend: str = ""
+) -> tuple[Tensor, Tensor]:
+    if _runs_kernels("coordinate_descent", backend, scores, len(schedule) - 1):
+        from . import triton_descent
+
+        return triton_descent.forward(scores, k, num_valid, schedule)
     return reference.coordinate_descent_forward(scores, k, num_valid, schedule)
 
 
 @_coordinate_descent.register_fake
-def _(scores, k, num_valid, schedule):
+def _(scores, k, num_valid, schedule, backend=""):
     return torch.empty_like(scores), scores.new_empty(scores.shape[0], len(schedule) - 1)
 
 
 @torch.library.custom_op("colt5_vision::coordinate_descent_backward", mutates_args=())
 def _coordinate_descent_backward(
-    grad: Tensor, scores: Tensor, gates: Tensor, iterates: Tensor, k: Tensor, num_valid: Tensor, schedule: list[float]
+    grad: Tensor,
+    scores: Tensor,
+    gates: Tensor,
+    iterates: Tensor,
+    k: Tensor,
+    num_valid: Tensor,
+    schedule: list[float],
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if _runs_kernels("coordinate_descent", backend, scores, len(schedule) - 1):
+        from . import triton_descent
+
+        return triton_descent.backward(grad, scores, gates, iterates, k, schedule)
     return reference.coordinate_descent_backward(grad, scores, gates, iterates, k, num_valid, schedule)
 
 
 @_coordinate_descent_backward.register_fake
-def _(grad, scores, gates, iterates, k, num_valid, schedule):
+def _(grad, scores, gates, iterates, k, num_valid, schedule, backend):
     return torch.empty_like(scores), torch.empty_like(k)
 
 
 def _coordinate_descent_setup(ctx, inputs, output):
-    scores, k, num_valid, ctx.schedule = inputs
+    scores, k, num_valid, ctx.schedule, ctx.backend = inputs
     gates, iterates = output
     ctx.mark_non_differentiable(iterates)
     ctx.save_for_backward(scores, gates, iterates, k, num_valid)
 
 
 def _coordinate_descent_autograd(ctx, grad, _):
-    grad_scores, grad_k = _coordinate_descent_backward(grad, *ctx.saved_tensors, ctx.schedule)
-    return grad_scores, grad_k, None, None
+    grad_scores, grad_k = _coordinate_descent_backward(grad, *ctx.saved_tensors, ctx.schedule, ctx.backend)
+    return grad_scores, grad_k, None, None, None
 
 
 _coordinate_descent.register_autograd(_coordinate_descent_autograd, setup_context=_coordinate_descent_setup)
@@ -103,12 +156,20 @@ def _rows(scores: Tensor, k, mask: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     return rows.reshape(-1, n), k_rows.reshape(-1, 1), num_valid.reshape(-1, 1), head
 
 
-def soft_topk(scores: Tensor, k: float | Tensor, *, eps: float = 1.0, mask: Tensor | None = None) -> Tensor:
+def soft_topk(
+    scores: Tensor,
+    k: float | Tensor,
+    *,
+    eps: float = 1.0,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """Exact differentiable top-k gates: ``min(1, exp((scores + a) / eps))`` with ``a`` such that they sum to ``k``.
 
     The KL projection of ``exp(scores / eps)`` onto the capped simplex, which is the fixed point that coordinate descent
-    approaches. Solved from one ``torch.topk`` (a sort for a tensor ``k``) and one pass over the rest, no iteration; the gradient is closed-form
-    (implicit function theorem) and twice differentiable. One tensor of the scores' size is kept for backward.
+    approaches. Solved from one ``torch.topk`` (a sort for a tensor ``k``) and one pass over the rest, no iteration, or
+    by Triton kernels that spread a long row over the GPU; the gradient is closed-form (implicit function theorem) and
+    twice differentiable. One tensor of the scores' size is kept for backward.
 
     Args:
         scores: (..., n) logits, any floating dtype.
@@ -116,20 +177,27 @@ def soft_topk(scores: Tensor, k: float | Tensor, *, eps: float = 1.0, mask: Tens
             differentiable. A ``k`` of at least the number of valid entries gives gates of 1.
         eps: temperature in units of the scores, > 0; smaller is harder.
         mask: (..., n) bool, True = valid. Masked entries get gate 0 and gradient 0.
+        backend: ``"eager"`` (plain torch), ``"triton"`` (float32 and narrower, CUDA or ROCm), or ``"auto"``: Triton where it
+            can run. Default: the environment variable ``COLT5_VISION_BACKEND``, else ``"auto"``.
 
     Returns:
         Gates (..., n) in [0, 1], float32 (float64 for float64 scores) whatever the input or autocast.
 
     Raises:
-        TypeError, ValueError: on a wrong dtype or shape, ``k <= 0`` or ``eps <= 0``.
+        TypeError, ValueError: on a wrong dtype or shape, ``k <= 0``, ``eps <= 0`` or an unknown ``backend``.
+        RuntimeError: ``"triton"`` was asked for and cannot run; it says why.
 
     Source: Wright 2015 (arXiv 1502.04759); Qian et al. 2022 (arXiv 2211.01267); CoLT5 (arXiv 2303.09752) section 3.
     """
     eps = check_positive("eps", eps)
+    check_backend(backend)
     rows, k_rows, num_valid, head = _rows(scores, k, mask)
     # an ONNX file knows no custom operators
-    solve = reference.soft_topk_forward if torch.onnx.is_in_onnx_export() else _soft_topk
-    gates = solve(rows, k_rows, num_valid, eps, head).reshape(scores.shape)
+    if torch.onnx.is_in_onnx_export():
+        gates = reference.soft_topk_forward(rows, k_rows, num_valid, eps, head)
+    else:
+        gates = _soft_topk(rows, k_rows, num_valid, eps, head, backend or "")
+    gates = gates.reshape(scores.shape)
     return gates if mask is None else torch.where(mask, gates, 0)
 
 
@@ -142,6 +210,7 @@ def coordinate_descent(
     eps_init: float | None = None,
     eps_decay: float = 1.0,
     mask: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """CoLT5's iterative soft top-k, stopped after ``n_iters``: for parity with ``colt5_attention.coor_descent``.
 
@@ -157,12 +226,13 @@ def coordinate_descent(
         eps_init: first temperature (default ``eps``), multiplied by ``eps_decay`` each iteration down to ``eps``.
         eps_decay: in (0, 1].
         mask: (..., n) bool, True = valid.
+        backend: as :func:`soft_topk`.
 
     Returns:
         Gates (..., n), float32 (float64 for float64 scores).
 
     Raises:
-        TypeError, ValueError: as :func:`soft_topk`.
+        TypeError, ValueError, RuntimeError: as :func:`soft_topk`.
 
     Source: Wright 2015 (arXiv 1502.04759); eps scaling: Schmitzer 2016 (arXiv 1610.06519).
     """
@@ -170,7 +240,8 @@ def coordinate_descent(
     eps_init = None if eps_init is None else check_positive("eps_init", eps_init)
     if check_positive("eps_decay", eps_decay) > 1:
         raise ValueError(f"eps_decay: expected a number in (0, 1], got {eps_decay}")
+    check_backend(backend)
     rows, k_rows, num_valid, _ = _rows(scores, k, mask)
     schedule = reference.eps_schedule(n_iters, eps, eps_init, eps_decay)
-    gates = _coordinate_descent(rows, k_rows, num_valid, schedule)[0].reshape(scores.shape)
+    gates = _coordinate_descent(rows, k_rows, num_valid, schedule, backend or "")[0].reshape(scores.shape)
     return gates if mask is None else torch.where(mask, gates, 0)

@@ -12,6 +12,12 @@ def _precise(scores: Tensor) -> torch.dtype:
     return torch.float32 if scores.device.type == "mps" else torch.float64
 
 
+def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
+    """``x`` with the strides of ``empty_like(other)``, which is what the fake kernels promise."""
+    out = torch.empty_like(other)
+    return x if out.stride() == x.stride() else out.copy_(x)
+
+
 def _logcumsumexp(x: Tensor) -> Tensor:
     """Along the last dimension, for rows that grow; ONNX has no operator for it, there it is written out."""
     if not torch.onnx.is_in_onnx_export():
