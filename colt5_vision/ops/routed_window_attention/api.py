@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...checks import check_float_tensor, check_int, check_mask, check_pair
 from ..autocast import without_autocast
+from ..backend import HALVES, check_backend, use_triton, why_not_triton
 from . import reference
 from .gathered import PairBias, gathered_attention
 from .reference import Geometry
@@ -27,6 +28,17 @@ def _empty_head_last(x: Tensor, length: int) -> Tensor:
     return x.new_empty(x.shape[0], length, x.shape[1], x.shape[3]).transpose(1, 2)
 
 
+def _implementation(q: Tensor, backend: str):
+    why_not = why_not_triton(q, HALVES)
+    if q.shape[-1] > 256:
+        why_not = f"the kernels are for head_dim up to 256, got {q.shape[-1]}"
+    if use_triton("routed_window_attention", backend, why_not):
+        from . import triton
+
+        return triton
+    return reference
+
+
 @torch.library.custom_op("colt5_vision::routed_window_attention", mutates_args=())
 def _attention(
     q: Tensor,
@@ -38,14 +50,16 @@ def _attention(
     query_indices: Tensor | None,
     grid: list[int],
     scale: float,
+    backend: str = "",
 ) -> tuple[Tensor, Tensor]:
+    forward = _implementation(q, backend).forward
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = reference.forward(q, k, v, routed, log_weights, key_mask, query_indices, _geometry(grid, scale))
+        out, lse = forward(q, k, v, routed, log_weights, key_mask, query_indices, _geometry(grid, scale))
     return _head_last(out), lse.contiguous()
 
 
 @_attention.register_fake
-def _(q, k, v, routed, log_weights, key_mask, query_indices, grid, scale):
+def _(q, k, v, routed, log_weights, key_mask, query_indices, grid, scale, backend=""):
     length = q.shape[2] if query_indices is None else grid[0] + query_indices.shape[1]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return _empty_head_last(q, length), q.new_empty(q.shape[0], q.shape[1], length, dtype=wide)
@@ -65,10 +79,12 @@ def _attention_backward(
     lse: Tensor,
     grid: list[int],
     scale: float,
+    backend: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backward = _implementation(q, backend).backward
     with torch.autocast(q.device.type, enabled=False):
-        grad_q, grad_k, grad_v, grad_log_weights = reference.backward(
-            grad.contiguous(),
+        grad_q, grad_k, grad_v, grad_log_weights = backward(
+            grad,
             q,
             k,
             v,
@@ -86,21 +102,21 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(grad, q, k, v, routed, log_weights, key_mask, query_indices, out, lse, grid, scale):
+def _(grad, q, k, v, routed, log_weights, key_mask, query_indices, out, lse, grid, scale, backend=""):
     grad_log_weights = q.new_empty(0) if log_weights is None else torch.empty_like(log_weights).contiguous()
     return (*(_empty_head_last(x, x.shape[2]) for x in (q, k, v)), grad_log_weights)
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, routed, log_weights, key_mask, query_indices, ctx.grid, ctx.scale = inputs
+    q, k, v, routed, log_weights, key_mask, query_indices, ctx.grid, ctx.scale, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, routed, log_weights, key_mask, query_indices, *output)
 
 
 def _backward(ctx, grad, _):
-    grads = _attention_backward(grad, *ctx.saved_tensors, ctx.grid, ctx.scale)
+    grads = _attention_backward(grad, *ctx.saved_tensors, ctx.grid, ctx.scale, ctx.backend)
     grad_log_weights = grads[3] if ctx.needs_input_grad[4] else None
-    return *grads[:3], None, grad_log_weights, None, None, None, None
+    return *grads[:3], None, grad_log_weights, None, None, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_setup)
@@ -138,6 +154,7 @@ def routed_window_attention(
     query_indices: Tensor | None = None,
     pair_bias: PairBias | None = None,
     weight_own_window: bool = True,
+    backend: str | None = None,
 ) -> Tensor:
     """One softmax over the keys of a token's own window and a few routed keys of the whole map.
 
@@ -164,12 +181,16 @@ def routed_window_attention(
             are then held, O(N (w² + K)) of them, a few windows at a time.
         weight_own_window: whether ``log_weights`` hold for queries in the key's own window as well. False, for a key
             whose weight stands for tokens that were left out: in its own window none was.
+        backend: ``"eager"`` (plain torch), ``"triton"`` (one kernel: float16 or bfloat16, head_dim up to 256, CUDA or
+            ROCm) or ``"auto"`` (Triton where it can run). None: the environment variable ``COLT5_VISION_BACKEND``,
+            else ``"auto"``. ``pair_bias`` is always plain torch.
 
     Returns:
         (B, heads, P + N, head_dim), or (B, heads, P + Q, head_dim) with ``query_indices``; the dtype of ``q``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: ``"triton"`` was asked for and cannot run, with the reason.
 
     Source: CoLT5 (arXiv 2303.09752) with one shared softmax; joining by logsumexp as in ring attention (arXiv
         2310.01889).
@@ -224,6 +245,9 @@ def routed_window_attention(
         raise TypeError(f"scale: expected a number, got {scale!r} ({type(scale).__name__})")
     elif not (0 < scale < math.inf):
         raise ValueError(f"scale: expected a positive finite number, got {scale}")
+    check_backend(backend)
+    if pair_bias is not None and backend == "triton":
+        raise RuntimeError("routed_window_attention: backend 'triton' cannot run: the kernels take no pair_bias")
     if not isinstance(weight_own_window, bool):
         raise TypeError(f"weight_own_window: expected a bool, got {weight_own_window!r}")
     everywhere = weight_own_window or log_weights is None  # the same without weights
@@ -239,7 +263,7 @@ def routed_window_attention(
             return out
         chosen = (query_indices + prefix).unsqueeze(1).unsqueeze(-1).expand(-1, heads, -1, head_dim)
         return torch.cat([out[:, :, :prefix], out.gather(2, chosen)], 2)
-    return _attention(q, k, v, routed_indices, log_weights, key_mask, query_indices, grid, scale)[0]
+    return _attention(q, k, v, routed_indices, log_weights, key_mask, query_indices, grid, scale, backend or "")[0]
 
 
 def window_attention(
@@ -252,6 +276,7 @@ def window_attention(
     key_mask: Tensor | None = None,
     num_prefix_tokens: int = 0,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Attention of each token to its own window (and the prefix tokens): :func:`routed_window_attention`, nothing
     routed.
@@ -269,4 +294,5 @@ def window_attention(
         key_mask=key_mask,
         num_prefix_tokens=num_prefix_tokens,
         scale=scale,
+        backend=backend,
     )

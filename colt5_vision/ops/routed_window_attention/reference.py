@@ -266,6 +266,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and (if given) log_weights."""
     batch, heads = q.shape[:2]
+    grad = grad.contiguous()
     plan = _plan(q, routed, log_weights, key_mask, geo)
     k, v = _blank_masked(k, v, key_mask)
     own = (grad[:, :, geo.prefix :], out[:, :, geo.prefix :], lse[:, :, geo.prefix :])

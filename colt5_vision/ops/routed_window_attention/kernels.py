@@ -1,0 +1,289 @@
+"""What the Triton kernels of window ∪ routed attention share, and the forward ones.
+
+A query tile lies within one window. It walks the keys of that window and then those that every query sees, the prefix
+tokens and the routed keys, in one online softmax; a routed key in the query's own window is skipped the second time.
+Both stand in *lists* of positions and biases, a few bytes a token, that :func:`list_kernel` and :func:`window_kernel`
+write. q, k and v are read in place: nothing is copied or padded. Their strides come in units of ALIGN elements, so that
+the compiler sees that rows can be read 16 bytes at a time; by itself it looks for strides of 16, which heads of 40 have
+not.
+
+Lists, one row for each sample and route, both parts side by side, (B * R, N + P + K):
+    keys: position in [0, P + N) as int32, or ``~position`` for one that must not be read. First all N tokens in window
+        order (the windows one after the other, each in raster order), then prefix tokens and routed keys.
+    biases: what is added to the logits, in base 2.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NO_WINDOW = tl.constexpr(-1)  # the "window" of a prefix token as a key
+PREFIX_QUERY = tl.constexpr(-2)  # and as a query: equal to no key's
+
+# sizes that change with the image must not compile a kernel anew
+SIZES = (
+    "tokens",
+    "height",
+    "width",
+    "window_height",
+    "window_width",
+    "columns",
+    "windows",
+    "prefix",
+    "listed",
+    "num_routed",
+    "rows",
+    "query_row",
+    "tiles",
+    "tiles_per_window",
+    "splits",
+    "per_split",
+    "heads",
+    "share",
+    "query_share",
+    "routes",
+)
+
+
+@triton.jit
+def load_rows(base, index, valid, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
+    """(len(index), BLOCK_D); zeros where not valid. The stride is in units of ALIGN elements."""
+    d = tl.arange(0, BLOCK_D)
+    at = base + (index.to(tl.int64) * stride * ALIGN)[:, None] + d[None, :]
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(at, mask=valid[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=valid[:, None] & (d[None, :] < HEAD_DIM), other=0.0)
+
+
+@triton.jit
+def store_rows(base, x, index, valid, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    at = base + (index.to(tl.int64) * stride * ALIGN)[:, None] + d[None, :]
+    tl.store(at, x.to(base.dtype.element_ty), mask=valid[:, None] & (d[None, :] < HEAD_DIM))
+
+
+@triton.jit
+def head_of(base, b, h, batch_stride, head_stride, ALIGN: tl.constexpr):
+    return base + (b.to(tl.int64) * batch_stride + h.to(tl.int64) * head_stride) * ALIGN
+
+
+@triton.jit
+def window_span(window, height, width, window_height, window_width, columns):
+    """Start of a window in window order, and its number of tokens; works on one window or a block of them."""
+    y, x = (window // columns) * window_height, (window % columns) * window_width
+    rows = tl.minimum(window_height, height - y)
+    return y * width + x * rows, rows * tl.minimum(window_width, width - x)
+
+
+@triton.jit
+def place_of(token, height, width, window_height, window_width, columns):
+    """Window of a token, and the token's place in window order."""
+    y, x = token // width, token % width
+    window = y // window_height * columns + x // window_width
+    start, _ = window_span(window, height, width, window_height, window_width, columns)
+    wide = tl.minimum(window_width, width - x // window_width * window_width)
+    return window, start + y % window_height * wide + x % window_width
+
+
+@triton.jit
+def query_span(
+    window, b, starts, windows, height, width, window_height, window_width, columns, SUBSET: tl.constexpr
+):  # fmt: skip
+    """Start and number of a window's queries in the lists of queries."""
+    if SUBSET:
+        first = tl.load(starts + b * (windows + 1) + window)
+        return first, tl.load(starts + b * (windows + 1) + window + 1) - first
+    else:
+        return window_span(window, height, width, window_height, window_width, columns)
+
+
+@triton.jit
+def load_queries(query_rows, query_positions, at, valid, SUBSET: tl.constexpr):
+    """Row of out and position in q of the entries ``at`` of the lists of queries."""
+    row = tl.load(query_rows + at, mask=valid, other=0)
+    if SUBSET:
+        return row, tl.load(query_positions + at, mask=valid, other=0)
+    else:  # the list of keys; one that must not be read may query
+        row = tl.where(row < 0, ~row, row)
+        return row, row
+
+
+@triton.jit
+def load_keys(first, own_start, own_count, window, keys, biases, list_window, tokens, listed, BLOCK: tl.constexpr):
+    """A block of the keys of a window and, from the next block on, of those that every query sees.
+
+    Returns:
+        position, whether the window's queries see it, bias in base 2.
+    """
+    own_end = tl.cdiv(own_count, BLOCK) * BLOCK
+    own = first < own_end
+    at = tl.where(own, first, first - own_end) + tl.arange(0, BLOCK)
+    inside = at < tl.where(own, own_count, listed)
+    entry = tl.where(own, own_start, tokens) + at
+    key = tl.load(keys + entry, mask=inside, other=-1)
+    of = tl.load(list_window + at, mask=at < tl.where(own, 0, listed), other=NO_WINDOW)
+    return key, (key >= 0) & (of != window), tl.load(biases + entry, mask=inside, other=0.0)
+
+
+@triton.jit
+def softmax_step(q, k, v, bias, seen, m, total, acc, scale2):
+    """Take keys and values (S, D) into an online softmax in base 2."""
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 + bias[None, :]
+    logits = tl.where(seen[None, :], logits, float("-inf"))
+    highest = tl.maximum(m, tl.max(logits, 1))
+    origin = tl.where(highest == float("-inf"), 0.0, highest)  # no key so far: no NaN
+    weights = tl.exp2(logits - origin[:, None])
+    fade = tl.exp2(m - origin)
+    total = total * fade + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return highest, total, acc
+
+
+@triton.jit(do_not_specialize=SIZES)
+def list_kernel(
+    routed, log_weights, key_mask, keys, biases, list_window, own_slot,
+    tokens, height, width, window_height, window_width, columns, prefix, listed, num_routed, tiles, routes,
+    HAS_WEIGHTS: tl.constexpr, HAS_MASK: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The keys that every query sees; with MAP the slot of each of them in window order, own_slot (B * R, N)."""
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64)
+    at = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
+    slot = at - prefix
+    image = (slot >= 0) & (slot < num_routed)
+    token = tl.load(routed + row * num_routed + slot, mask=image, other=-1).to(tl.int32)
+    valid = tl.where(image, token >= 0, at < prefix)
+    key = tl.where(image, prefix + tl.maximum(token, 0), at)
+    window, place = place_of(tl.maximum(token, 0), height, width, window_height, window_width, columns)
+    if MAP:
+        tl.store(own_slot + row * tokens + place, slot, mask=image & valid)
+    if HAS_MASK:
+        mask = key_mask + (row // routes) * (prefix + tokens)
+        valid &= tl.load(mask + key, mask=valid, other=0) != 0
+    bias = tl.zeros([BLOCK], tl.float32)
+    if HAS_WEIGHTS:
+        bias = tl.load(log_weights + row * num_routed + slot, mask=image, other=0.0).to(tl.float32) * LOG2E
+        valid &= bias != float("-inf")
+    inside = at < listed
+    entry = row * (tokens + listed) + tokens + at
+    tl.store(keys + entry, tl.where(valid, key, ~key), mask=inside)
+    tl.store(biases + entry, bias, mask=inside)
+    tl.store(list_window + row * listed + at, tl.where(image, window, NO_WINDOW), mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def window_kernel(
+    key_mask, keys, biases, own_slot, row_window,
+    tokens, height, width, window_height, window_width, columns, prefix, listed, tiles, routes,
+    HAS_MASK: tl.constexpr, OWN_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All tokens in window order; and once the window of each position, row_window (P + N)."""
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64)
+    position = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
+    token = position - prefix
+    image = (token >= 0) & (token < tokens)
+    window, place = place_of(tl.maximum(token, 0), height, width, window_height, window_width, columns)
+    key = position
+    if HAS_MASK:
+        mask = key_mask + (row // routes) * (prefix + tokens)
+        key = tl.where(tl.load(mask + position, mask=image, other=0) != 0, position, ~position)
+    bias = tl.zeros([BLOCK], tl.float32)
+    if OWN_BIAS:
+        slot = tl.load(own_slot + row * tokens + place, mask=image, other=-1)
+        bias = tl.load(biases + row * (tokens + listed) + tokens + prefix + slot, mask=slot >= 0, other=0.0)
+    entry = row * (tokens + listed) + place
+    tl.store(keys + entry, key, mask=image)
+    tl.store(biases + entry, bias, mask=image)
+    once = position < tl.where(pid < tiles, prefix + tokens, 0)
+    tl.store(row_window + position, tl.where(image, window, PREFIX_QUERY), mask=once)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    q, k, v, out, lse, keys, biases, list_window, query_rows, query_positions, starts,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
+    scale2, heads, share, query_share, query_row, tokens, height, width, window_height, window_width, columns, windows,
+    listed, rows, tiles, tiles_per_window,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, SUBSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Image queries, a tile of a window a program."""
+    pid = tl.program_id(0)
+    tile, pair = pid % tiles, pid // tiles
+    b, h = pair // heads, pair % heads
+    window = tile // tiles_per_window
+    start, count = query_span(
+        window, b, starts, windows, height, width, window_height, window_width, columns, SUBSET
+    )  # fmt: skip
+    first_query = (tile % tiles_per_window) * BLOCK_M
+    if first_query >= count:
+        return
+    place = first_query + tl.arange(0, BLOCK_M)
+    ok = place < count
+    of_queries = (pair // query_share).to(tl.int64) * query_row + start
+    row, position = load_queries(query_rows, query_positions, of_queries + place, ok, SUBSET)
+    query = load_rows(head_of(q, b, h, q_batch, q_head, ALIGN), position, ok, q_token, HEAD_DIM, BLOCK_D, ALIGN)
+    k = head_of(k, b, h, k_batch, k_head, ALIGN)
+    v = head_of(v, b, h, v_batch, v_head, ALIGN)
+    route = (pair // share).to(tl.int64)  # heads of one route are neighbours, as are the routes of one sample
+    keys += route * (tokens + listed)
+    biases += route * (tokens + listed)
+    list_window += route * listed
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    own, own_count = window_span(window, height, width, window_height, window_width, columns)
+    for first in range(0, tl.cdiv(own_count, BLOCK_N) * BLOCK_N + listed, BLOCK_N):
+        key, seen, bias = load_keys(
+            first, own, own_count, window, keys, biases, list_window, tokens, listed, BLOCK_N
+        )  # fmt: skip
+        k_block = load_rows(k, key, seen, k_token, HEAD_DIM, BLOCK_D, ALIGN)
+        v_block = load_rows(v, key, seen, v_token, HEAD_DIM, BLOCK_D, ALIGN)
+        m, total, acc = softmax_step(query, k_block, v_block, bias, seen, m, total, acc, scale2)
+
+    some = total > 0
+    acc = acc / tl.where(some, total, 1.0)[:, None]
+    store_rows(head_of(out, b, h, out_batch, out_head, ALIGN), acc, row, ok, out_token, HEAD_DIM, BLOCK_D, ALIGN)
+    log_total = tl.where(some, (m + tl.log2(total)) * LN2, float("inf"))  # inf: a row without any key
+    tl.store(lse + pair.to(tl.int64) * rows + row, log_total, mask=ok)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_prefix_kernel(
+    q, k, v, part, part_lse, key_mask,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    scale2, heads, tokens, prefix, tiles, splits, per_split,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Prefix queries to all keys, the keys split over programs: part (splits, B, heads, P, D) and its logsumexp."""
+    pid = tl.program_id(0)
+    tile, split, pair = pid % tiles, (pid // tiles) % splits, pid // (tiles * splits)
+    b, h = pair // heads, pair % heads
+    k = head_of(k, b, h, k_batch, k_head, ALIGN)
+    v = head_of(v, b, h, v_batch, v_head, ALIGN)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    ok = row < prefix
+    query = load_rows(head_of(q, b, h, q_batch, q_head, ALIGN), row, ok, q_token, HEAD_DIM, BLOCK_D, ALIGN)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    none = tl.zeros([BLOCK_N], tl.float32)
+    end = tl.minimum((split + 1) * per_split, prefix + tokens)
+    for first in range(split * per_split, end, BLOCK_N):
+        key = first + tl.arange(0, BLOCK_N)
+        seen = key < end
+        if HAS_MASK:
+            seen &= tl.load(key_mask + b.to(tl.int64) * (prefix + tokens) + key, mask=seen, other=0) != 0
+        k_block = load_rows(k, key, seen, k_token, HEAD_DIM, BLOCK_D, ALIGN)
+        v_block = load_rows(v, key, seen, v_token, HEAD_DIM, BLOCK_D, ALIGN)
+        m, total, acc = softmax_step(query, k_block, v_block, none, seen, m, total, acc, scale2)
+    some = total > 0
+    acc = acc / tl.where(some, total, 1.0)[:, None]
+    at = (split * (tl.num_programs(0) // (tiles * splits)) + pair).to(tl.int64) * prefix
+    store_rows(part + at * HEAD_DIM, acc, row, ok, HEAD_DIM // ALIGN, HEAD_DIM, BLOCK_D, ALIGN)
+    tl.store(part_lse + at + row, tl.where(some, (m + tl.log2(total)) * LN2, float("-inf")), mask=ok)
