@@ -12,9 +12,21 @@ from .checks import (
     check_pair,
     check_token_count,
 )
-from .ops import routed_window_attention, window_attention
+from .ops import (
+    gated_scatter_add_,
+    gather_normalize,
+    routed_window_attention,
+    window_attention,
+)
 from .positions import axial_rotary
-from .router import CoordinateDescentRouter, Routing, gather_tokens, router_options
+from .router import (
+    CoordinateDescentRouter,
+    Routing,
+    gather_tokens,
+    learned_logits,
+    own_output,
+    router_options,
+)
 
 FUSIONS = ("sum", "softmax")
 
@@ -31,6 +43,13 @@ def _raster_positions(indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return indices // width, indices % width
 
 
+class _Projection(nn.Linear):
+    """``nn.Linear`` that can be given a bias with a call: the matmul adds it, at no pass over the output."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias if bias is None else bias)
+
+
 class WindowAttention(nn.Module):
     """The light branch: pre-normalised self-attention of every token (B, N, C) inside its window."""
 
@@ -40,16 +59,23 @@ class WindowAttention(nn.Module):
         self.heads, self.window_size = heads, window_size
         self.norm = nn.RMSNorm(dim, eps=1e-6, **factory)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, **factory)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **factory)
+        self.to_out = _Projection(heads * dim_head, dim, bias=False, **factory)
 
-    def forward(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, null: Tensor | None = None) -> Tensor:
+        """``null`` (C,) is added to every token of the output."""
         q, k, v = (_split_heads(t, self.heads) for t in self.to_qkv(self.norm(x)).chunk(3, -1))
         out = window_attention(q, k, v, grid_size=grid_size, window_size=self.window_size, key_mask=mask)
-        return self.to_out(_merge_heads(out))
+        out = _merge_heads(out)
+        if null is None:
+            return self.to_out(out)
+        if isinstance(self.to_out, _Projection):
+            return self.to_out(out, null.to(self.to_out.weight.dtype))
+        out = self.to_out(out)  # an adapter took its place
+        return out + null.to(out.dtype)
 
 
 class RoutedAttention(nn.Module):
-    """The heavy branch: routed queries (B, Q, C) attend to routed keys and values (B, R, K, C) and one null key.
+    """The heavy branch: routed tokens (B, Q), or all, attend to routed tokens (B, R, K) of each route and one null key.
 
     The heads are split over the R routes. The null key and value start at 0, so an empty selection gives 0.
     """
@@ -75,22 +101,29 @@ class RoutedAttention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False, **factory)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **factory)
 
+    def _normalized(self, x: Tensor, indices: Tensor) -> Tensor:
+        if type(self.norm) is nn.RMSNorm:
+            return gather_normalize(x, indices, self.norm.weight, eps=self.norm.eps)
+        return self.norm(gather_tokens(x, indices))  # another norm took its place
+
     def forward(
         self,
-        queries: Tensor,
-        context: Tensor,
-        query_positions: tuple[Tensor, Tensor],
-        key_positions: tuple[Tensor, Tensor],
+        x: Tensor,
+        query_index: Tensor | None,
+        key_index: Tensor,
+        width: int,
         key_gates: Tensor,
         key_mask: Tensor | None,
         query_gates: Tensor | None,
     ) -> Tensor:
-        routes, group = context.shape[1], self.heads // context.shape[1]
-        q = _split_heads(self.to_q(self.norm(queries)), self.heads)
+        """Tokens x (B, N, C) of a map of ``width``, indices in raster order -> (B, Q, C); no query_index: all ask."""
+        routes, group = key_index.shape[1], self.heads // key_index.shape[1]
+        queries = self.norm(x) if query_index is None else self._normalized(x, query_index)
+        q = _split_heads(self.to_q(queries), self.heads)
         if query_gates is not None:
             q = q * query_gates.to(q.dtype)[:, None, :, None]
         # each route has its own rows of to_kv: (route, head of the route, key and value)
-        context = self.norm(context)
+        context = self._normalized(x, key_index)
         kv = torch.stack(
             [nn.functional.linear(context[:, r], w) for r, w in enumerate(self.to_kv.weight.chunk(routes))], 1
         )
@@ -100,8 +133,11 @@ class RoutedAttention(nn.Module):
         if self.multiply_keys_by_score:
             k = k * gates
         if self.rotary_emb:
-            q = axial_rotary(q, tuple(p.unsqueeze(1) for p in query_positions))
-            k = axial_rotary(k, tuple(p.repeat_interleave(group, 1) for p in key_positions))
+            if query_index is None:
+                query_index = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+            q = axial_rotary(q, tuple(p.unsqueeze(1) for p in _raster_positions(query_index, width)))
+            positions = _raster_positions(key_index, width)
+            k = axial_rotary(k, tuple(p.repeat_interleave(group, 1) for p in positions))
         null_k, null_v = self.null_kv.to(v.dtype).unsqueeze(2).expand(2, self.heads, 1, v.shape[-1])
         k = torch.cat([null_k.expand(k.shape[0], -1, -1, -1), k], 2)
         v = torch.cat([null_v.expand(v.shape[0], -1, -1, -1), v], 2)
@@ -280,43 +316,48 @@ class ConditionalRoutedImageAttention(nn.Module):
         out = out.unflatten(1, grid_size)
         return out.permute(0, 3, 1, 2) if self.channel_first else out
 
-    def _route_queries(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, count) -> Routing | None:
+    def _shared_logits(self, x: Tensor) -> tuple[dict, dict]:
+        """What the routers of queries and of keys are given: where both are learned, logits from one read of x."""
+        routers = (self.q_router, self.kv_router)
+        if not all(type(router) is CoordinateDescentRouter and router.routing_token is not None for router in routers):
+            return {}, {}
+        return tuple({"logits": logits} for logits in learned_logits(routers, x))
+
+    def _route_queries(
+        self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, count, given: dict
+    ) -> Routing | None:
         if self.q_router is None:
             return None
-        routing = self.q_router(x, num_tokens=count, mask=mask, grid_size=grid_size)
+        routing = self.q_router(x, num_tokens=count, mask=mask, grid_size=grid_size, **given)
         return Routing(*(field.squeeze(1) for field in routing))
 
     def _sum(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, q_count, kv_count) -> Tensor:
-        routed_q = self._route_queries(x, grid_size, mask, q_count)
-        routed_kv = self.kv_router(x, num_tokens=kv_count, mask=mask, grid_size=grid_size)
-        if routed_q is None:
-            queries, query_index = x, torch.arange(x.shape[1], device=x.device).unsqueeze(0)
-        else:
-            queries, query_index = gather_tokens(x, routed_q.indices), routed_q.indices
-        out = self.light_attn(x, grid_size, mask)
+        to_q, to_kv = self._shared_logits(x)
+        routed_q = self._route_queries(x, grid_size, mask, q_count, to_q)
+        routed_kv = self.kv_router(x, num_tokens=kv_count, mask=mask, grid_size=grid_size, **to_kv)
+        light = self.light_attn(x, grid_size, mask, self.null_q_token)
         heavy = self.heavy_attn(
-            queries,
-            gather_tokens(x, routed_kv.indices),
-            _raster_positions(query_index, grid_size[1]),
-            _raster_positions(routed_kv.indices, grid_size[1]),
+            x,
+            None if routed_q is None else routed_q.indices,
+            routed_kv.indices,
+            grid_size[1],
             routed_kv.gates,
             None if mask is None else routed_kv.mask,
             routed_q.gates if routed_q is not None and self.multiply_queries_by_score else None,
-        ).to(out.dtype)
+        ).to(light.dtype)
         if routed_q is None:
-            return out + heavy
-        heavy = heavy * routed_q.gates.to(heavy.dtype).unsqueeze(-1)
-        if self.null_q_token is not None:
-            # the light output plus the null token everywhere; where a token is routed its heavy output takes that place
-            null = self.null_q_token.to(out.dtype)
-            out, heavy = out + null, heavy - null
-        return out.scatter_add(1, query_index.unsqueeze(-1).expand_as(heavy), heavy)
+            return light + heavy
+        # the light branch put the null token everywhere; where a token is routed its heavy output takes that place
+        out = own_output(light, self.light_attn, self.light_attn.to_out)
+        return gated_scatter_add_(out, heavy, routed_q.indices, gates=routed_q.gates, null=self.null_q_token)
 
     def _softmax(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, q_count, kv_count) -> Tensor:
-        routed_q = self._route_queries(x, grid_size, mask, q_count)
+        to_q, to_kv = self._shared_logits(x)
+        routed_q = self._route_queries(x, grid_size, mask, q_count, to_q)
         q, k, v = (_split_heads(t, self.heads) for t in self.to_qkv(self.norm(x)).chunk(3, -1))
-        compared = {"query": q, "key": k} if self.kv_router.router == "mean_query" else {}
-        routed_kv = self.kv_router(x, num_tokens=kv_count, mask=mask, grid_size=grid_size, **compared)
+        if self.kv_router.router == "mean_query":
+            to_kv = {"query": q, "key": k}
+        routed_kv = self.kv_router(x, num_tokens=kv_count, mask=mask, grid_size=grid_size, **to_kv)
         if self.rotary_emb:
             positions = _raster_positions(torch.arange(x.shape[1], device=x.device), grid_size[1])
             q, k = axial_rotary(q, positions), axial_rotary(k, positions)

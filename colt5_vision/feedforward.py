@@ -11,7 +11,8 @@ from .checks import (
     check_positive,
     check_token_count,
 )
-from .router import CoordinateDescentRouter, gather_tokens, router_options
+from .ops import gated_scatter_add_
+from .router import CoordinateDescentRouter, gather_tokens, own_output, router_options
 
 
 def feed_forward(dim: int, mult: float, device=None, dtype=None) -> nn.Sequential:
@@ -100,9 +101,7 @@ class ConditionalRoutedFeedForward(nn.Module):
             x = torch.where(mask.unsqueeze(-1), x, 0)
         count = self.num_heavy_tokens if count is None else check_token_count("num_heavy_tokens", count)
         routing = self.router(x, num_tokens=count, mask=mask, grid_size=grid_size)
-        indices, gates = routing.indices.squeeze(1), routing.gates.squeeze(1).unsqueeze(-1)
-        out = self.light_ff(x)
-        heavy = self.heavy_ff(gather_tokens(x, indices))
-        heavy = (heavy * gates).to(out.dtype)
-        out = out.scatter_add(1, indices.unsqueeze(-1).expand_as(heavy), heavy)
+        indices, gates = routing.indices.squeeze(1), routing.gates.squeeze(1)
+        light, heavy = self.light_ff(x), self.heavy_ff(gather_tokens(x, indices))
+        out = gated_scatter_add_(own_output(light, self.light_ff, self.light_ff[-1]), heavy, indices, gates=gates)
         return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)

@@ -1,6 +1,7 @@
 """The router: logits for every token, top-k on the logits, gates that carry the gradient."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,12 +16,14 @@ from .checks import (
     check_positive,
     token_count,
 )
-from .ops import coordinate_descent, route_topk, soft_topk
+from .ops import coordinate_descent, route_topk, router_logits, soft_topk
 from .ops.autocast import without_autocast
 from .ops.grid import cell_slots, slot_of_token
 from .positions import dispersed_rank, hashed_uniform
 
 ROUTERS = ("learned", "mean_query", "random", "grid")
+
+_TINY = 1e-6  # the least norm that tokens are divided by
 
 
 class Routing(NamedTuple):
@@ -43,6 +46,17 @@ def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     """Tokens (B, N, C) at ``indices`` (B, ...) -> (B, ..., C)."""
     flat = indices.flatten(1).unsqueeze(-1).expand(-1, -1, x.shape[-1])
     return x.gather(1, flat).unflatten(1, indices.shape[1:])
+
+
+def own_output(out: Tensor, *modules: nn.Module) -> Tensor:
+    """``out`` of the last of ``modules`` (within the others) for changing in place: the same memory, or a copy.
+
+    A Linear's autograd does not need its output. Other layers' may, and what a hook sees should stay as it saw it.
+    """
+    if not isinstance(modules[-1], nn.Linear) or any(module._forward_hooks for module in modules):
+        return out.clone()
+    # not a view for autograd: in place on a view would copy the gradient of the whole map
+    return torch.ops.aten._unsafe_view.default(out, out.shape)
 
 
 def router_options(options: dict | None, num_routing_tokens: str) -> dict:
@@ -173,6 +187,19 @@ class CoordinateDescentRouter(nn.Module):
     def extra_repr(self) -> str:
         return f"dim={self.dim}, router={self.router!r}, num_routing_tokens={self.num_routing_tokens}, eps={self.eps}"
 
+    def _check_tokens(self, x: Tensor, mask: Tensor | None, grid_size: tuple[int, int] | None) -> None:
+        check_float_tensor("x", x, ndim=3)
+        batch, num_tokens, dim = x.shape
+        if dim != self.dim:
+            raise ValueError(f"x: expected (B, N, {self.dim}), got {tuple(x.shape)}")
+        if num_tokens < 1:
+            raise ValueError(f"x: expected at least one token, got shape {tuple(x.shape)}")
+        check_mask("mask", mask, (batch, num_tokens))
+        if grid_size is not None:
+            height, width = check_pair("grid_size", grid_size)
+            if height * width != num_tokens:
+                raise ValueError(f"grid_size: expected H * W = {num_tokens}, got {height} * {width}")
+
     def logits(
         self,
         x: Tensor,
@@ -188,17 +215,8 @@ class CoordinateDescentRouter(nn.Module):
 
         float32; those of ``"learned"`` and ``"mean_query"`` float64 for float64 tokens.
         """
-        check_float_tensor("x", x, ndim=3)
-        batch, num_tokens, dim = x.shape
-        if dim != self.dim:
-            raise ValueError(f"x: expected (B, N, {self.dim}), got {tuple(x.shape)}")
-        if num_tokens < 1:
-            raise ValueError(f"x: expected at least one token, got shape {tuple(x.shape)}")
-        check_mask("mask", mask, (batch, num_tokens))
-        if grid_size is not None:
-            height, width = check_pair("grid_size", grid_size)
-            if height * width != num_tokens:
-                raise ValueError(f"grid_size: expected H * W = {num_tokens}, got {height} * {width}")
+        self._check_tokens(x, mask, grid_size)
+        batch, num_tokens, _ = x.shape
         if (query is not None or key is not None) and self.router != "mean_query":
             raise ValueError(f"query, key: only used by router='mean_query', this one is {self.router!r}")
         if routing_tokens is not None and (self.router != "learned" or self.routing_token is not None):
@@ -212,8 +230,7 @@ class CoordinateDescentRouter(nn.Module):
                 return noise.to(x.device)
             return hashed_uniform(routes * num_tokens, 0, x.device).view(1, routes, num_tokens).expand(batch, -1, -1)
         if self.router == "grid":
-            if grid_size is None:
-                height, width = 1, num_tokens
+            height, width = (1, num_tokens) if grid_size is None else check_pair("grid_size", grid_size)
             ranks = [dispersed_rank(height, width, x.device, route) for route in range(routes)]
             return -torch.stack(ranks).float().expand(batch, -1, -1)  # exact up to 4096 x 4096 tokens
         with without_autocast(x.device.type):
@@ -232,14 +249,14 @@ class CoordinateDescentRouter(nn.Module):
             expected = (x.shape[0], self.num_routing_tokens, self.dim)
             if tuple(tokens.shape) != expected:
                 raise ValueError(f"routing_tokens: expected shape {expected}, got {tuple(routing_tokens.shape)}")
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, tokens = x.to(wide), tokens.to(wide)
-        tiny = 1e-6
-        if self.cosine_sim_scale is not None:
-            tokens = self.cosine_sim_scale * nn.functional.normalize(tokens, dim=-1, eps=tiny)
-        # normalising the product instead of x: no normalised copy of the map
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(tiny)
-        return ((x @ tokens.mT) / norm).transpose(-1, -2)
+        return router_logits(x, self._directions(tokens, x), eps=_TINY)
+
+    def _directions(self, tokens: Tensor, x: Tensor) -> Tensor:
+        """Routing tokens as :func:`~colt5_vision.ops.router_logits` takes them, in the dtype of the logits of ``x``."""
+        tokens = tokens.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        if self.cosine_sim_scale is None:
+            return tokens
+        return self.cosine_sim_scale * nn.functional.normalize(tokens, dim=-1, eps=_TINY)
 
     def _mean_query_logits(self, x: Tensor, query: Tensor | None, key: Tensor | None, mask: Tensor | None) -> Tensor:
         """log sum_heads softmax_j(mean_i(q_i) · k_j / sqrt(d)), heads (B, h, N, d) split over the routes."""
@@ -292,6 +309,7 @@ class CoordinateDescentRouter(nn.Module):
         query: Tensor | None = None,
         key: Tensor | None = None,
         generator: torch.Generator | None = None,
+        logits: Tensor | None = None,
     ) -> Routing:
         """Choose tokens.
 
@@ -303,6 +321,8 @@ class CoordinateDescentRouter(nn.Module):
             grid_size: (H, W) of the map; needed by ``cell_size``, used by ``router="grid"``.
             query, key: (B, heads, N, head_dim), what ``router="mean_query"`` compares (default: the tokens themselves).
             generator: draws ``router="random"`` anew; default: the same choice for the same shape.
+            logits: (B, R, N), in place of :meth:`logits` of the arguments above: where they are known already, as from
+                :func:`learned_logits`.
 
         Returns:
             :class:`Routing` of (B, R, K).
@@ -310,15 +330,18 @@ class CoordinateDescentRouter(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        logits = self.logits(
-            x,
-            mask=mask,
-            routing_tokens=routing_tokens,
-            grid_size=grid_size,
-            query=query,
-            key=key,
-            generator=generator,
-        )
+        compared = {"routing_tokens": routing_tokens, "query": query, "key": key, "generator": generator}
+        if logits is None:
+            logits = self.logits(x, mask=mask, grid_size=grid_size, **compared)
+        else:
+            self._check_tokens(x, mask, grid_size)
+            check_float_tensor("logits", logits)
+            expected = (x.shape[0], self.num_routing_tokens, x.shape[1])
+            if tuple(logits.shape) != expected:
+                raise ValueError(f"logits: expected shape {expected}, got {tuple(logits.shape)}")
+            for name, value in compared.items():
+                if value is not None:
+                    raise ValueError(f"{name}: only used to compute logits, which are given")
         n = x.shape[1]
         if self.cell_size is not None and grid_size is None:
             raise ValueError("grid_size: needed, the router has a cell_size")
@@ -341,3 +364,25 @@ class CoordinateDescentRouter(nn.Module):
                 log_weights = log_weights - log_weights.detach()
         gates = torch.where(valid, gates, 0)
         return Routing(indices, gates, torch.where(valid, log_weights, float("-inf")), valid)
+
+
+def learned_logits(routers: Sequence[CoordinateDescentRouter], x: Tensor) -> tuple[Tensor, ...]:
+    """Logits of several learned routers of the same tokens, from one read of them.
+
+    Args:
+        routers: of kind ``"learned"``, with routing tokens of their own.
+        x: (B, N, C) tokens.
+
+    Returns:
+        (B, R, N) of each router, what its :meth:`CoordinateDescentRouter.logits` gives.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    for index, router in enumerate(routers):
+        if router.routing_token is None:
+            raise ValueError(f"routers[{index}]: expected learned routing tokens, got none (router={router.router!r})")
+        router._check_tokens(x, None, None)
+    with without_autocast(x.device.type):
+        tokens = [router._directions(router.routing_token, x) for router in routers]
+        return router_logits(x, torch.cat(tokens), eps=_TINY).split([len(t) for t in tokens], 1)

@@ -1,7 +1,18 @@
-"""The operators: soft and hard top-k, and window attention with routed keys."""
+"""The operators: soft and hard top-k, window attention with routed keys, and what surrounds a routed branch."""
 
 from .route_topk import route_topk
+from .routed_rows import gated_scatter_add_, gather_normalize
 from .routed_window_attention import routed_window_attention, window_attention
+from .router_logits import router_logits
 from .soft_topk import coordinate_descent, soft_topk
 
-__all__ = ["coordinate_descent", "route_topk", "routed_window_attention", "soft_topk", "window_attention"]
+__all__ = [
+    "coordinate_descent",
+    "gated_scatter_add_",
+    "gather_normalize",
+    "route_topk",
+    "routed_window_attention",
+    "router_logits",
+    "soft_topk",
+    "window_attention",
+]

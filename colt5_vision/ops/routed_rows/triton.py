@@ -1,0 +1,160 @@
+"""Reading and writing routed rows of a map as Triton kernels: a row is read once, and only routed rows are touched.
+
+Nothing is added atomically. Indices are distinct within a route, so the rows of one route are added by one launch, the
+next route's by the next: a token that several routes picked gets its sum in a fixed order. An inverse index of the map
+would save those launches, a few, and cost a pass over all tokens.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import backend
+from .kernels import (
+    gated_scatter_add_backward_kernel,
+    gated_scatter_add_kernel,
+    gather_normalize_backward_kernel,
+    gather_normalize_kernel,
+)
+
+TILE = 4096  # elements of a map that a program holds
+
+
+def _tile(dim: int, widest: int) -> dict:
+    """Rows and channels of a program: all channels of a row where they fit, so that a row stays in registers."""
+    block_c = min(triton.next_power_of_2(dim), widest)
+    return {"rows": min(32, max(1, TILE // block_c)), "BLOCK_C": block_c}
+
+
+def gather_normalize_forward(
+    x: Tensor, indices: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.gather_normalize_forward``."""
+    batch, num_tokens, dim = x.shape
+    slots = indices.shape[1] * indices.shape[2]
+    out = x.new_empty(*indices.shape, dim, dtype=dtype)
+    scale = x.new_empty(indices.shape, dtype=torch.float32)
+    tile = _tile(dim, 2048)
+    rows = tile.pop("rows")
+    backend.launch(
+        gather_normalize_kernel,
+        (batch * triton.cdiv(slots, rows),),
+        x,
+        indices.contiguous(),
+        weight.contiguous(),
+        out,
+        scale,
+        num_tokens,
+        slots,
+        dim,
+        *x.stride(),
+        eps,
+        BLOCK_Q=rows,
+        **tile,
+        WHOLE=dim <= tile["BLOCK_C"],
+        num_warps=4,
+    )
+    return out, scale
+
+
+def gather_normalize_backward(
+    grad: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    with_x: bool = True,
+    with_weight: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """As ``reference.gather_normalize_backward``; None for what is not asked for."""
+    batch, num_tokens, dim = x.shape
+    _, routes, slots = indices.shape
+    grad, indices, weight = grad.contiguous(), indices.contiguous(), weight.contiguous()
+    tile = _tile(dim, 1024)
+    rows = tile.pop("rows")
+    programs = batch * triton.cdiv(slots, rows)
+    grad_x = torch.zeros_like(x) if with_x else None
+    partial = scale.new_empty(programs * routes, dim) if with_weight else None
+    for route in range(routes):
+        backend.launch(
+            gather_normalize_backward_kernel,
+            (programs,),
+            grad,
+            x,
+            indices,
+            weight,
+            scale,
+            grad_x,
+            partial,
+            num_tokens,
+            slots,
+            routes,
+            route,
+            dim,
+            *x.stride(),
+            *(grad_x.stride() if with_x else (0, 0, 0)),
+            BLOCK_K=rows,
+            **tile,
+            FIRST=route == 0,
+            WITH_X=with_x,
+            WITH_WEIGHT=with_weight,
+            num_warps=8,
+        )
+    return grad_x, partial.sum(0).to(weight.dtype) if with_weight else None
+
+
+def gated_scatter_add_(out: Tensor, rows: Tensor, indices: Tensor, gates: Tensor | None, null: Tensor | None) -> None:
+    """As ``reference.gated_scatter_add_``."""
+    batch, num_tokens, dim = out.shape
+    slots = indices.shape[1]
+    block_k, block_c = 8, min(triton.next_power_of_2(dim), 256)
+    backend.launch(
+        gated_scatter_add_kernel,
+        (batch * triton.cdiv(slots, block_k) * triton.cdiv(dim, block_c),),
+        out,
+        rows.contiguous(),
+        indices.contiguous(),
+        None if gates is None else gates.contiguous(),
+        None if null is None else null.contiguous(),
+        num_tokens,
+        slots,
+        dim,
+        *out.stride(),
+        BLOCK_K=block_k,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+
+
+def gated_scatter_add_backward(
+    grad: Tensor, rows: Tensor, indices: Tensor, gates: Tensor | None, with_null: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As ``reference.gated_scatter_add_backward``; None for what is not asked for."""
+    batch, num_tokens, dim = grad.shape
+    slots = indices.shape[1]
+    tile = _tile(dim, 1024)
+    block_k = tile.pop("rows")
+    programs = batch * triton.cdiv(slots, block_k)
+    grad_rows = rows.new_empty(rows.shape)
+    gates = None if gates is None else gates.contiguous()
+    grad_gates = None if gates is None else torch.empty_like(gates)
+    partial = grad.new_empty(programs, dim, dtype=torch.float32) if with_null else None
+    backend.launch(
+        gated_scatter_add_backward_kernel,
+        (programs,),
+        grad,
+        rows.contiguous(),
+        indices.contiguous(),
+        gates,
+        grad_rows,
+        grad_gates,
+        partial,
+        num_tokens,
+        slots,
+        dim,
+        *grad.stride(),
+        BLOCK_K=block_k,
+        **tile,
+        num_warps=8,
+    )
+    return grad_rows, grad_gates, partial.sum(0) if with_null else None

@@ -1,0 +1,3 @@
+from .api import router_logits
+
+__all__ = ["router_logits"]
