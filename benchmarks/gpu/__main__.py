@@ -1,0 +1,149 @@
+"""``python -m benchmarks.gpu``: on a machine with a GPU, eight minutes at most; without one it measures nothing.
+
+Each step runs in a process of its own within its time, so that a crash or a long compilation costs that step alone.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from colt5_vision.ops import backend
+
+from . import attention, correctness, report, routing
+from .measure import FULL, QUICK, Sizes, Timer, attempt, check
+from .sweep import sweep
+
+STEPS: dict[str, Callable] = {
+    "tests": correctness.tests,
+    "opcheck": correctness.opcheck,
+    "selection": routing.selection,
+    "router": routing.router,
+    "attention": attention.attention,
+    "ceilings": attention.ceilings,
+    "layer": attention.layer,
+    "gates": routing.gates,
+    "graphs": correctness.graphs,
+    "compiled": correctness.compiled,
+    "flex": attention.flex,
+    "sanitizer": correctness.sanitizer,
+    "sweep": sweep,
+}
+# seconds of each; what one leaves over, the later ones have
+FULL_SECONDS = {
+    "tests": 90, "opcheck": 25, "selection": 20, "router": 20, "attention": 60, "ceilings": 10, "layer": 35,
+    "gates": 65, "graphs": 15, "compiled": 30, "flex": 60, "sanitizer": 45,
+}  # fmt: skip
+QUICK_SECONDS = {"selection": 12, "router": 12, "attention": 22, "ceilings": 5, "layer": 17, "gates": 22}
+SWEEP_SECONDS = 540
+
+
+def run_steps(names: list[str], device: torch.device, sizes: Sizes, timer: Timer, keep: Callable[[dict], None]) -> None:
+    """Every record of every step to ``keep`` as it comes; a step that raises ends with a record that says so."""
+    for name in names:
+        _, why = attempt(lambda name=name: [keep({"step": name, **r}) for r in STEPS[name](device, sizes, timer)])
+        if why is not None:
+            keep({"step": name, **check(f"step {name}", False, why)})
+        timer.free()
+
+
+def child(names: list[str], sizes: Sizes, records: Path) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    timer = Timer(device, sizes.seconds)
+    with records.open("a") as file:
+
+        def keep(record: dict) -> None:
+            file.write(json.dumps(record) + "\n")
+            file.flush()  # a step that is ended keeps what it had
+            print(report.line(record), flush=True)
+
+        run_steps(names, device, sizes, timer, keep)
+
+
+def run_child(command: list[str], records: Path, seconds: float, names: list[str]) -> list[dict]:
+    """Records of a process that runs these steps; one more if it did not end well."""
+    # neither an interpreted kernel nor a backend chosen outside may pass for a measurement
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", backend.VARIABLE)}
+    start, text = time.monotonic(), None
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        status = process.wait(max(1.0, seconds))
+        if status != 0:
+            text = f"its process ended with status {status}"
+    except subprocess.TimeoutExpired:
+        text = f"ended after its {seconds:.0f} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started: compilers, pytest's workers
+            process.wait()
+    lines = records.read_text().splitlines() if records.is_file() else []
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    if text is not None:
+        missing = [name for name in names if name not in {r["step"] for r in found}]
+        name = f"step {' '.join(names)}" + (f" (nothing of {' '.join(missing)})" if missing else "")
+        found.append({"step": names[-1], **check(name, False, f"{text}, {time.monotonic() - start:.0f} s in all")})
+        print(report.line(found[-1]), flush=True)
+    return found
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="timings at few sizes, about a minute")
+    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="NAME", help=f"steps to run: {', '.join(STEPS)}")
+    parser.add_argument("--sweep", action="store_true", help="launch configurations of the attention kernels, alone")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder")
+    parser.add_argument("--commit", help="to record, where this copy is no git checkout")
+    parser.add_argument("--records", type=Path, help=argparse.SUPPRESS)  # of a child
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    if not torch.cuda.is_available():
+        print("No GPU here: nothing was measured, nothing was written.")
+        return 1
+    sizes, seconds = (QUICK, QUICK_SECONDS) if args.quick else (FULL, FULL_SECONDS)
+    names = args.only or (["sweep"] if args.sweep else list(seconds))
+    if args.records:
+        child(names, sizes, args.records)
+        return 0
+
+    # a step that this run does not have by itself gets the time of a full run
+    budget = FULL_SECONDS | {"sweep": SWEEP_SECONDS} | seconds
+    groups = [names] if args.quick else [[name] for name in names]  # a quick one has no time to start many
+    begin, deadline, records = time.monotonic(), 0.0, []
+    with tempfile.TemporaryDirectory() as folder:
+        for index, group in enumerate(groups):
+            deadline += sum(budget[name] for name in group)
+            file = Path(folder) / f"{index}.jsonl"
+            command = [sys.executable, "-m", "benchmarks.gpu", "--records", str(file), "--only", *group]
+            command += ["--quick"] if args.quick else []
+            records += run_child(command, file, deadline - (time.monotonic() - begin), group)
+    suffix = "".join(f"_{name}" for name in ("sweep", "quick") if getattr(args, name))
+    suffix += "_part" if args.only else ""  # never over a whole run's results
+    found = {
+        "machine": report.machine(torch.device("cuda", torch.cuda.current_device()), args.commit),
+        "command": shlex.join(["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)]),
+        "seconds": time.monotonic() - begin,
+        "suffix": suffix,
+        "targets": [] if names == ["sweep"] else report.targets(records, sizes),
+        "records": records,
+    }
+    paths = report.write(found, args.output)
+    print(report.markdown(found), *(f"wrote {path}" for path in paths), sep="\n")
+    failed = [record for record in records if record["failed"]]
+    print(f"{len(failed)} failed" + "".join(f"\n  {report.line(record)}" for record in failed))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
