@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo swap diffusion test lint bench clean
+.PHONY: demo swap diffusion test kernels lint bench bench-gpu clean
 
 # the main job on real images: trains a classifier of digits in large canvases, about 5 minutes on 2 CPU cores
 demo: $(STAMP)
@@ -20,6 +20,11 @@ diffusion: $(STAMP)
 # n processes with a thread each beat one process with n threads, and threads of several processes fight
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	$(if $(ARGS),,$(MAKE) kernels)
+
+# the Triton kernels on the CPU, by Triton's interpreter: it must be asked for before Triton is imported
+kernels: $(STAMP)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/kernels
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -34,6 +39,10 @@ $(STAMP): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -e ".[train,viz,examples,bench,test,dev]"
 	touch $@
+
+# needs a GPU; eight minutes
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -1,4 +1,4 @@
-"""The README's Python runs as printed."""
+"""The Python of the README and of docs/kernels.md runs as printed."""
 
 import re
 import subprocess
@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = ("README.md", "docs/kernels.md")
+BLOCKS = [code for page in PAGES for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)]
 
 
 def test_there_are_snippets():
-    assert len(BLOCKS) >= 2
+    assert len(BLOCKS) >= 3
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
