@@ -46,12 +46,16 @@ def _raster_positions(indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
 class _Projection(nn.Linear):
     """``nn.Linear`` that can be given a bias with a call: the matmul adds it, at no pass over the output."""
 
+    output_layer = "self"
+
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return nn.functional.linear(x, self.weight, self.bias if bias is None else bias)
 
 
 class WindowAttention(nn.Module):
     """The light branch: pre-normalised self-attention of every token (B, N, C) inside its window."""
+
+    output_layer = "to_out"
 
     def __init__(self, dim: int, heads: int, dim_head: int, window_size: tuple[int, int], *, device=None, dtype=None):
         super().__init__()
@@ -102,9 +106,11 @@ class RoutedAttention(nn.Module):
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **factory)
 
     def _normalized(self, x: Tensor, indices: Tensor) -> Tensor:
-        if type(self.norm) is nn.RMSNorm:
-            return gather_normalize(x, indices, self.norm.weight, eps=self.norm.eps)
-        return self.norm(gather_tokens(x, indices))  # another norm took its place
+        norm = self.norm
+        watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+        if type(norm) is not nn.RMSNorm or norm.weight is None or norm.eps is None or watched:
+            return norm(gather_tokens(x, indices))
+        return gather_normalize(x, indices, norm.weight, eps=norm.eps)
 
     def forward(
         self,
@@ -348,7 +354,7 @@ class ConditionalRoutedImageAttention(nn.Module):
         if routed_q is None:
             return light + heavy
         # the light branch put the null token everywhere; where a token is routed its heavy output takes that place
-        out = own_output(light, self.light_attn, self.light_attn.to_out)
+        out = own_output(light, self.light_attn)
         return gated_scatter_add_(out, heavy, routed_q.indices, gates=routed_q.gates, null=self.null_q_token)
 
     def _softmax(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, q_count, kv_count) -> Tensor:

@@ -103,5 +103,5 @@ class ConditionalRoutedFeedForward(nn.Module):
         routing = self.router(x, num_tokens=count, mask=mask, grid_size=grid_size)
         indices, gates = routing.indices.squeeze(1), routing.gates.squeeze(1)
         light, heavy = self.light_ff(x), self.heavy_ff(gather_tokens(x, indices))
-        out = gated_scatter_add_(own_output(light, self.light_ff, self.light_ff[-1]), heavy, indices, gates=gates)
+        out = gated_scatter_add_(own_output(light, self.light_ff), heavy, indices, gates=gates)
         return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)

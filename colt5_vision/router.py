@@ -48,12 +48,29 @@ def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     return x.gather(1, flat).unflatten(1, indices.shape[1:])
 
 
-def own_output(out: Tensor, *modules: nn.Module) -> Tensor:
-    """``out`` of the last of ``modules`` (within the others) for changing in place: the same memory, or a copy.
+def _is_fresh(module: nn.Module) -> bool:
+    """Whether what a module returns is the output of a Linear, unchanged, and nobody else has seen it.
 
-    A Linear's autograd does not need its output. Other layers' may, and what a hook sees should stay as it saw it.
+    Exactly these types: a subclass or a wrapper may go on from there. A module of ours says by ``output_layer`` in which
+    of its layers it ends, or that it is such a Linear itself.
     """
-    if not isinstance(modules[-1], nn.Linear) or any(module._forward_hooks for module in modules):
+    if module._forward_hooks or torch.nn.modules.module._global_forward_hooks:
+        return False
+    kind = type(module)
+    if kind is nn.Sequential:
+        return len(module) > 0 and _is_fresh(module[-1])
+    layer = vars(kind).get("output_layer")
+    return kind is nn.Linear or layer == "self" or (layer is not None and _is_fresh(getattr(module, layer)))
+
+
+def own_output(out: Tensor, module: nn.Module) -> Tensor:
+    """``out`` of ``module`` for changing in place: the same memory where a Linear made it, else a copy.
+
+    A Linear's autograd does not need its output. Other layers' may; what a hook sees should stay as it saw it; and a
+    dispatch mode, that of selective checkpointing, may keep what an operator returned.
+    """
+    watched = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+    if watched or not _is_fresh(module):
         return out.clone()
     # not a view for autograd: in place on a view would copy the gradient of the whole map
     return torch.ops.aten._unsafe_view.default(out, out.shape)

@@ -51,3 +51,24 @@ def device():
 def kernels_only(monkeypatch):
     """Nothing here may fall back to plain torch unnoticed; twins call ``reference.py`` or say backend="eager"."""
     monkeypatch.setenv(backend.VARIABLE, "triton")
+
+
+@pytest.fixture
+def randn(device):
+    def make(*shape, seed=0, std=1.0):
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul(std).to(device)
+
+    return make
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels that were started."""
+    names, launch = [], backend.launch
+
+    def record(kernel, *args, **options):
+        names.append(kernel.fn.__name__)
+        launch(kernel, *args, **options)
+
+    monkeypatch.setattr(backend, "launch", record)
+    return names

@@ -268,3 +268,38 @@ def test_module_equals_eager(fusion, device, monkeypatch):
     wanted = run()
     limit = 1e-4 if torch.float32 == DTYPE else 2e-2
     assert max(errors(found, [b.cpu().double() for b in wanted])) < limit
+
+
+def test_indices_out_of_range_are_empty_slots(device):
+    """Values are not looked at on a GPU: nothing may be read or written beyond the sample."""
+    given, _, call = case("small", device)
+    want_call = call | {"routed_indices": call["routed_indices"].clone()}
+    want_call["routed_indices"][:, :, 0] = -1
+    want = out_and_grads(operator(**want_call), given)
+    q, k, v, weights = given
+    routed = call["routed_indices"].clone()
+    routed[:, :, 0] = 20  # N
+    grid = [1, 4, 5, 3, 3, 1]
+    args = (q, k, v, routed, weights, call["key_mask"], None, grid, 16**-0.5, "triton")
+    found = out_and_grads(lambda *_: torch.ops.colt5_vision.routed_window_attention(*args)[0], given)
+    for a, b in zip(found, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("keys", [0, 3])
+@pytest.mark.parametrize("queries", [0, None])
+def test_nothing_to_route_or_nobody_to_ask(keys, queries, device):
+    inputs = [x.detach().to(device).requires_grad_() for x in leaves(1, 2, 12, 16, dtype=DTYPE)]
+    weights = torch.zeros(1, keys, device=device, requires_grad=True)
+    call = {"grid_size": (3, 4), "window_size": 2, "routed_indices": distinct((1,), keys, 12).to(device)}
+    if queries is not None:
+        call["query_indices"] = torch.empty(1, 0, dtype=torch.int64, device=device)
+    out = routed_window_attention(*inputs, log_weights=weights, **call)
+    want = routed_window_attention(*inputs, log_weights=weights, **call, backend="eager")
+    assert out.shape == want.shape
+    for a, b in zip(
+        torch.autograd.grad(out.sum(), [*inputs, weights]),
+        torch.autograd.grad(want.sum(), [*inputs, weights]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-5 if torch.float32 == DTYPE else 1e-2, rtol=1e-2)

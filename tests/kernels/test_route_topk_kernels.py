@@ -11,31 +11,10 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture
-def randn(device):
-    def make(*shape, seed=0):
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-    return make
-
-
-@pytest.fixture
 def several_programs(monkeypatch):
     """Programs of 16 entries or more, at most four of them a row."""
     monkeypatch.setattr(triton, "CHUNK", 16)
     monkeypatch.setattr(triton, "MOST_PROGRAMS", 4)
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """Names of the kernels that were started."""
-    names, launch = [], backend.launch
-
-    def record(kernel, *args, **options):
-        names.append(kernel.fn.__name__)
-        launch(kernel, *args, **options)
-
-    monkeypatch.setattr(backend, "launch", record)
-    return names
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ def within(found, plain, exact):
     for got, eager, want in zip(found, plain, exact, strict=True):
         assert got.shape == want.shape
         # not twice but three times plain torch's error: the interpreter cuts bfloat16 off instead of rounding it
-        budget = (eager - want).abs().max() * 3 + 2e-6 * want.abs().max()
+        budget = (eager - want).abs().max() * 1.5 + 2e-6 * want.abs().max()
         assert (got - want).abs().max() <= budget
 
 

@@ -2,26 +2,13 @@
 
 import pytest
 import torch
+from rows_cases import randn, some_map
 
 from colt5_vision import ConditionalRoutedImageAttention
 from colt5_vision.ops import backend, router_logits
 from colt5_vision.ops.router_logits import triton as kernels
 
 HALVES = [torch.float16, torch.bfloat16]
-
-
-def randn(*shape, seed=0, dtype=torch.float32, device="cpu"):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-
-
-def some_map(layout, batch, num, dim, dtype=torch.float32, device="cpu"):
-    """(B, N, C) in several layouts of memory."""
-    x = randn(batch, num, dim, dtype=dtype, device=device)
-    if layout == "first":  # a (B, C, H, W) map, permuted
-        return x.mT.contiguous().mT
-    if layout == "sliced":
-        return torch.cat([x, x + 1], -1)[..., :dim]
-    return x
 
 
 def run(x, tokens, weight, choice=None, dtype=None):
@@ -38,7 +25,7 @@ def check(x, tokens):
     for got, plain, want in zip(run(x, tokens, weight), run(x, tokens, weight, "eager"), exact, strict=True):
         assert got.shape == want.shape
         # not twice but three times plain torch's error: the interpreter cuts bfloat16 off instead of rounding it
-        budget = (plain - want).abs().max() * 3 + 2e-6 * want.abs().max()
+        budget = (plain - want).abs().max() * 1.5 + 2e-6 * want.abs().max()
         assert (got - want).abs().max() <= budget
 
 

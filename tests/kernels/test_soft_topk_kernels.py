@@ -14,32 +14,11 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture
-def randn(device):
-    def make(*shape, seed=0, std=1.0):
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul(std).to(device)
-
-    return make
-
-
-@pytest.fixture
 def several_programs(monkeypatch):
     """Rows from 33 entries on are spread over up to five programs."""
     monkeypatch.setattr(triton, "WHOLE_ROW", 32)
     monkeypatch.setattr(triton, "CHUNK", 32)
     monkeypatch.setattr(triton, "MOST_PROGRAMS", 5)
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """Names of the kernels that were started."""
-    names, launch = [], backend.launch
-
-    def record(kernel, *args, **options):
-        names.append(kernel.fn.__name__)
-        launch(kernel, *args, **options)
-
-    monkeypatch.setattr(backend, "launch", record)
-    return names
 
 
 def with_gradients(function, scores, k, grad, wide=False, **options):
@@ -180,7 +159,8 @@ def test_a_bad_row_leaves_the_others_unharmed(randn, function, bad):
     for f, e in zip(found, expected, strict=True):
         assert torch.equal(f[[0, 2]], e[[0, 2]])
     if math.isnan(bad):
-        assert found[0][1].isnan().any()  # not passed over in silence
+        spoilt = found[0][1].isnan()  # not passed over in silence
+        assert spoilt.all() if function is soft_topk else spoilt.any()
 
 
 @pytest.mark.parametrize("function", [soft_topk, coordinate_descent])

@@ -132,7 +132,8 @@ def _check_indices(name: str, indices: Tensor, num_tokens: int, lowest: int) -> 
         raise TypeError(f"{name}: expected a tensor of torch.int64, got {type(indices).__name__}")
     if indices.dtype != torch.int64:
         raise TypeError(f"{name}: expected torch.int64, got {indices.dtype}")
-    # reading values costs nothing on the CPU; an accelerator's own gather checks them without a host sync
+    # reading values costs nothing on the CPU; elsewhere it would be a host sync: plain torch's gather checks on the
+    # device, and the kernels take a routed index out of range for an empty slot
     if _readable(indices):
         low, high = (int(x) for x in indices.aminmax())
         if low < lowest or high >= num_tokens:

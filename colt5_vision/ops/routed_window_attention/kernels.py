@@ -23,6 +23,11 @@ PREFIX_QUERY = tl.constexpr(-2)  # and as a query: equal to no key's
 
 # sizes that change with the image must not compile a kernel anew
 SIZES = (
+    *(
+        f"{name}_{step}"
+        for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
+        for step in ("batch", "head", "token")
+    ),
     "tokens",
     "height",
     "width",
@@ -153,7 +158,8 @@ def list_kernel(
     at = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
     slot = at - prefix
     image = (slot >= 0) & (slot < num_routed)
-    token = tl.load(routed + row * num_routed + slot, mask=image, other=-1).to(tl.int32)
+    token = tl.load(routed + row * num_routed + slot, mask=image, other=-1)
+    token = tl.where(token < tokens, token, -1).to(tl.int32)  # out of range: an empty slot, nothing is read or written
     valid = tl.where(image, token >= 0, at < prefix)
     key = tl.where(image, prefix + tl.maximum(token, 0), at)
     window, place = place_of(tl.maximum(token, 0), height, width, window_height, window_width, columns)

@@ -24,7 +24,7 @@ def _tiles(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
     return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
-# Fixed, nothing is tuned at run time: a CUDA graph can begin at once. By head_dim, rounded up to a power of two.
+# Fixed, nothing is tuned at run time: no call stops to measure. By head_dim, rounded up to a power of two.
 # Compiled for sm_80 (at most 99 KiB of shared memory, for consumer chips too), sm_90, sm_100: no spills.
 _CONFIGS = {
     "ampere": {
@@ -113,7 +113,7 @@ def _splits(device: torch.device, programs: int, length: int, block: int) -> tup
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     pieces = max(1, min(4 * processors // max(1, programs), length // _PIECE))
-    piece = triton.cdiv(triton.cdiv(length, pieces), block) * block
+    piece = max(block, triton.cdiv(triton.cdiv(length, pieces), block) * block)
     return triton.cdiv(length, piece), piece
 
 
@@ -186,7 +186,9 @@ class _Call:
         self.rows = self.length
         if query_indices is not None:
             self.query_indices = query_indices.contiguous()
-            window, order = self.row_window[geo.prefix :][query_indices].sort(dim=-1, stable=True)
+            # gather checks both bounds on the device; an index would wrap around below 0
+            window = self.row_window[geo.prefix :].expand(self.batch, -1).gather(-1, query_indices)
+            window, order = window.sort(dim=-1, stable=True)
             every = torch.arange(self.windows + 1, dtype=torch.int32, device=device).expand(self.batch, -1)
             self.starts = torch.searchsorted(window, every.contiguous(), out_int32=True)
             self.query_rows = (geo.prefix + order).to(torch.int32)
@@ -344,5 +346,7 @@ def backward(
     )  # fmt: skip
     if log_weights is None:
         return grad_q, grad_k, grad_v, None
+    if grad_bias is None:
+        return grad_q, grad_k, grad_v, torch.zeros_like(log_weights)
     grad_log_weights = grad_bias.unflatten(1, (call.routes, -1)).sum(2)
     return grad_q, grad_k, grad_v, grad_log_weights.to(log_weights.dtype)

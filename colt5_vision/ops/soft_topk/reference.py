@@ -14,6 +14,8 @@ def _precise(scores: Tensor) -> torch.dtype:
 
 def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
     """``x`` with the strides of ``empty_like(other)``, which is what the fake kernels promise."""
+    if x.is_contiguous() and other.is_contiguous():
+        return x
     out = torch.empty_like(other)
     return x if out.stride() == x.stride() else out.copy_(x)
 

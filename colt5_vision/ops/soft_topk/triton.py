@@ -163,12 +163,13 @@ def gates_kernel(
     # v is the root up to one step of a float: what is left of it, and the rounding of the comparisons, is put right here
     rest = tl.log2(mass / room(row_k, count))
     full = (row_k >= tl.load(num_valid + row)).to(tl.int32)  # the interpreter broadcasts no bool
+    known = (rest == rest).to(tl.int32)  # noqa: PLR0124  a NaN among the scores makes all gates NaN, as in plain torch
     for first in range(begin, end, TILE):
         at = first + tl.arange(0, TILE)
         s = tl.load(scores + row * n + at, mask=at < end)
         exponent = (s - v) * scale - rest
-        capped = full + ((s > v) | (exponent > 0)).to(tl.int32)
-        gate = tl.where(capped > 0, 1.0, tl.exp2(exponent))  # a NaN stays one
+        capped = full + ((s > v) | (exponent > 0)).to(tl.int32) * known
+        gate = tl.where(capped > 0, 1.0, tl.exp2(exponent))
         tl.store(gates + row * n + at, gate, mask=at < end)
 
 

@@ -313,7 +313,7 @@ def backward(
         steps,
         STEPS=block,
         GATHER=256,
-        num_warps=4,
+        num_warps=4 if block <= 1024 else 16,
     )
     grad_scores = torch.empty_like(given[1])
     backend.launch(
