@@ -5,16 +5,26 @@ imported on their own.
 """
 
 from .attention import ConditionalRoutedImageAttention
+from .autoregressive import ConditionalRoutedAutoregressiveAttention
+from .autoregressive_cache import AutoregressiveCache
 from .block import ConditionalRoutedTransformerBlock
+from .cross_attention import ConditionalRoutedCrossAttention
 from .feedforward import ConditionalRoutedFeedForward
+from .ops import topk
 from .router import CoordinateDescentRouter, Routing
+from .sequence import ConditionalRoutedAttention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoregressiveCache",
+    "ConditionalRoutedAttention",
+    "ConditionalRoutedAutoregressiveAttention",
+    "ConditionalRoutedCrossAttention",
     "ConditionalRoutedFeedForward",
     "ConditionalRoutedImageAttention",
     "ConditionalRoutedTransformerBlock",
     "CoordinateDescentRouter",
     "Routing",
+    "topk",
 ]

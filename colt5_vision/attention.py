@@ -1,9 +1,21 @@
 """Conditionally routed attention over image maps: every token sees its window, few tokens are seen by all."""
 
+import functools
+
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
+from .branches import (
+    Projection,
+    RoutedAttention,
+    add_heavy_,
+    merge_heads,
+    numbers,
+    own_output,
+    project_out,
+    shared_logits,
+    split_heads,
+)
 from .checks import (
     TokenCount,
     check_float_tensor,
@@ -11,45 +23,23 @@ from .checks import (
     check_mask,
     check_pair,
     check_token_count,
+    slots_and_counts,
 )
-from .ops import (
-    gated_scatter_add_,
-    gather_normalize,
-    routed_window_attention,
-    window_attention,
-)
+from .ops import routed_window_attention, window_attention
 from .positions import axial_rotary
 from .router import (
     CoordinateDescentRouter,
     Routing,
     gather_tokens,
-    learned_logits,
-    own_output,
     router_options,
 )
 
 FUSIONS = ("sum", "softmax")
 
 
-def _split_heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)
-
-
-def _raster_positions(indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    return indices // width, indices % width
-
-
-class _Projection(nn.Linear):
-    """``nn.Linear`` that can be given a bias with a call: the matmul adds it, at no pass over the output."""
-
-    output_layer = "self"
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias if bias is None else bias)
+def _rotate(x: Tensor, indices: Tensor, width: int) -> Tensor:
+    """Turn x (B, heads, N, head_dim) by the places of its tokens in a map of ``width``, raster indices."""
+    return axial_rotary(x, (indices // width, indices % width))
 
 
 class WindowAttention(nn.Module):
@@ -63,96 +53,13 @@ class WindowAttention(nn.Module):
         self.heads, self.window_size = heads, window_size
         self.norm = nn.RMSNorm(dim, eps=1e-6, **factory)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, **factory)
-        self.to_out = _Projection(heads * dim_head, dim, bias=False, **factory)
+        self.to_out = Projection(heads * dim_head, dim, bias=False, **factory)
 
     def forward(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, null: Tensor | None = None) -> Tensor:
         """``null`` (C,) is added to every token of the output."""
-        q, k, v = (_split_heads(t, self.heads) for t in self.to_qkv(self.norm(x)).chunk(3, -1))
+        q, k, v = (split_heads(t, self.heads) for t in self.to_qkv(self.norm(x)).chunk(3, -1))
         out = window_attention(q, k, v, grid_size=grid_size, window_size=self.window_size, key_mask=mask)
-        out = _merge_heads(out)
-        if null is None:
-            return self.to_out(out)
-        if isinstance(self.to_out, _Projection):
-            return self.to_out(out, null.to(self.to_out.weight.dtype))
-        out = self.to_out(out)  # an adapter took its place
-        return out + null.to(out.dtype)
-
-
-class RoutedAttention(nn.Module):
-    """The heavy branch: routed tokens (B, Q), or all, attend to routed tokens (B, R, K) of each route and one null key.
-
-    The heads are split over the R routes. The null key and value start at 0, so an empty selection gives 0.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        dim_head: int,
-        multiply_keys_by_score: bool,
-        rotary_emb: bool,
-        *,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        self.heads, self.rotary_emb = heads, rotary_emb
-        self.multiply_keys_by_score = multiply_keys_by_score
-        self.norm = nn.RMSNorm(dim, eps=1e-6, **factory)
-        self.null_kv = nn.Parameter(torch.zeros(2, heads, dim_head, **factory))
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False, **factory)
-        self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False, **factory)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **factory)
-
-    def _normalized(self, x: Tensor, indices: Tensor) -> Tensor:
-        norm = self.norm
-        watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-        if type(norm) is not nn.RMSNorm or norm.weight is None or norm.eps is None or watched:
-            return norm(gather_tokens(x, indices))
-        return gather_normalize(x, indices, norm.weight, eps=norm.eps)
-
-    def forward(
-        self,
-        x: Tensor,
-        query_index: Tensor | None,
-        key_index: Tensor,
-        width: int,
-        key_gates: Tensor,
-        key_mask: Tensor | None,
-        query_gates: Tensor | None,
-    ) -> Tensor:
-        """Tokens x (B, N, C) of a map of ``width``, indices in raster order -> (B, Q, C); no query_index: all ask."""
-        routes, group = key_index.shape[1], self.heads // key_index.shape[1]
-        queries = self.norm(x) if query_index is None else self._normalized(x, query_index)
-        q = _split_heads(self.to_q(queries), self.heads)
-        if query_gates is not None:
-            q = q * query_gates.to(q.dtype)[:, None, :, None]
-        # each route has its own rows of to_kv: (route, head of the route, key and value)
-        context = self._normalized(x, key_index)
-        kv = torch.stack(
-            [nn.functional.linear(context[:, r], w) for r, w in enumerate(self.to_kv.weight.chunk(routes))], 1
-        )
-        k, v = rearrange(kv, "b r n (h s d) -> s b (r h) n d", h=group, s=2).unbind(0)
-        gates = key_gates.to(v.dtype).repeat_interleave(group, 1).unsqueeze(-1)
-        v = v * gates
-        if self.multiply_keys_by_score:
-            k = k * gates
-        if self.rotary_emb:
-            if query_index is None:
-                query_index = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
-            q = axial_rotary(q, tuple(p.unsqueeze(1) for p in _raster_positions(query_index, width)))
-            positions = _raster_positions(key_index, width)
-            k = axial_rotary(k, tuple(p.repeat_interleave(group, 1) for p in positions))
-        null_k, null_v = self.null_kv.to(v.dtype).unsqueeze(2).expand(2, self.heads, 1, v.shape[-1])
-        k = torch.cat([null_k.expand(k.shape[0], -1, -1, -1), k], 2)
-        v = torch.cat([null_v.expand(v.shape[0], -1, -1, -1), v], 2)
-        bias = None
-        if key_mask is not None:
-            bias = nn.functional.pad(key_mask, (1, 0), value=True).repeat_interleave(group, 1).unsqueeze(2)
-            bias = bias if routes > 1 else bias[:, :1]
-        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.to_out(_merge_heads(out))
+        return project_out(self.to_out, merge_heads(out), null)
 
 
 class ConditionalRoutedImageAttention(nn.Module):
@@ -259,9 +166,7 @@ class ConditionalRoutedImageAttention(nn.Module):
             raise ValueError("use_null_q_tokens: needs num_heavy_tokens_q, every token is a query")
         self.multiply_queries_by_score = multiply_queries_by_score
         self.light_attn = WindowAttention(dim, light_heads, light_dim_head, self.window_size, **factory)
-        self.heavy_attn = RoutedAttention(
-            dim, heavy_heads, heavy_dim_head, multiply_keys_by_score, rotary_emb, **factory
-        )
+        self.heavy_attn = RoutedAttention(dim, heavy_heads, heavy_dim_head, multiply_keys_by_score, **factory)
         if q_count is not None and use_null_q_tokens is not False:
             self.null_q_token = nn.Parameter(torch.zeros(dim, **factory))
 
@@ -276,15 +181,16 @@ class ConditionalRoutedImageAttention(nn.Module):
         x: Tensor,
         *,
         mask: Tensor | None = None,
-        num_heavy_tokens_q: TokenCount | None = None,
-        num_heavy_tokens_kv: TokenCount | None = None,
+        num_heavy_tokens_q: TokenCount | Tensor | None = None,
+        num_heavy_tokens_kv: TokenCount | Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
             x: (B, C, H, W), or (B, H, W, C) with ``channel_first=False``; any H and W.
             mask: (B, H, W) bool, True = valid. Masked tokens are not read, not routed, and come out as 0.
-            num_heavy_tokens_q, num_heavy_tokens_kv: override the module's.
+            num_heavy_tokens_q, num_heavy_tokens_kv: override the module's. A tensor (B,) is a count of each sample:
+                integers, or floats, that share of its valid tokens; at most the module's own count.
 
         Returns:
             The shape and dtype of ``x``.
@@ -300,82 +206,75 @@ class ConditionalRoutedImageAttention(nn.Module):
         if height < 1 or width < 1:
             raise ValueError(f"x: expected a map of at least one token, got H = {height}, W = {width}")
         check_mask("mask", mask, x.shape[:3])
-        if num_heavy_tokens_q is None:
-            num_heavy_tokens_q = self.num_heavy_tokens_q
-        elif self.q_router is None:
+        if num_heavy_tokens_q is not None and self.q_router is None:
             raise ValueError("num_heavy_tokens_q: the module was made without a query router (num_heavy_tokens_q=None)")
-        else:
-            check_token_count("num_heavy_tokens_q", num_heavy_tokens_q)
-        if num_heavy_tokens_kv is None:
-            num_heavy_tokens_kv = self.num_heavy_tokens_kv
-        else:
-            check_token_count("num_heavy_tokens_kv", num_heavy_tokens_kv)
+        batch = x.shape[0]
+        count_q = slots_and_counts("num_heavy_tokens_q", num_heavy_tokens_q, self.num_heavy_tokens_q, batch)
+        count_kv = slots_and_counts("num_heavy_tokens_kv", num_heavy_tokens_kv, self.num_heavy_tokens_kv, batch)
 
         x = x.flatten(1, 2)
         if mask is not None:
             mask = mask.flatten(1)
             x = torch.where(mask.unsqueeze(-1), x, 0)
         attend = self._softmax if self.fusion == "softmax" else self._sum
-        out = attend(x, grid_size, mask, num_heavy_tokens_q, num_heavy_tokens_kv)
+        out = attend(x, grid_size, mask, count_q, count_kv)
         if mask is not None:
             out = torch.where(mask.unsqueeze(-1), out, 0)
         out = out.unflatten(1, grid_size)
         return out.permute(0, 3, 1, 2) if self.channel_first else out
 
-    def _shared_logits(self, x: Tensor) -> tuple[dict, dict]:
-        """What the routers of queries and of keys are given: where both are learned, logits from one read of x."""
-        routers = (self.q_router, self.kv_router)
-        if not all(type(router) is CoordinateDescentRouter and router.routing_token is not None for router in routers):
-            return {}, {}
-        return tuple({"logits": logits} for logits in learned_logits(routers, x))
-
     def _route_queries(
-        self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, count, given: dict
+        self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, count: tuple, given: dict
     ) -> Routing | None:
         if self.q_router is None:
             return None
-        routing = self.q_router(x, num_tokens=count, mask=mask, grid_size=grid_size, **given)
+        routing = self.q_router(x, **numbers(*count), mask=mask, grid_size=grid_size, **given)
         return Routing(*(field.squeeze(1) for field in routing))
 
-    def _sum(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, q_count, kv_count) -> Tensor:
-        to_q, to_kv = self._shared_logits(x)
-        routed_q = self._route_queries(x, grid_size, mask, q_count, to_q)
-        routed_kv = self.kv_router(x, num_tokens=kv_count, mask=mask, grid_size=grid_size, **to_kv)
+    def _sum(
+        self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, count_q: tuple, count_kv: tuple
+    ) -> Tensor:
+        to_q, to_kv = shared_logits(self.q_router, self.kv_router, x)
+        routed_q = self._route_queries(x, grid_size, mask, count_q, to_q)
+        routed_kv = self.kv_router(x, **numbers(*count_kv), mask=mask, grid_size=grid_size, **to_kv)
         light = self.light_attn(x, grid_size, mask, self.null_q_token)
         heavy = self.heavy_attn(
             x,
             None if routed_q is None else routed_q.indices,
             routed_kv.indices,
-            grid_size[1],
-            routed_kv.gates,
-            None if mask is None else routed_kv.mask,
-            routed_q.gates if routed_q is not None and self.multiply_queries_by_score else None,
+            key_gates=routed_kv.gates,
+            # without a mask and counts every slot is filled
+            key_mask=None if mask is None and count_kv[1] is None else routed_kv.mask,
+            query_gates=routed_q.gates if routed_q is not None and self.multiply_queries_by_score else None,
+            rotate=functools.partial(_rotate, width=grid_size[1]) if self.rotary_emb else None,
         ).to(light.dtype)
         if routed_q is None:
             return light + heavy
         # the light branch put the null token everywhere; where a token is routed its heavy output takes that place
         out = own_output(light, self.light_attn)
-        return gated_scatter_add_(out, heavy, routed_q.indices, gates=routed_q.gates, null=self.null_q_token)
+        return add_heavy_(out, heavy, routed_q, self.null_q_token, counted=count_q[1] is not None)
 
-    def _softmax(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, q_count, kv_count) -> Tensor:
-        to_q, to_kv = self._shared_logits(x)
-        routed_q = self._route_queries(x, grid_size, mask, q_count, to_q)
-        q, k, v = (_split_heads(t, self.heads) for t in self.to_qkv(self.norm(x)).chunk(3, -1))
+    def _softmax(
+        self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, count_q: tuple, count_kv: tuple
+    ) -> Tensor:
+        to_q, to_kv = shared_logits(self.q_router, self.kv_router, x)
+        routed_q = self._route_queries(x, grid_size, mask, count_q, to_q)
+        q, k, v = (split_heads(t, self.heads) for t in self.to_qkv(self.norm(x)).chunk(3, -1))
         if self.kv_router.router == "mean_query":
             to_kv = {"query": q, "key": k}
-        routed_kv = self.kv_router(x, num_tokens=kv_count, mask=mask, grid_size=grid_size, **to_kv)
+        routed_kv = self.kv_router(x, **numbers(*count_kv), mask=mask, grid_size=grid_size, **to_kv)
         if self.rotary_emb:
-            positions = _raster_positions(torch.arange(x.shape[1], device=x.device), grid_size[1])
-            q, k = axial_rotary(q, positions), axial_rotary(k, positions)
+            everywhere = torch.arange(x.shape[1], device=x.device)
+            q, k = _rotate(q, everywhere, grid_size[1]), _rotate(k, everywhere, grid_size[1])
         call = {"grid_size": grid_size, "window_size": self.window_size, "key_mask": mask}
         routed = {
             "routed_indices": torch.where(routed_kv.mask, routed_kv.indices, -1),
             "log_weights": routed_kv.log_weights,
         }
         if routed_q is None:
-            return self.to_out(_merge_heads(routed_window_attention(q, k, v, **routed, **call)))
+            return self.to_out(merge_heads(routed_window_attention(q, k, v, **routed, **call)))
         # a routed query sees window ∪ routed keys, any other its window: its gate blends between the two
-        out = _merge_heads(window_attention(q, k, v, **call))
-        both = _merge_heads(routed_window_attention(q, k, v, **routed, **call, query_indices=routed_q.indices))
+        out = merge_heads(window_attention(q, k, v, **call))
+        both = merge_heads(routed_window_attention(q, k, v, **routed, **call, query_indices=routed_q.indices))
         gain = (both - gather_tokens(out, routed_q.indices)) * routed_q.gates.to(out.dtype).unsqueeze(-1)
         return self.to_out(out.scatter_add(1, routed_q.indices.unsqueeze(-1).expand_as(gain), gain))

@@ -83,3 +83,46 @@ def token_count(name: str, value: TokenCount, num_tokens: int) -> int:
     if isinstance(value, float):
         value = max(1, round(value * num_tokens))
     return min(value, num_tokens)
+
+
+def slots_and_counts(name: str, value, own: TokenCount, batch: int) -> tuple[TokenCount, Tensor | None]:
+    """A token count given with a call, against a module's own: the number of slots, and each sample's number or None.
+
+    Args:
+        name: of the argument, for errors.
+        value: None (the module's own), a token count, or a tensor (batch,): integers, that many tokens of each sample,
+            or floats in (0, 1], that share of its valid tokens. A tensor leaves the slots at the module's own count,
+            so that shapes do not hang on values; what exceeds them is cut.
+        own: the module's count.
+        batch: number of samples.
+    """
+    if value is None:
+        return own, None
+    if not isinstance(value, Tensor):
+        return check_token_count(name, value), None
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name}: expected integers or floats, got {value.dtype}")
+    if tuple(value.shape) != (batch,):
+        raise ValueError(f"{name}: expected a number or a tensor of shape ({batch},), got shape {tuple(value.shape)}")
+    if value.device.type == "cpu" and value.numel() and not torch.compiler.is_compiling():
+        if value.is_floating_point():
+            good, expected = (value > 0) & (value <= 1), "shares in (0, 1]"
+        else:
+            good, expected = value >= 1, "integers >= 1"
+        if not bool(good.all()):
+            raise ValueError(f"{name}: expected {expected}, got {value.tolist()}")
+    return own, value
+
+
+def filled_slots(name: str, counts, slots: int, x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B,) int64 in [1, slots]: how many slots each sample of x (B, N, C) fills, of checked x and mask (B, N).
+
+    ``counts`` is the second part of :func:`slots_and_counts`; shares are of the valid tokens, rounded, at least one.
+    """
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape ({x.shape[0]},) or None, got {type(counts).__name__}")
+    counts = slots_and_counts(name, counts, slots, x.shape[0])[1].to(x.device)
+    if counts.is_floating_point():
+        share = counts if counts.dtype == torch.float64 else counts.float()
+        counts = (share * (x.shape[1] if mask is None else mask.sum(-1))).round()
+    return counts.to(torch.int64).clamp(1, slots)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from .branches import own_output
 from .checks import (
     TokenCount,
     check_float_tensor,
@@ -10,9 +11,10 @@ from .checks import (
     check_mask,
     check_positive,
     check_token_count,
+    slots_and_counts,
 )
 from .ops import gated_scatter_add_
-from .router import CoordinateDescentRouter, gather_tokens, own_output, router_options
+from .router import CoordinateDescentRouter, gather_tokens, router_options
 
 
 def feed_forward(dim: int, mult: float, device=None, dtype=None) -> nn.Sequential:
@@ -70,13 +72,16 @@ class ConditionalRoutedFeedForward(nn.Module):
         self.light_ff = feed_forward(dim, check_positive("light_ff_mult", light_ff_mult), **factory)
         self.heavy_ff = feed_forward(dim, check_positive("heavy_ff_mult", heavy_ff_mult), **factory)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, num_heavy_tokens: TokenCount | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, num_heavy_tokens: TokenCount | Tensor | None = None
+    ) -> Tensor:
         """Map x to the same shape.
 
         Args:
             x: tokens (B, N, C), or a map (B, C, H, W) (``channel_first``) or (B, H, W, C).
             mask: (B, N) or (B, H, W) bool, True = valid. Masked tokens are not read, not routed, and come out as 0.
-            num_heavy_tokens: overrides the module's.
+            num_heavy_tokens: overrides the module's. A tensor (B,) is a count of each sample: integers, or floats, that
+                share of its valid tokens; at most the module's own count.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
@@ -99,8 +104,9 @@ class ConditionalRoutedFeedForward(nn.Module):
         check_mask("mask", mask, x.shape[:2])
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), x, 0)
-        count = self.num_heavy_tokens if count is None else check_token_count("num_heavy_tokens", count)
-        routing = self.router(x, num_tokens=count, mask=mask, grid_size=grid_size)
+        slots, counts = slots_and_counts("num_heavy_tokens", count, self.num_heavy_tokens, x.shape[0])
+        # an empty slot has a gate of 0: it leaves the token it points at as it was
+        routing = self.router(x, num_tokens=slots, counts=counts, mask=mask, grid_size=grid_size)
         indices, gates = routing.indices.squeeze(1), routing.gates.squeeze(1)
         light, heavy = self.light_ff(x), self.heavy_ff(gather_tokens(x, indices))
         out = gated_scatter_add_(own_output(light, self.light_ff), heavy, indices, gates=gates)

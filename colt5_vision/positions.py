@@ -1,7 +1,39 @@
-"""Positions without tables: 2-D axial rotary embedding, and orders of a map for the untrained routers."""
+"""Positions without tables: rotary embeddings of lines and maps, and orders of a map for the untrained routers."""
 
 import torch
 from torch import Tensor
+
+
+def _turn(x: Tensor, angle: Tensor) -> Tensor:
+    """Turn the pairs (i, i + half) of the features (..., 2 * half) by ``angle`` (..., half), in its dtype."""
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.to(angle.dtype).unflatten(-1, (2, -1)).unbind(-2)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)
+
+
+def rotary(x: Tensor, position: Tensor, theta: float = 10000.0) -> Tensor:
+    """Rotate the features by the place of their token in a sequence: pairs (i, i + head_dim / 2), all of head_dim.
+
+    Args:
+        x: (..., N, head_dim), head_dim even.
+        position: of the tokens, an integer tensor that broadcasts to (..., N).
+        theta: base of the wavelengths, 2π to 2π·theta tokens.
+
+    Returns:
+        Same shape and dtype; the product of a rotated query and a rotated key depends on their offset only.
+
+    Raises:
+        ValueError: if head_dim is not even.
+
+    Source: RoFormer (arXiv 2104.09864).
+    """
+    head_dim = x.shape[-1]
+    if head_dim % 2:
+        raise ValueError(f"rotary_emb: head_dim must be even, got {head_dim}")
+    half = head_dim // 2
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    freq = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
+    return _turn(x, position.to(wide).unsqueeze(-1) * freq)
 
 
 def axial_rotary(x: Tensor, y_x: tuple[Tensor, Tensor], theta: float = 100.0) -> Tensor:
@@ -27,10 +59,7 @@ def axial_rotary(x: Tensor, y_x: tuple[Tensor, Tensor], theta: float = 100.0) ->
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     freq = theta ** (-torch.arange(quarter, device=x.device, dtype=wide) / quarter)
     angle = torch.stack([position.to(wide).unsqueeze(-1) * freq for position in y_x], -2)  # (..., N, 2, quarter)
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.to(wide).unflatten(-1, (2, 2, quarter)).unbind(-2)
-    rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], -2)
-    return rotated.flatten(-3).to(x.dtype)
+    return _turn(x.unflatten(-1, (2, 2 * quarter)), angle).flatten(-2)
 
 
 def dispersed_rank(height: int, width: int, device, offset: int = 0) -> Tensor:

@@ -14,11 +14,12 @@ from .checks import (
     check_mask,
     check_pair,
     check_positive,
+    filled_slots,
     token_count,
 )
-from .ops import coordinate_descent, route_topk, router_logits, soft_topk
+from .gates import METHODS, soft_gates
+from .ops import route_topk, router_logits
 from .ops.autocast import without_autocast
-from .ops.grid import cell_slots, slot_of_token
 from .positions import dispersed_rank, hashed_uniform
 
 ROUTERS = ("learned", "mean_query", "random", "grid")
@@ -46,34 +47,6 @@ def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     """Tokens (B, N, C) at ``indices`` (B, ...) -> (B, ..., C)."""
     flat = indices.flatten(1).unsqueeze(-1).expand(-1, -1, x.shape[-1])
     return x.gather(1, flat).unflatten(1, indices.shape[1:])
-
-
-def _is_fresh(module: nn.Module) -> bool:
-    """Whether what a module returns is the output of a Linear, unchanged, and nobody else has seen it.
-
-    Exactly these types: a subclass or a wrapper may go on from there. A module of ours says by ``output_layer`` in which
-    of its layers it ends, or that it is such a Linear itself.
-    """
-    if module._forward_hooks or torch.nn.modules.module._global_forward_hooks:
-        return False
-    kind = type(module)
-    if kind is nn.Sequential:
-        return len(module) > 0 and _is_fresh(module[-1])
-    layer = vars(kind).get("output_layer")
-    return kind is nn.Linear or layer == "self" or (layer is not None and _is_fresh(getattr(module, layer)))
-
-
-def own_output(out: Tensor, module: nn.Module) -> Tensor:
-    """``out`` of ``module`` for changing in place: the same memory where a Linear made it, else a copy.
-
-    A Linear's autograd does not need its output. Other layers' may; what a hook sees should stay as it saw it; and a
-    dispatch mode, that of selective checkpointing, may keep what an operator returned.
-    """
-    watched = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
-    if watched or not _is_fresh(module):
-        return out.clone()
-    # not a view for autograd: in place on a view would copy the gradient of the whole map
-    return torch.ops.aten._unsafe_view.default(out, out.shape)
 
 
 def router_options(options: dict | None, num_routing_tokens: str) -> dict:
@@ -164,12 +137,22 @@ class CoordinateDescentRouter(nn.Module):
         cosine_sim_scale: float | None = None,
         cell_size: int | tuple[int, int] | None = None,
         router: str = "learned",
+        method: str = "coordinate_descent",
         device=None,
         dtype=None,
     ):
         super().__init__()
         if router not in ROUTERS:
             raise ValueError(f"router: expected one of {ROUTERS}, got {router!r}")
+        if method not in METHODS:
+            raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+        if method != "coordinate_descent":
+            if router in ("random", "grid"):
+                raise ValueError(f"method: router={router!r} has gates of 1, got {method!r}")
+            if eps_init is not None or eps_decay != 1.0:
+                raise ValueError(f"eps_init, eps_decay: only used by method='coordinate_descent', got {method!r}")
+            if n_iters is not None and method == "cumulative_softmax":
+                raise ValueError("n_iters: method='cumulative_softmax' has no iterations to choose")
         if n_iters is None and (eps_init is not None or eps_decay != 1.0):
             raise ValueError("eps_init, eps_decay: a schedule needs n_iters; exact gates have none")
         if check_positive("fetch_k_ratio", fetch_k_ratio) < 1:
@@ -195,7 +178,7 @@ class CoordinateDescentRouter(nn.Module):
             scale = math.sqrt(dim) if cosine_sim_scale is None else cosine_sim_scale
             self.cosine_sim_scale = check_positive("cosine_sim_scale", scale)
         self.cell_size = None if cell_size is None else check_pair("cell_size", cell_size)
-        self.router = router
+        self.router, self.method = router, method
         learned = router == "learned" and learned_routing_tokens
         self.routing_token = None
         if learned:
@@ -292,34 +275,12 @@ class CoordinateDescentRouter(nn.Module):
             raise ValueError(f"query: {heads} heads are not divisible by {self.num_routing_tokens} routes")
         return mean_query_logits(query, key, mask).unflatten(1, (self.num_routing_tokens, -1)).logsumexp(2)
 
-    def _soft_gates(self, logits: Tensor, k: float, mask: Tensor | None, grid_size: tuple[int, int] | None) -> Tensor:
-        def gates(scores: Tensor, k: float | Tensor, mask: Tensor | None) -> Tensor:
-            if self.n_iters is None:
-                return soft_topk(scores, k, eps=self.eps, mask=mask)
-            schedule = {
-                "n_iters": self.n_iters,
-                "eps": self.eps,
-                "eps_init": self.eps_init,
-                "eps_decay": self.eps_decay,
-            }
-            return coordinate_descent(scores, k, mask=mask, **schedule)
-
-        if self.cell_size is None:
-            return gates(logits, k, mask)
-        # stratified: every cell has its own budget, its share of k by valid tokens
-        index, inside = cell_slots(*grid_size, self.cell_size, logits.device)
-        valid = inside if mask is None else inside & mask[..., index]
-        valid = valid.expand(*logits.shape[:-1], *inside.shape)
-        count = valid.sum(-1).to(logits.dtype)
-        share = (k * count / count.sum(-1, keepdim=True).clamp_min(1)).clamp_min(torch.finfo(logits.dtype).tiny)
-        soft = gates(logits[..., index], share, valid).flatten(-2)
-        return soft.index_select(-1, slot_of_token(*grid_size, self.cell_size, logits.device))
-
     def forward(
         self,
         x: Tensor,
         *,
         num_tokens: TokenCount,
+        counts: Tensor | None = None,
         mask: Tensor | None = None,
         routing_tokens: Tensor | None = None,
         grid_size: tuple[int, int] | None = None,
@@ -333,11 +294,14 @@ class CoordinateDescentRouter(nn.Module):
         Args:
             x: (B, N, C) tokens, a map in raster order.
             num_tokens: how many, an int >= 1 (above N: all of them) or a float in (0, 1], that share of N.
+            counts: (B,), how many of these slots each sample fills: integers >= 1, or floats in (0, 1], that share of
+                its valid tokens (rounded, at least one). What exceeds the slots is cut.
             mask: (B, N) bool, True = valid. Masked tokens are never routed while a valid one is left.
             routing_tokens: (B, R, C) (or (B, C) for R = 1), in place of learned ones; entries of unit scale.
             grid_size: (H, W) of the map; needed by ``cell_size``, used by ``router="grid"``.
             query, key: (B, heads, N, head_dim), what ``router="mean_query"`` compares (default: the tokens themselves).
-            generator: draws ``router="random"`` anew; default: the same choice for the same shape.
+            generator: draws ``router="random"`` anew; default: the same choice for the same shape. Or the noise of
+                ``method="gumbel_sinkhorn"``; default: none.
             logits: (B, R, N), in place of :meth:`logits` of the arguments above: where they are known already, as from
                 :func:`learned_logits`.
 
@@ -347,6 +311,7 @@ class CoordinateDescentRouter(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        noise, generator = (generator, None) if self.method == "gumbel_sinkhorn" else (None, generator)
         compared = {"routing_tokens": routing_tokens, "query": query, "key": key, "generator": generator}
         if logits is None:
             logits = self.logits(x, mask=mask, grid_size=grid_size, **compared)
@@ -362,10 +327,14 @@ class CoordinateDescentRouter(nn.Module):
         n = x.shape[1]
         if self.cell_size is not None and grid_size is None:
             raise ValueError("grid_size: needed, the router has a cell_size")
-        k = token_count("num_tokens", num_tokens, n)
+        slots = token_count("num_tokens", num_tokens, n)
         per_route = None if mask is None else mask.unsqueeze(1).expand(-1, self.num_routing_tokens, -1)
         stratified = {} if self.cell_size is None else {"grid_size": grid_size, "cell_size": self.cell_size}
-        indices, valid = route_topk(logits, k, mask=per_route, **stratified)
+        k, variable = slots, {}
+        if counts is not None:
+            k = filled_slots("counts", counts, slots, x, mask).unsqueeze(-1).expand(-1, self.num_routing_tokens)
+            variable = {"num_slots": slots}
+        indices, valid = route_topk(logits, k, mask=per_route, **variable, **stratified)
 
         # an ONNX file is for inference
         trains = torch.is_grad_enabled() and logits.requires_grad and not torch.onnx.is_in_onnx_export()
@@ -373,8 +342,13 @@ class CoordinateDescentRouter(nn.Module):
             gates = torch.ones_like(indices, dtype=logits.dtype)
             log_weights = torch.zeros_like(gates)
         else:
-            budget = min(k * self.fetch_k_ratio, n)
-            gates = self._soft_gates(logits, budget, per_route, grid_size).gather(-1, indices)
+            sums = budget = min(slots * self.fetch_k_ratio, n)
+            if counts is not None:
+                wide = torch.float32 if x.device.type == "mps" else torch.float64  # as a number is: the same digits
+                sums = (k.to(wide) * self.fetch_k_ratio).clamp_max(budget)
+            how = {name: getattr(self, name) for name in ("method", "n_iters", "eps", "eps_init", "eps_decay")}
+            soft = soft_gates(logits, sums, max_k=budget, mask=per_route, generator=noise, **how, **stratified)
+            gates = soft.gather(-1, indices)
             log_weights = gates.clamp_min(torch.finfo(gates.dtype).tiny).log()
             if self.straight_through:
                 gates = 1 + (gates - gates.detach())

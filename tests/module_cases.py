@@ -13,6 +13,8 @@ from colt5_vision import (
     ConditionalRoutedImageAttention,
     ConditionalRoutedTransformerBlock,
 )
+from colt5_vision.cross_attention import ConditionalRoutedCrossAttention
+from colt5_vision.sequence import ConditionalRoutedAttention
 
 DIM = 16
 HEADS = {"light_dim_head": 8, "light_heads": 2, "light_window_size": 4, "heavy_dim_head": 8, "heavy_heads": 2}
@@ -21,6 +23,22 @@ FeedForward = functools.partial(ConditionalRoutedFeedForward, DIM, num_heavy_tok
 Block = functools.partial(
     ConditionalRoutedTransformerBlock, DIM, num_heavy_attn_tokens_kv=5, num_heavy_ff_tokens=6, **HEADS
 )
+Sequence = functools.partial(ConditionalRoutedAttention, DIM, num_heavy_tokens_kv=5, **HEADS)
+SequenceBlock = functools.partial(Block, sequence=True)
+
+
+class CrossOfItself(nn.Module):
+    """Cross attention as a module of one input: the context is the input, turned back to front."""
+
+    def __init__(self, *, num_heavy_tokens_q=None, num_heavy_tokens_kv=5, **kwargs):
+        super().__init__()
+        self.num_heavy_tokens_q, self.num_heavy_tokens_kv = num_heavy_tokens_q, num_heavy_tokens_kv
+        counts = {"num_tokens_q": num_heavy_tokens_q, "num_tokens_kv": num_heavy_tokens_kv}
+        self.cross = ConditionalRoutedCrossAttention(DIM, dim_head=8, heads=2, **counts, **kwargs)
+
+    def forward(self, x, mask=None, num_heavy_tokens_q=None, num_heavy_tokens_kv=None):
+        masks = {} if mask is None else {"mask": mask, "context_mask": mask.flip(1)}
+        return self.cross(x, x.flip(1), num_tokens_q=num_heavy_tokens_q, num_tokens_kv=num_heavy_tokens_kv, **masks)
 
 
 class Case(NamedTuple):
@@ -56,6 +74,30 @@ CASES = {
         "last",
         residual=True,
     ),
+    "sequence": Case(Sequence, "tokens"),
+    "sequence-q-rotary": Case(
+        functools.partial(Sequence, num_heavy_tokens_q=6, rotary_emb=True, multiply_queries_by_score=True), "tokens"
+    ),
+    "sequence-2-soft": Case(
+        functools.partial(
+            Sequence,
+            num_heavy_tokens_q=6,
+            num_routed_kv=2,
+            router_straight_through=False,
+            multiply_keys_by_score=True,
+            router_kwargs={"cell_size": (1, 10)},
+        ),
+        "tokens",
+    ),
+    "sequence-heavy": Case(functools.partial(Sequence, has_light_attn=False), "tokens"),
+    "cross": Case(CrossOfItself, "tokens"),
+    "cross-q-blocks": Case(
+        functools.partial(CrossOfItself, num_heavy_tokens_q=6, kv_routing_tokens=2, route_block_size=10), "tokens"
+    ),
+    "cross-q-queried": Case(
+        functools.partial(CrossOfItself, num_heavy_tokens_q=6, kv_routing_tokens=2, routing_from_queries=True), "tokens"
+    ),
+    "block-sequence": Case(SequenceBlock, "tokens", residual=True),
 }
 every_module = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 

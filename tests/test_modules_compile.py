@@ -34,7 +34,16 @@ def test_compile_traces_whole_and_gives_the_same(case):
     assert_same(gradients(case, module, x, mask, fast), gradients(case, module, x, mask), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name, dynamic", [("softmax-q", None), ("sum-q", True), ("softmax-cells", True)])
+@pytest.mark.parametrize(
+    "name, dynamic",
+    [
+        ("softmax-q", None),
+        ("sum-q", True),
+        ("softmax-cells", True),
+        ("sequence-q-rotary", True),
+        ("cross-q-queried", None),
+    ],
+)
 def test_compile_with_dynamic_shapes(name, dynamic):
     """Dynamic from the second size on (None) or from the start."""
     case = CASES[name]
@@ -44,7 +53,7 @@ def test_compile_with_dynamic_shapes(name, dynamic):
         assert_same(gradients(case, module, x, None, fast), gradients(case, module, x), atol=1e-5, rtol=1e-4)
 
 
-@some("sum-q", "softmax-q")
+@some("sum-q", "softmax-q", "sequence-2-soft")
 def test_inductor_gives_the_same(case):
     module, fast = compiled(case, "inductor")
     x, mask = image(), some_mask()
@@ -69,12 +78,13 @@ def test_export(case):
             torch.testing.assert_close(program(x), module(x))
 
 
-@some("sum-q", "softmax-q", "block")
+@some("sum-q", "softmax-q", "block", "sequence-q-rotary", "cross-q-queried")
 def test_export_of_any_height(case):
+    """Of a sequence: of any length above its numbers of slots; a row of the map has more, 7 tokens."""
     module = build(case).eval()
     with torch.no_grad():
         dim = 2 if case.layout == "first" else 1
-        shapes = ({dim: torch.export.Dim("height", min=1)},)
+        shapes = ({dim: torch.export.Dim("height", min=7 if case.layout == "tokens" else 1)},)
         program = torch.export.export(module, (native(case, image(2)),), dynamic_shapes=shapes).module()
         for height in (9, 13, 2):
             x = native(case, image(2, height))

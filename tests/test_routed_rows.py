@@ -6,9 +6,10 @@ from torch import nn
 from torch.nn.functional import rms_norm
 
 from colt5_vision import ConditionalRoutedFeedForward, ConditionalRoutedImageAttention
+from colt5_vision.branches import own_output
 from colt5_vision.ops import gated_scatter_add_, gather_normalize
 from colt5_vision.ops.routed_rows import reference
-from colt5_vision.router import gather_tokens, own_output
+from colt5_vision.router import gather_tokens
 
 HEADS = {"light_dim_head": 8, "light_heads": 2, "light_window_size": 4, "heavy_dim_head": 8, "heavy_heads": 2}
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -180,7 +181,7 @@ def composed(module, x):
     tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
     q, kv = module.q_router(tokens, num_tokens=6), module.kv_router(tokens, num_tokens=5)
     light = module.light_attn(tokens, (9, 7), None)
-    heavy = module.heavy_attn(tokens, q.indices[:, 0], kv.indices, 7, kv.gates, None, None)
+    heavy = module.heavy_attn(tokens, q.indices[:, 0], kv.indices, key_gates=kv.gates)
     heavy = heavy * q.gates[:, 0].unsqueeze(-1) - module.null_q_token
     out = (light + module.null_q_token).scatter_add(1, q.indices[:, 0].unsqueeze(-1).expand_as(heavy), heavy)
     return out.unflatten(1, (9, 7)).permute(0, 3, 1, 2)

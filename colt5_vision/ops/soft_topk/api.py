@@ -124,8 +124,22 @@ def _coordinate_descent_autograd(ctx, grad, _):
 _coordinate_descent.register_autograd(_coordinate_descent_autograd, setup_context=_coordinate_descent_setup)
 
 
-def _rows(scores: Tensor, k, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Checked input as rows: scores (rows, n) in float32 or float64, k and num_valid (rows, 1), and ceil(k) or n."""
+def _head_size(name: str, k, n: int, expected: str = "a number") -> int:
+    """ceil(k) or n, the lower, of a checked number ``k`` > 0."""
+    if isinstance(k, bool) or not isinstance(k, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected {expected}, got {k!r} ({type(k).__name__})")
+    if not k > 0:
+        raise ValueError(f"{name}: expected a number > 0, got {k}")
+    return n if isinstance(k, numbers.Real) and k >= n else min(math.ceil(k), n)
+
+
+def checked_rows(
+    scores: Tensor, k, mask: Tensor | None, max_k: float | None = None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Checked input as rows: scores (rows, n) in float32 or float64, k and num_valid (rows, 1), and a static head size.
+
+    The head holds the ceil(k) largest entries of every row: ceil(k) of a number, ceil(max_k) of a tensor, at most n.
+    """
     check_float_tensor("scores", scores)
     if scores.ndim < 1 or scores.shape[-1] < 1:
         raise ValueError(f"scores: expected shape (..., n) with n >= 1, got {tuple(scores.shape)}")
@@ -146,13 +160,15 @@ def _rows(scores: Tensor, k, mask: Tensor | None) -> tuple[Tensor, Tensor, Tenso
         if k.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((k > 0).all()):
             raise ValueError(f"k: expected every entry > 0, got {k.detach().tolist()}")
         k_rows, head = k.to(device=scores.device, dtype=dtype).expand(shape[:-1]).unsqueeze(-1), n
+        if max_k is not None:
+            head = _head_size("max_k", max_k, n)
+            if k.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((k <= max_k).all()):
+                raise ValueError(f"k: expected every entry <= max_k = {max_k}, got {k.detach().tolist()}")
+    elif max_k is not None:
+        raise ValueError(f"max_k: only used with a tensor k, got the number k = {k!r}")
     else:
-        if isinstance(k, bool) or not isinstance(k, (numbers.Real, torch.SymInt, torch.SymFloat)):
-            raise TypeError(f"k: expected a number or a tensor, got {k!r} ({type(k).__name__})")
-        if not k > 0:
-            raise ValueError(f"k: expected a number > 0, got {k}")
+        head = _head_size("k", k, n, "a number or a tensor")
         k_rows = torch.full((*shape[:-1], 1), k, dtype=dtype, device=scores.device)
-        head = n if isinstance(k, numbers.Real) and k >= n else min(math.ceil(k), n)
     return rows.reshape(-1, n), k_rows.reshape(-1, 1), num_valid.reshape(-1, 1), head
 
 
@@ -162,14 +178,15 @@ def soft_topk(
     *,
     eps: float = 1.0,
     mask: Tensor | None = None,
+    max_k: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Exact differentiable top-k gates: ``min(1, exp((scores + a) / eps))`` with ``a`` such that they sum to ``k``.
 
     The KL projection of ``exp(scores / eps)`` onto the capped simplex, which is the fixed point that coordinate descent
-    approaches. Solved from one ``torch.topk`` (a sort for a tensor ``k``) and one pass over the rest, no iteration, or
-    by Triton kernels that spread a long row over the GPU; the gradient is closed-form (implicit function theorem) and
-    twice differentiable. One tensor of the scores' size is kept for backward.
+    approaches. Solved from one ``torch.topk`` (a sort for a tensor ``k`` without ``max_k``) and one pass over the rest,
+    no iteration, or by Triton kernels that spread a long row over the GPU; the gradient is closed-form (implicit
+    function theorem) and twice differentiable. One tensor of the scores' size is kept for backward.
 
     Args:
         scores: (..., n) logits, any floating dtype.
@@ -177,6 +194,9 @@ def soft_topk(
             differentiable. A ``k`` of at least the number of valid entries gives gates of 1.
         eps: temperature in units of the scores, > 0; smaller is harder.
         mask: (..., n) bool, True = valid. Masked entries get gate 0 and gradient 0.
+        max_k: a number that no entry of a tensor ``k`` exceeds: only that many largest scores of a row are sorted, not
+            all n. Checked on the CPU; elsewhere reading ``k`` would wait for the device, and plain torch gives a row
+            above it gates of a lower sum.
         backend: ``"eager"`` (plain torch), ``"triton"`` (float32 and narrower, CUDA or ROCm), or ``"auto"``: Triton where it
             can run. Default: the environment variable ``COLT5_VISION_BACKEND``, else ``"auto"``.
 
@@ -184,14 +204,15 @@ def soft_topk(
         Gates (..., n) in [0, 1], float32 (float64 for float64 scores) whatever the input or autocast.
 
     Raises:
-        TypeError, ValueError: on a wrong dtype or shape, ``k <= 0``, ``eps <= 0`` or an unknown ``backend``.
+        TypeError, ValueError: on a wrong dtype or shape, ``k <= 0``, ``k > max_k``, a ``max_k`` with a number ``k``,
+            ``eps <= 0`` or an unknown ``backend``.
         RuntimeError: ``"triton"`` was asked for and cannot run; it says why.
 
     Source: Wright 2015 (arXiv 1502.04759); Qian et al. 2022 (arXiv 2211.01267); CoLT5 (arXiv 2303.09752) section 3.
     """
     eps = check_positive("eps", eps)
     check_backend(backend)
-    rows, k_rows, num_valid, head = _rows(scores, k, mask)
+    rows, k_rows, num_valid, head = checked_rows(scores, k, mask, max_k)
     # an ONNX file knows no custom operators
     if torch.onnx.is_in_onnx_export():
         gates = reference.soft_topk_forward(rows, k_rows, num_valid, eps, head)
@@ -241,7 +262,7 @@ def coordinate_descent(
     if check_positive("eps_decay", eps_decay) > 1:
         raise ValueError(f"eps_decay: expected a number in (0, 1], got {eps_decay}")
     check_backend(backend)
-    rows, k_rows, num_valid, _ = _rows(scores, k, mask)
+    rows, k_rows, num_valid, _ = checked_rows(scores, k, mask)
     schedule = reference.eps_schedule(n_iters, eps, eps_init, eps_decay)
     gates = _coordinate_descent(rows, k_rows, num_valid, schedule, backend or "")[0].reshape(scores.shape)
     return gates if mask is None else torch.where(mask, gates, 0)

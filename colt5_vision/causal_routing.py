@@ -1,0 +1,203 @@
+"""Routing that never looks ahead: keys by a running top-k over windows, queries by a threshold from the window before.
+
+Windows count from the first token, padding included. Shapes below: B samples, R routes, M windows of w tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .ops import coordinate_descent, route_topk, soft_topk
+from .ops.soft_topk.reference import eps_schedule
+from .router import CoordinateDescentRouter
+
+
+class RoutedKeys(NamedTuple):
+    """Keys of each window m >= 1, (B, R, M - 1, K), in falling order of their logits.
+
+    Attributes:
+        indices: int64 position of the token, in range even where a slot is empty.
+        logits: its routing logit.
+        valid: bool, False where a slot is empty.
+        gates: None for 1, else the gate, 0 in empty slots.
+    """
+
+    indices: Tensor
+    logits: Tensor
+    valid: Tensor
+    gates: Tensor | None
+
+
+class Threshold(NamedTuple):
+    """What a window asks of the queries of the next: to exceed ``logit``; ``level`` is what their soft gates hang on."""
+
+    logit: Tensor
+    level: Tensor | None
+
+
+def wants_soft_gates(router: CoordinateDescentRouter, logits: Tensor) -> bool:
+    """Whether anyone will see the soft gates: straight through they are needed for a gradient only."""
+    if router.router != "learned" or not router.straight_through:
+        return router.router == "learned"
+    return torch.is_grad_enabled() and logits.requires_grad and not torch.onnx.is_in_onnx_export()
+
+
+def soft_gates(router: CoordinateDescentRouter, logits: Tensor, valid: Tensor, slots: int, count: Tensor | None):
+    """Soft top-k gates (B, R, ..., n) of ``slots`` times the router's fetch ratio, or of ``count`` (B,) times it."""
+    if count is None:
+        budget = min(slots * router.fetch_k_ratio, logits.shape[-1])
+    else:
+        budget = _per_sample(count, logits.ndim - 1).to(logits.dtype) * router.fetch_k_ratio
+        budget = budget.expand(logits.shape[:-1])
+    if router.n_iters is None:
+        return soft_topk(logits, budget, eps=router.eps, mask=valid)
+    schedule = {"n_iters": router.n_iters, "eps_init": router.eps_init, "eps_decay": router.eps_decay}
+    return coordinate_descent(logits, budget, eps=router.eps, mask=valid, **schedule)
+
+
+def _per_sample(count: Tensor, ndim: int) -> Tensor:
+    return count.view(-1, *(1,) * (ndim - 1))
+
+
+def running_topk(logits: Tensor, valid: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The top k of every window and all before it, ties to the earlier token.
+
+    Top-k sets nest and merge in any grouping, so windows are joined in log2(M) doubling steps, not one by one.
+
+    Args:
+        logits, valid: (..., M, w).
+
+    Returns:
+        Positions and validity, both (..., M, min(k, M * w)).
+    """
+    windows, width = logits.shape[-2:]
+    total = windows * width
+    positions = torch.arange(total, device=logits.device).view(windows, width).expand(logits.shape)
+    reach = 1
+
+    def best(scores: Tensor, positions: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        taken, valid = route_topk(scores, min(k, total, scores.shape[-1]), mask=valid)
+        return scores.gather(-1, taken), positions.gather(-1, taken), valid
+
+    state = best(logits.detach(), positions, valid)
+    while reach < windows:
+        before = (pad(part[..., :-reach, :], (0, 0, reach, 0)) for part in state)
+        state = best(*(torch.cat(both, -1) for both in zip(before, state)))
+        reach *= 2
+    return state[1], state[2]
+
+
+def best_keys(
+    router: CoordinateDescentRouter, logits: Tensor, valid: Tensor, slots: int, count: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The top ``slots`` (of each sample the top ``count``) of candidates (B, R, ..., n): their places, validity, gates.
+
+    The soft gates are those of the candidates, which are the keys of the window before and its own tokens: what has
+    dropped out of the top k competes no more. They sum to the budget and cost O(k + w) a window.
+    """
+    taken, ok = route_topk(logits, min(slots, logits.shape[-1]), mask=valid)
+    if count is not None:
+        ok = ok & (torch.arange(ok.shape[-1], device=ok.device) < _per_sample(count, ok.ndim))
+    if not wants_soft_gates(router, logits):
+        return taken, ok, None
+    gates = soft_gates(router, logits, valid, slots, count).gather(-1, taken)
+    if router.straight_through:
+        gates = 1 + (gates - gates.detach())
+    return taken, ok, torch.where(ok, gates, 0)
+
+
+def route_keys(
+    router: CoordinateDescentRouter, logits: Tensor, valid: Tensor, slots: int, count: Tensor | None
+) -> RoutedKeys:
+    """Keys for windows 1 ... M - 1, each from the tokens of all windows before it.
+
+    Args:
+        logits: (B, R, M, w), M >= 2.
+        valid: (B, M, w) bool.
+        slots: K, for each route.
+        count: (B,) how many of the slots a sample uses, or None.
+    """
+    windows, width = logits.shape[2:]
+    valid = valid.unsqueeze(1).expand(logits.shape)
+    positions = torch.arange(windows * width, device=logits.device).view(windows, width).expand(logits.shape)
+    candidates = logits[:, :, :-1], positions[:, :, :-1], valid[:, :, :-1]
+    if windows > 2:
+        kept, ok = running_topk(logits[:, :, :-2], valid[:, :, :-2], slots)
+        if count is not None:
+            ok = ok & (torch.arange(kept.shape[-1], device=ok.device) < _per_sample(count, 4))
+        kept_logits = logits.flatten(2).gather(2, kept.flatten(2)).view(kept.shape)
+        before = (pad(part, (0, 0, 1, 0)) for part in (kept_logits, kept, ok))  # nothing lies before window 0
+        candidates = tuple(torch.cat(both, -1) for both in zip(before, candidates))
+    taken, ok, gates = best_keys(router, candidates[0], candidates[2], slots, count)
+    return RoutedKeys(candidates[1].gather(-1, taken), candidates[0].gather(-1, taken), ok, gates)
+
+
+def query_threshold(
+    router: CoordinateDescentRouter, logits: Tensor, valid: Tensor, slots: int, count: Tensor | None
+) -> Threshold:
+    """What windows (B, ..., w) ask of the next: their k-th largest logit (-inf with fewer valid tokens), and the level.
+
+    The gates of a soft top-k are ``min(1, exp((s + a) / eps))`` with one number ``a``, the level, for the whole row. A
+    level that counted the tokens to come would leak them; that of the window before is known, and the same while the
+    logits stay alike. ``min(1, exp((s - threshold) / eps))`` would be 1 for every routed query: no gradient at all.
+    """
+    scores = logits.detach().nan_to_num(nan=torch.finfo(logits.dtype).min).masked_fill(~valid, float("-inf"))
+    scores = scores.topk(slots, dim=-1).values
+    last = slots - 1 if count is None else _per_sample(count, logits.ndim) - 1
+    logit = scores[..., last] if count is None else scores.gather(-1, last.expand(*scores.shape[:-1], 1)).squeeze(-1)
+    if not wants_soft_gates(router, logits):
+        return Threshold(logit, None)
+    gates = soft_gates(router, logits.unsqueeze(1), valid.unsqueeze(1), slots, count).squeeze(1)
+    inner = valid & (gates < 1)
+    # read off where the gate is largest: there it cannot underflow. All capped: no finite level, every gate is 1
+    at = torch.where(inner, gates.detach(), -1).argmax(-1, keepdim=True)
+    some = inner.any(-1)
+    gate = torch.where(some, gates.gather(-1, at).squeeze(-1), 1)
+    level = _final_eps(router) * gate.log() - logits.gather(-1, at).squeeze(-1)
+    return Threshold(logit, torch.where(some, level, float("inf")))
+
+
+def admit_queries(
+    router: CoordinateDescentRouter,
+    logits: Tensor,
+    valid: Tensor,
+    threshold: Threshold,
+    room: int | Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Which tokens (B, ..., n) of a window are queries: those above the threshold, first come, first served.
+
+    Args:
+        room: how many, an int or (B, ..., 1).
+
+    Returns:
+        Which are taken (B, ..., n), and their gates, None for 1.
+    """
+    limit = threshold.logit.unsqueeze(-1)
+    # a token like the one that set the threshold stays out whatever the rounding, in a full pass and in a single step
+    margin = 1e-5 if logits.dtype == torch.float32 else 1e-12
+    above = valid & (logits.detach() > limit + margin * limit.abs().clamp(1, 1e6))
+    taken = above & (above.cumsum(-1) <= room)
+    if threshold.level is None:
+        return taken, None
+    gates = ((logits + threshold.level.unsqueeze(-1)) / _final_eps(router)).clamp_max(0).exp()
+    if router.straight_through:
+        gates = 1 + (gates - gates.detach())
+    return taken, gates
+
+
+def _final_eps(router: CoordinateDescentRouter) -> float:
+    if router.n_iters is None:
+        return router.eps
+    return eps_schedule(router.n_iters, router.eps, router.eps_init, router.eps_decay)[-1]
+
+
+def first_slots(taken: Tensor, slots: int) -> Tensor:
+    """Indices (S, slots) of the True entries of (S, n), in order; n where fewer than ``slots`` are True."""
+    length = taken.shape[-1]
+    place = torch.where(taken, taken.cumsum(-1) - 1, slots)
+    index = torch.arange(length, device=taken.device).expand(taken.shape)
+    empty = torch.full((taken.shape[0], slots + 1), length, dtype=torch.int64, device=taken.device)
+    # what is not taken lands in a slot that is cut off
+    return empty.scatter(-1, place, index)[:, :slots]
