@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from colt5_vision import ConditionalRoutedImageAttention, CoordinateDescentRouter
+from colt5_vision import (
+    ConditionalRoutedImageAttention,
+    CoordinateDescentRouter,
+    attention,
+)
+from colt5_vision.branches import shared_logits
 from colt5_vision.ops import router_logits
 from colt5_vision.ops.router_logits import reference
 from colt5_vision.router import learned_logits
@@ -150,7 +155,7 @@ def test_a_module_gives_what_separate_routers_give(fusion, options, masked, monk
         return out.detach(), torch.autograd.grad((out * weight).sum(), inputs)
 
     shared, reads = run(), calls.count((2, 63, 16))
-    monkeypatch.setattr(module, "_shared_logits", lambda x: ({}, {}))
+    monkeypatch.setattr(attention, "shared_logits", lambda *_: ({}, {}))
     apart = run()
     assert (reads, calls.count((2, 63, 16))) == (1, 2), "one norm of the map for both routers"
     torch.testing.assert_close(shared, apart)
@@ -163,6 +168,7 @@ def test_other_kinds_share_nothing(kind):
     module = ConditionalRoutedImageAttention(
         16, num_heavy_tokens_q=6, num_heavy_tokens_kv=5, fusion="softmax", router=kind, **HEADS
     )
-    assert module._shared_logits(randn(2, 63, 16, dtype=torch.float32)) == ({}, {})
-    assert ConditionalRoutedImageAttention(16, num_heavy_tokens_kv=5, **HEADS)._shared_logits(None) == ({}, {})
+    assert shared_logits(module.q_router, module.kv_router, randn(2, 63, 16, dtype=torch.float32)) == ({}, {})
+    every = ConditionalRoutedImageAttention(16, num_heavy_tokens_kv=5, **HEADS)
+    assert shared_logits(every.q_router, every.kv_router, None) == ({}, {})
     assert module(randn(2, 16, 9, 7, dtype=torch.float32)).isfinite().all()

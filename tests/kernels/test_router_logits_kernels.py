@@ -5,6 +5,7 @@ import torch
 from rows_cases import randn, some_map
 
 from colt5_vision import ConditionalRoutedImageAttention
+from colt5_vision.branches import shared_logits
 from colt5_vision.ops import backend, router_logits
 from colt5_vision.ops.router_logits import triton as kernels
 
@@ -194,6 +195,6 @@ def test_one_read_for_both_routers(device, fusion, monkeypatch):
     monkeypatch.setattr(
         backend, "launch", lambda kernel, *args, **options: (seen.append(kernel), real(kernel, *args, **options))
     )
-    shared = [given["logits"] for given in module._shared_logits(x)]
+    shared = [given["logits"] for given in shared_logits(module.q_router, module.kv_router, x)]
     assert seen == [kernels.router_logits_kernel]
     assert all(torch.equal(a, b) for a, b in zip(shared, alone))
