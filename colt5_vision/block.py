@@ -53,6 +53,8 @@ class ConditionalRoutedTransformerBlock(nn.Module):
     ):
         super().__init__()
         check_predecessor_options(use_triton=use_triton, use_flash_attn=use_flash_attn)
+        if sequence and not channel_first:
+            raise ValueError("channel_first: only for maps, the block was made with sequence=True, got False")
         self.sequence = sequence
         shared = {
             "router_straight_through": router_straight_through,
@@ -76,7 +78,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             num_heavy_tokens=num_heavy_ff_tokens,
             light_ff_mult=light_ff_mult,
             heavy_ff_mult=heavy_ff_mult,
-            channel_first=channel_first,
+            **layout,
             **shared,
         )
 

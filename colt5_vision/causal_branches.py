@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from .branches import RoutedAttention
 from .positions import rotary
 
 
@@ -66,10 +67,10 @@ class CausalWindowAttention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2)), past[:, :, spent:], past_valid[:, spent:]
 
 
-class PastKeysAttention(nn.Module):
-    """The heavy branch: normalised tokens attend to routed keys and one null key, the heads split over the routes.
+class PastKeysAttention(RoutedAttention):
+    """The heavy branch, with the weights of the others', for keys of each window gathered from the projected past.
 
-    The null key and value start at 0, so an empty selection gives 0.
+    Normalised tokens attend to routed keys and one null key, the heads split over the routes.
     """
 
     def __init__(
@@ -84,15 +85,8 @@ class PastKeysAttention(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        self.heads, self.routes, self.rotary_emb = heads, routes, rotary_emb
-        self.multiply_keys_by_score = multiply_keys_by_score
-        self.norm = nn.RMSNorm(dim, eps=1e-6, **factory)
-        self.null_kv = nn.Parameter(torch.zeros(2, heads, dim_head, **factory))
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False, **factory)
-        self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False, **factory)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **factory)
+        super().__init__(dim, heads, dim_head, multiply_keys_by_score, device=device, dtype=dtype)
+        self.routes, self.rotary_emb = routes, rotary_emb
 
     def key_values(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Keys and values (B, N, R, heads / R, 2, head_dim) of normalised tokens (B, N, C) at ``positions`` (N,)."""

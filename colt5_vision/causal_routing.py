@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .ops import coordinate_descent, route_topk, soft_topk
+from .ops import route_topk
 from .ops.soft_topk.reference import eps_schedule
 from .router import CoordinateDescentRouter
 
@@ -37,24 +37,14 @@ class Threshold(NamedTuple):
     level: Tensor | None
 
 
-def wants_soft_gates(router: CoordinateDescentRouter, logits: Tensor) -> bool:
-    """Whether anyone will see the soft gates: straight through they are needed for a gradient only."""
-    if router.router != "learned" or not router.straight_through:
-        return router.router == "learned"
-    return torch.is_grad_enabled() and logits.requires_grad and not torch.onnx.is_in_onnx_export()
-
-
-def soft_gates(router: CoordinateDescentRouter, logits: Tensor, valid: Tensor, slots: int, count: Tensor | None):
+def _soft_gates(router: CoordinateDescentRouter, logits: Tensor, valid: Tensor, slots: int, count: Tensor | None):
     """Soft top-k gates (B, R, ..., n) of ``slots`` times the router's fetch ratio, or of ``count`` (B,) times it."""
-    if count is None:
-        budget = min(slots * router.fetch_k_ratio, logits.shape[-1])
-    else:
-        budget = _per_sample(count, logits.ndim - 1).to(logits.dtype) * router.fetch_k_ratio
-        budget = budget.expand(logits.shape[:-1])
-    if router.n_iters is None:
-        return soft_topk(logits, budget, eps=router.eps, mask=valid)
-    schedule = {"n_iters": router.n_iters, "eps_init": router.eps_init, "eps_decay": router.eps_decay}
-    return coordinate_descent(logits, budget, eps=router.eps, mask=valid, **schedule)
+    sums = budget = min(slots * router.fetch_k_ratio, logits.shape[-1])
+    if count is not None:
+        wide = torch.float32 if logits.device.type == "mps" else torch.float64
+        sums = (_per_sample(count, logits.ndim - 1).to(wide) * router.fetch_k_ratio).clamp_max(budget)
+        sums = sums.expand(logits.shape[:-1])
+    return router.soft_gates(logits, sums, max_k=budget, mask=valid)
 
 
 def _per_sample(count: Tensor, ndim: int) -> Tensor:
@@ -100,9 +90,9 @@ def best_keys(
     taken, ok = route_topk(logits, min(slots, logits.shape[-1]), mask=valid)
     if count is not None:
         ok = ok & (torch.arange(ok.shape[-1], device=ok.device) < _per_sample(count, ok.ndim))
-    if not wants_soft_gates(router, logits):
+    if not router.wants_soft_gates(logits):
         return taken, ok, None
-    gates = soft_gates(router, logits, valid, slots, count).gather(-1, taken)
+    gates = _soft_gates(router, logits, valid, slots, count).gather(-1, taken)
     if router.straight_through:
         gates = 1 + (gates - gates.detach())
     return taken, ok, torch.where(ok, gates, 0)
@@ -147,9 +137,9 @@ def query_threshold(
     scores = scores.topk(slots, dim=-1).values
     last = slots - 1 if count is None else _per_sample(count, logits.ndim) - 1
     logit = scores[..., last] if count is None else scores.gather(-1, last.expand(*scores.shape[:-1], 1)).squeeze(-1)
-    if not wants_soft_gates(router, logits):
+    if not router.wants_soft_gates(logits):
         return Threshold(logit, None)
-    gates = soft_gates(router, logits.unsqueeze(1), valid.unsqueeze(1), slots, count).squeeze(1)
+    gates = _soft_gates(router, logits.unsqueeze(1), valid.unsqueeze(1), slots, count).squeeze(1)
     inner = valid & (gates < 1)
     # read off where the gate is largest: there it cannot underflow. All capped: no finite level, every gate is 1
     at = torch.where(inner, gates.detach(), -1).argmax(-1, keepdim=True)

@@ -24,12 +24,12 @@ def soft_gates(
     eps_init: float | None = None,
     eps_decay: float = 1.0,
 ) -> Tensor:
-    """Gates (B, R, N) of checked logits (B, R, N), in the dtype of the logits.
+    """Gates (..., N) of checked logits (..., N), in the dtype of the logits.
 
     Args:
-        k: their sum, a number or one of each row (B, R).
+        k: their sum, a number or one of each row (...).
         max_k: a number that no entry of ``k`` exceeds, so that tensors are not sorted whole.
-        mask: (B, R, N), True = valid.
+        mask: (..., N), True = valid.
         grid_size, cell_size: with a ``cell_size`` every cell has its own budget, its share of ``k`` by valid tokens.
         generator: noise of ``"gumbel_sinkhorn"``.
         method, n_iters, eps, eps_init, eps_decay: as of the router.

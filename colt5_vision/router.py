@@ -275,6 +275,17 @@ class CoordinateDescentRouter(nn.Module):
             raise ValueError(f"query: {heads} heads are not divisible by {self.num_routing_tokens} routes")
         return mean_query_logits(query, key, mask).unflatten(1, (self.num_routing_tokens, -1)).logsumexp(2)
 
+    def wants_soft_gates(self, logits: Tensor) -> bool:
+        """Whether anyone will see the soft gates of ``logits``: straight through they are for a gradient only."""
+        # an ONNX file is for inference
+        trains = torch.is_grad_enabled() and logits.requires_grad and not torch.onnx.is_in_onnx_export()
+        return self.router not in ("random", "grid") and (trains or not self.straight_through)
+
+    def soft_gates(self, logits: Tensor, k: float | Tensor, **how) -> Tensor:
+        """:func:`~colt5_vision.gates.soft_gates` of logits (..., N) with sum ``k``, by this router's relaxation."""
+        own = {name: getattr(self, name) for name in ("method", "n_iters", "eps", "eps_init", "eps_decay")}
+        return soft_gates(logits, k, **own, **how)
+
     def forward(
         self,
         x: Tensor,
@@ -336,9 +347,7 @@ class CoordinateDescentRouter(nn.Module):
             variable = {"num_slots": slots}
         indices, valid = route_topk(logits, k, mask=per_route, **variable, **stratified)
 
-        # an ONNX file is for inference
-        trains = torch.is_grad_enabled() and logits.requires_grad and not torch.onnx.is_in_onnx_export()
-        if self.router in ("random", "grid") or (self.straight_through and not trains):
+        if not self.wants_soft_gates(logits):
             gates = torch.ones_like(indices, dtype=logits.dtype)
             log_weights = torch.zeros_like(gates)
         else:
@@ -346,8 +355,7 @@ class CoordinateDescentRouter(nn.Module):
             if counts is not None:
                 wide = torch.float32 if x.device.type == "mps" else torch.float64  # as a number is: the same digits
                 sums = (k.to(wide) * self.fetch_k_ratio).clamp_max(budget)
-            how = {name: getattr(self, name) for name in ("method", "n_iters", "eps", "eps_init", "eps_decay")}
-            soft = soft_gates(logits, sums, max_k=budget, mask=per_route, generator=noise, **how, **stratified)
+            soft = self.soft_gates(logits, sums, max_k=budget, mask=per_route, generator=noise, **stratified)
             gates = soft.gather(-1, indices)
             log_weights = gates.clamp_min(torch.finfo(gates.dtype).tiny).log()
             if self.straight_through:

@@ -1,8 +1,15 @@
-"""How the training examples end: what the user can mend is one line, an interruption says how to go on."""
+"""What the training examples share: their learning rate, and how they end.
+
+What the user can mend is one line, an interruption says how to go on.
+"""
 
 import argparse
+import math
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event
 
 
 class UserError(Exception):
@@ -15,6 +22,25 @@ def at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *nam
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+
+
+@contextmanager
+def stop_request() -> Iterator[Event]:
+    """Ctrl-C and SIGTERM only ask: the step in progress ends, and the run is saved."""
+    asked = Event()
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def learning_rate(step: int, total: int, peak: float) -> float:
+    """Linear warm-up over a twentieth of the steps, then a cosine to 1/50."""
+    warm = max(1, total // 20)
+    cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, total - warm)))
+    return peak * min((step + 1) / warm, 0.02 + 0.98 * cosine)
 
 
 def exit_status(train: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:

@@ -12,13 +12,9 @@ branch alone. Leaves in --output: checkpoint.pt, metrics.jsonl, results.md, curv
 import argparse
 import json
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
 
 import numpy as np
 import torch
@@ -32,36 +28,29 @@ from colt5_vision import ConditionalRoutedAutoregressiveAttention
 from colt5_vision.store import save_atomically
 
 try:
-    from command_line import UserError, at_least_one, exit_status
+    from command_line import (
+        UserError,
+        at_least_one,
+        exit_status,
+        learning_rate,
+        stop_request,
+    )
     from digits import load_digits
     from measure import medians, table
 except ImportError:  # run as examples.train_autoregressive
-    from examples.command_line import UserError, at_least_one, exit_status
+    from examples.command_line import (
+        UserError,
+        at_least_one,
+        exit_status,
+        learning_rate,
+        stop_request,
+    )
     from examples.digits import load_digits
     from examples.measure import medians, table
 
 LEVELS, HELD_OUT, ROWS = 16, 500, 4
 MODELS = ("routed", "window only")
 SAME = ("size", "dim", "depth", "keys", "queries", "batch_size", "limit", "seed")  # what a resumed run may not change
-
-
-@contextmanager
-def stop_request() -> Iterator[Event]:
-    """Ctrl-C and SIGTERM only ask: the step in progress ends, and the run is saved."""
-    asked = Event()
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def learning_rate(step: int, total: int, peak: float) -> float:
-    """Linear warm-up over a twentieth of the steps, then a cosine to 1/50."""
-    warm = max(1, total // 20)
-    cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, total - warm)))
-    return peak * min((step + 1) / warm, 0.02 + 0.98 * cosine)
 
 
 def sequences(size: int, limit: int | None, seed: int) -> tuple[Tensor, Tensor]:

@@ -11,16 +11,11 @@ Leaves in --output: checkpoint.pt, metrics.jsonl, results.md, curve.png, samples
 
 import argparse
 import json
-import math
-import signal
 import sys
 import time
 import timeit
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from threading import Event
 
 import numpy as np
 import torch
@@ -39,10 +34,22 @@ from colt5_vision.checks import token_count
 from colt5_vision.store import save_atomically
 
 try:
-    from command_line import UserError, at_least_one, exit_status
+    from command_line import (
+        UserError,
+        at_least_one,
+        exit_status,
+        learning_rate,
+        stop_request,
+    )
     from digits import load_digits
 except ImportError:  # run as examples.train_diffusion
-    from examples.command_line import UserError, at_least_one, exit_status
+    from examples.command_line import (
+        UserError,
+        at_least_one,
+        exit_status,
+        learning_rate,
+        stop_request,
+    )
     from examples.digits import load_digits
 
 FOLD = 2  # the UNet sees blocks of 2 x 2 pixels as 4 channels: a quarter of the positions
@@ -50,18 +57,6 @@ NO_CLASS, DROP, GUIDANCE = 10, 0.1, 1.5  # classifier-free guidance: training hi
 RANGE = 0.5  # images lie in [-0.5, 0.5]: noisier at every timestep, for larger maps (arXiv 2301.10972)
 DDIM_STEPS, ROWS, HELD_OUT = 20, 4, 200
 SAME = ("size", "batch_size", "limit", "keys", "window", "fusion", "seed")  # what a resumed run may not change
-
-
-@contextmanager
-def stop_request() -> Iterator[Event]:
-    """Ctrl-C and SIGTERM only ask: the step in progress ends, and the run is saved."""
-    asked = Event()
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def digits(size: int, limit: int | None, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -208,13 +203,6 @@ class Run:
             given, free = self.unet(torch.cat([x, x]), t, class_labels=labels).sample.float().chunk(2)
             x = scheduler.step(free + GUIDANCE * (given - free), t, x).prev_sample
         return pixel_shuffle(x / RANGE, FOLD).clamp(-1, 1)
-
-
-def learning_rate(step: int, total: int, peak: float) -> float:
-    """Linear warm-up over a twentieth of the steps, then a cosine to 1/50."""
-    warm = max(1, total // 20)
-    cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, total - warm)))
-    return peak * min((step + 1) / warm, 0.02 + 0.98 * cosine)
 
 
 def train(args) -> None:

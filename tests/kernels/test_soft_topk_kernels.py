@@ -193,14 +193,17 @@ SCHEDULES = [
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("n", "spread"), [(63, False), (2500, False), (111, True)])
-def test_coordinate_descent(randn, request, schedule, n, spread):
-    if spread:
-        if schedule["n_iters"] > 20:
-            pytest.skip("a launch an iteration: slow in the interpreter, and the same launches as 20")
-        request.getfixturevalue("several_programs")
+@pytest.mark.parametrize("n", [63, 2500])
+def test_coordinate_descent(randn, schedule, n):
     # iterates carry float32's rounding through all iterations, in eager and here
     compare(coordinate_descent, randn(2, n), [n / 8, 0.4 * n], randn(2, n, seed=1), floor=1e-5, **schedule)
+
+
+# a launch an iteration: 50 of them would be slow in the interpreter, and no other than 20
+@pytest.mark.parametrize("schedule", [how for how in SCHEDULES if how["n_iters"] <= 20])
+@pytest.mark.usefixtures("several_programs")
+def test_coordinate_descent_by_several_programs(randn, schedule):
+    compare(coordinate_descent, randn(2, 111), [111 / 8, 44.4], randn(2, 111, seed=1), floor=1e-5, **schedule)
 
 
 def test_coordinate_descent_of_a_long_row(randn, launches):

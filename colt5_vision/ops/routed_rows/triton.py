@@ -20,10 +20,10 @@ from .kernels import (
 TILE = 4096  # elements of a map that a program holds
 
 
-def _tile(dim: int, widest: int) -> dict:
+def _tile(dim: int, widest: int) -> tuple[int, int]:
     """Rows and channels of a program: all channels of a row where they fit, so that a row stays in registers."""
     block_c = min(triton.next_power_of_2(dim), widest)
-    return {"rows": min(32, max(1, TILE // block_c)), "BLOCK_C": block_c}
+    return min(32, max(1, TILE // block_c)), block_c
 
 
 def gather_normalize_forward(
@@ -34,11 +34,10 @@ def gather_normalize_forward(
     slots = indices.shape[1] * indices.shape[2]
     out = x.new_empty(*indices.shape, dim, dtype=dtype)
     scale = x.new_empty(indices.shape, dtype=torch.float32)
-    tile = _tile(dim, 2048)
-    rows = tile.pop("rows")
+    block, block_c = _tile(dim, 2048)
     backend.launch(
         gather_normalize_kernel,
-        (batch * triton.cdiv(slots, rows),),
+        (batch * triton.cdiv(slots, block),),
         x,
         indices.contiguous(),
         weight.contiguous(),
@@ -49,9 +48,9 @@ def gather_normalize_forward(
         dim,
         *x.stride(),
         eps,
-        BLOCK_Q=rows,
-        **tile,
-        WHOLE=dim <= tile["BLOCK_C"],
+        BLOCK_Q=block,
+        BLOCK_C=block_c,
+        WHOLE=dim <= block_c,
         num_warps=4,
     )
     return out, scale
@@ -70,9 +69,8 @@ def gather_normalize_backward(
     batch, num_tokens, dim = x.shape
     _, routes, slots = indices.shape
     grad, indices, weight = grad.contiguous(), indices.contiguous(), weight.contiguous()
-    tile = _tile(dim, 1024)
-    rows = tile.pop("rows")
-    programs = batch * triton.cdiv(slots, rows)
+    block, block_c = _tile(dim, 1024)
+    programs = batch * triton.cdiv(slots, block)
     grad_x = torch.zeros_like(x) if with_x else None
     partial = scale.new_empty(programs * routes, dim) if with_weight else None
     for route in range(routes):
@@ -93,8 +91,8 @@ def gather_normalize_backward(
             dim,
             *x.stride(),
             *(grad_x.stride() if with_x else (0, 0, 0)),
-            BLOCK_K=rows,
-            **tile,
+            BLOCK_K=block,
+            BLOCK_C=block_c,
             FIRST=route == 0,
             WITH_X=with_x,
             WITH_WEIGHT=with_weight,
@@ -132,9 +130,8 @@ def gated_scatter_add_backward(
     """As ``reference.gated_scatter_add_backward``; None for what is not asked for."""
     batch, num_tokens, dim = grad.shape
     slots = indices.shape[1]
-    tile = _tile(dim, 1024)
-    block_k = tile.pop("rows")
-    programs = batch * triton.cdiv(slots, block_k)
+    block, block_c = _tile(dim, 1024)
+    programs = batch * triton.cdiv(slots, block)
     grad_rows = rows.new_empty(rows.shape)
     gates = None if gates is None else gates.contiguous()
     grad_gates = None if gates is None else torch.empty_like(gates)
@@ -153,8 +150,8 @@ def gated_scatter_add_backward(
         slots,
         dim,
         *grad.stride(),
-        BLOCK_K=block_k,
-        **tile,
+        BLOCK_K=block,
+        BLOCK_C=block_c,
         num_warps=8,
     )
     return grad_rows, grad_gates, partial.sum(0) if with_null else None
