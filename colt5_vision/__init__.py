@@ -8,11 +8,13 @@ from .attention import ConditionalRoutedImageAttention
 from .autoregressive import ConditionalRoutedAutoregressiveAttention
 from .autoregressive_cache import AutoregressiveCache
 from .block import ConditionalRoutedTransformerBlock
+from .convert import convert_colt5_attention_state_dict
 from .cross_attention import ConditionalRoutedCrossAttention
 from .feedforward import ConditionalRoutedFeedForward
 from .ops import topk
 from .router import CoordinateDescentRouter, Routing
 from .sequence import ConditionalRoutedAttention
+from .vit import ConditionalRoutedViT
 
 __version__ = "0.1.0"
 
@@ -24,7 +26,9 @@ __all__ = [
     "ConditionalRoutedFeedForward",
     "ConditionalRoutedImageAttention",
     "ConditionalRoutedTransformerBlock",
+    "ConditionalRoutedViT",
     "CoordinateDescentRouter",
     "Routing",
+    "convert_colt5_attention_state_dict",
     "topk",
 ]

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .branches import (
-    Projection,
+    LightBranch,
     RoutedAttention,
-    add_heavy_,
+    RoutedBranches,
     merge_heads,
     numbers,
-    own_output,
-    project_out,
     shared_logits,
     split_heads,
 )
@@ -27,12 +25,8 @@ from .checks import (
 )
 from .ops import routed_window_attention, window_attention
 from .positions import axial_rotary
-from .router import (
-    CoordinateDescentRouter,
-    Routing,
-    gather_tokens,
-    router_options,
-)
+from .predecessor import check_predecessor_options
+from .router import CoordinateDescentRouter, gather_tokens, router_options
 
 FUSIONS = ("sum", "softmax")
 
@@ -42,27 +36,15 @@ def _rotate(x: Tensor, indices: Tensor, width: int) -> Tensor:
     return axial_rotary(x, (indices // width, indices % width))
 
 
-class WindowAttention(nn.Module):
-    """The light branch: pre-normalised self-attention of every token (B, N, C) inside its window."""
-
-    output_layer = "to_out"
-
-    def __init__(self, dim: int, heads: int, dim_head: int, window_size: tuple[int, int], *, device=None, dtype=None):
-        super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        self.heads, self.window_size = heads, window_size
-        self.norm = nn.RMSNorm(dim, eps=1e-6, **factory)
-        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, **factory)
-        self.to_out = Projection(heads * dim_head, dim, bias=False, **factory)
-
-    def forward(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, null: Tensor | None = None) -> Tensor:
-        """``null`` (C,) is added to every token of the output."""
-        q, k, v = (split_heads(t, self.heads) for t in self.to_qkv(self.norm(x)).chunk(3, -1))
-        out = window_attention(q, k, v, grid_size=grid_size, window_size=self.window_size, key_mask=mask)
-        return project_out(self.to_out, merge_heads(out), null)
+def attend_windows(
+    qkv: Tensor, grid_size: tuple[int, int], window_size: tuple[int, int], mask: Tensor | None
+) -> Tensor:
+    """Attention inside windows, q, k, v (B, N, 3, heads, head_dim) -> (B, N, heads * head_dim)."""
+    q, k, v = qkv.transpose(1, 3).unbind(2)
+    return merge_heads(window_attention(q, k, v, grid_size=grid_size, window_size=window_size, key_mask=mask))
 
 
-class ConditionalRoutedImageAttention(nn.Module):
+class ConditionalRoutedImageAttention(RoutedBranches):
     """Attention over a map: window attention for every token, full attention to (and by) a few routed ones.
 
     ``fusion="sum"`` is CoLT5: separate weights, ``light(x) + scatter(gate_q · heavy(x_q, gate_kv · x_kv))``; a token
@@ -77,6 +59,7 @@ class ConditionalRoutedImageAttention(nn.Module):
             None: every token queries the routed keys, and there is no query router.
         num_heavy_tokens_kv: routed keys and values, likewise.
         num_routed_kv: R sets of routed keys, the heads split over them.
+        has_light_attn: ``sum`` only: False: the heavy branch alone.
         light_dim_head, light_heads, light_window_size: head width, heads and window side (int or (height, width)) of
             the light branch.
         heavy_dim_head, heavy_heads: of the heavy branch. ``fusion="softmax"`` has one set of heads: both must agree.
@@ -84,6 +67,7 @@ class ConditionalRoutedImageAttention(nn.Module):
         router_kwargs: further arguments of both routers, see :class:`CoordinateDescentRouter`.
         multiply_keys_by_score, multiply_queries_by_score: ``sum`` only: gates scale the keys (queries) too, not only
             the values.
+        use_triton, use_flash_attn: of the predecessor: None or True, kernels are used wherever they can run.
         use_null_q_tokens: ``sum`` only: the null token for queries that were not routed; default: where queries are
             routed.
         channel_first: (B, C, H, W); False: (B, H, W, C).
@@ -98,6 +82,8 @@ class ConditionalRoutedImageAttention(nn.Module):
     Source: CoLT5 (arXiv 2303.09752) section 3.
     """
 
+    _light_norm = staticmethod(functools.partial(nn.RMSNorm, eps=1e-6))
+
     def __init__(
         self,
         dim: int,
@@ -105,6 +91,7 @@ class ConditionalRoutedImageAttention(nn.Module):
         num_heavy_tokens_q: TokenCount | None = None,
         num_heavy_tokens_kv: TokenCount,
         num_routed_kv: int = 1,
+        has_light_attn: bool = True,
         light_dim_head: int = 64,
         light_heads: int = 8,
         light_window_size: int | tuple[int, int] = 16,
@@ -114,7 +101,9 @@ class ConditionalRoutedImageAttention(nn.Module):
         router_kwargs: dict | None = None,
         multiply_keys_by_score: bool = False,
         multiply_queries_by_score: bool = False,
+        use_triton: bool | None = None,
         use_null_q_tokens: bool | None = None,
+        use_flash_attn: bool | None = None,
         channel_first: bool = True,
         fusion: str = "sum",
         rotary_emb: bool = False,
@@ -123,6 +112,7 @@ class ConditionalRoutedImageAttention(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_predecessor_options(use_triton=use_triton, use_flash_attn=use_flash_attn)
         factory = {"device": device, "dtype": dtype}
         self.dim = check_int("dim", dim)
         if fusion not in FUSIONS:
@@ -152,9 +142,10 @@ class ConditionalRoutedImageAttention(nn.Module):
                     "light_heads, light_dim_head: fusion='softmax' has one set of heads, expected those of the heavy "
                     f"branch ({heavy_heads} x {heavy_dim_head}), got {light_heads} x {light_dim_head}"
                 )
-            if multiply_keys_by_score or multiply_queries_by_score or use_null_q_tokens:
+            if multiply_keys_by_score or multiply_queries_by_score or use_null_q_tokens or not has_light_attn:
                 raise ValueError(
-                    "multiply_keys_by_score, multiply_queries_by_score, use_null_q_tokens: only for fusion='sum'"
+                    "multiply_keys_by_score, multiply_queries_by_score, use_null_q_tokens, has_light_attn: "
+                    "only for fusion='sum'"
                 )
             self.norm = nn.RMSNorm(dim, eps=1e-6, **factory)
             self.to_qkv = nn.Linear(dim, 3 * heavy_heads * heavy_dim_head, bias=False, **factory)
@@ -165,7 +156,10 @@ class ConditionalRoutedImageAttention(nn.Module):
         if use_null_q_tokens and q_count is None:
             raise ValueError("use_null_q_tokens: needs num_heavy_tokens_q, every token is a query")
         self.multiply_queries_by_score = multiply_queries_by_score
-        self.light_attn = WindowAttention(dim, light_heads, light_dim_head, self.window_size, **factory)
+        self.light_attn = None
+        if has_light_attn:
+            norm = self._light_norm(dim, **factory)
+            self.light_attn = LightBranch(dim, light_heads, light_dim_head, norm, **factory)
         self.heavy_attn = RoutedAttention(dim, heavy_heads, heavy_dim_head, multiply_keys_by_score, **factory)
         if q_count is not None and use_null_q_tokens is not False:
             self.null_q_token = nn.Parameter(torch.zeros(dim, **factory))
@@ -223,42 +217,18 @@ class ConditionalRoutedImageAttention(nn.Module):
         out = out.unflatten(1, grid_size)
         return out.permute(0, 3, 1, 2) if self.channel_first else out
 
-    def _route_queries(
-        self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, count: tuple, given: dict
-    ) -> Routing | None:
-        if self.q_router is None:
-            return None
-        routing = self.q_router(x, **numbers(*count), mask=mask, grid_size=grid_size, **given)
-        return Routing(*(field.squeeze(1) for field in routing))
-
     def _sum(
         self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, count_q: tuple, count_kv: tuple
     ) -> Tensor:
-        to_q, to_kv = shared_logits(self.q_router, self.kv_router, x)
-        routed_q = self._route_queries(x, grid_size, mask, count_q, to_q)
-        routed_kv = self.kv_router(x, **numbers(*count_kv), mask=mask, grid_size=grid_size, **to_kv)
-        light = self.light_attn(x, grid_size, mask, self.null_q_token)
-        heavy = self.heavy_attn(
-            x,
-            None if routed_q is None else routed_q.indices,
-            routed_kv.indices,
-            key_gates=routed_kv.gates,
-            # without a mask and counts every slot is filled
-            key_mask=None if mask is None and count_kv[1] is None else routed_kv.mask,
-            query_gates=routed_q.gates if routed_q is not None and self.multiply_queries_by_score else None,
-            rotate=functools.partial(_rotate, width=grid_size[1]) if self.rotary_emb else None,
-        ).to(light.dtype)
-        if routed_q is None:
-            return light + heavy
-        # the light branch put the null token everywhere; where a token is routed its heavy output takes that place
-        out = own_output(light, self.light_attn)
-        return add_heavy_(out, heavy, routed_q, self.null_q_token, counted=count_q[1] is not None)
+        near = functools.partial(attend_windows, grid_size=grid_size, window_size=self.window_size, mask=mask)
+        rotate = functools.partial(_rotate, width=grid_size[1]) if self.rotary_emb else None
+        return self.sum_of_branches(x, grid_size, mask, count_q, count_kv, near, rotate)
 
     def _softmax(
         self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, count_q: tuple, count_kv: tuple
     ) -> Tensor:
         to_q, to_kv = shared_logits(self.q_router, self.kv_router, x)
-        routed_q = self._route_queries(x, grid_size, mask, count_q, to_q)
+        routed_q = self.route_queries(x, grid_size, mask, count_q, to_q)
         q, k, v = (split_heads(t, self.heads) for t in self.to_qkv(self.norm(x)).chunk(3, -1))
         if self.kv_router.router == "mean_query":
             to_kv = {"query": q, "key": k}

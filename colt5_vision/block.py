@@ -5,25 +5,58 @@ from torch import Tensor, nn
 from .attention import ConditionalRoutedImageAttention
 from .checks import TokenCount, check_float_tensor, slots_and_counts
 from .feedforward import ConditionalRoutedFeedForward
-from .predecessor import check_predecessor_options
-from .sequence import ConditionalRoutedAttention
+from .sequence import attend_sequence
+
+
+class _BlockAttention(ConditionalRoutedImageAttention):
+    """Image attention that takes sequences (B, N, C), too, with the same weights: then near means beside in the line.
+
+    Its light branch has the norm of :class:`~colt5_vision.ConditionalRoutedAttention`.
+    """
+
+    _light_norm = nn.LayerNorm
+
+    def __init__(self, dim: int, *, light_window_size: int | tuple[int, int] | None = None, **kwargs):
+        given = {} if light_window_size is None else {"light_window_size": light_window_size}
+        super().__init__(dim, **given, **kwargs)
+        self.line = 128 if light_window_size is None else light_window_size
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        num_heavy_tokens_q: TokenCount | Tensor | None = None,
+        num_heavy_tokens_kv: TokenCount | Tensor | None = None,
+    ) -> Tensor:
+        counts = {"num_heavy_tokens_q": num_heavy_tokens_q, "num_heavy_tokens_kv": num_heavy_tokens_kv}
+        if x.ndim == 4:
+            return super().forward(x, mask=mask, **counts)
+        if self.fusion != "sum":
+            raise ValueError(f"x: a sequence needs fusion='sum', the block has {self.fusion!r}; got {tuple(x.shape)}")
+        if self.light_attn is not None and (isinstance(self.line, (tuple, list)) or self.line < 2):
+            raise ValueError(
+                f"x: a sequence needs a light_window_size that is one number >= 2, the block has {self.line}; "
+                f"got {tuple(x.shape)}"
+            )
+        return attend_sequence(self, x, None if self.light_attn is None else self.line // 2, mask, **counts)
 
 
 class ConditionalRoutedTransformerBlock(nn.Module):
     """``x + attention(x)``, then ``x + feed_forward(x)``, both conditionally routed, over a map or a sequence.
 
+    Over maps the attention is that of :class:`ConditionalRoutedImageAttention`, over sequences that of
+    :class:`ConditionalRoutedAttention`, with the same weights.
+
     Args:
         dim: channels C.
-        sequence: False: for maps, ``conditional_attn`` is a :class:`ConditionalRoutedImageAttention`. True: for
-            sequences (B, N, C), it is a :class:`ConditionalRoutedAttention`; the predecessor's block is this one. Their
-            light branches differ in weights, so that it cannot wait for the input.
         num_heavy_attn_tokens_q, num_heavy_attn_tokens_kv: token counts of the attention.
         num_heavy_ff_tokens: token count of the feed-forward, see :class:`ConditionalRoutedFeedForward`.
+        light_window_size: height and width of the window of the light branch in a map (default 16), the tokens that it
+            sees in a sequence (default 128).
         light_ff_mult, heavy_ff_mult: hidden widths of the feed-forward over ``dim``.
-        router_straight_through, router, router_kwargs, device, dtype: for both.
-        channel_first: maps come as (B, C, H, W); False: (B, H, W, C).
-        use_triton, use_flash_attn: of the predecessor: None or True, kernels are used wherever they can run.
-        **attention: further arguments of the attention.
+        router_straight_through, router, router_kwargs, use_triton, channel_first, device, dtype: for both.
+        **attention: further arguments of the attention. ``fusion="softmax"`` is for maps.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -35,41 +68,36 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         self,
         dim: int,
         *,
-        sequence: bool = False,
         num_heavy_attn_tokens_q: TokenCount | None = None,
         num_heavy_attn_tokens_kv: TokenCount,
         num_heavy_ff_tokens: TokenCount,
+        light_window_size: int | tuple[int, int] | None = None,
         light_ff_mult: float = 0.5,
         heavy_ff_mult: float = 4,
         router_straight_through: bool = True,
         router: str = "learned",
         router_kwargs: dict | None = None,
-        channel_first: bool = True,
         use_triton: bool | None = None,
-        use_flash_attn: bool | None = None,
+        channel_first: bool = True,
         device=None,
         dtype=None,
         **attention,
     ):
         super().__init__()
-        check_predecessor_options(use_triton=use_triton, use_flash_attn=use_flash_attn)
-        if sequence and not channel_first:
-            raise ValueError("channel_first: only for maps, the block was made with sequence=True, got False")
-        self.sequence = sequence
         shared = {
             "router_straight_through": router_straight_through,
             "router": router,
             "router_kwargs": router_kwargs,
+            "use_triton": use_triton,
+            "channel_first": channel_first,
             "device": device,
             "dtype": dtype,
         }
-        make = ConditionalRoutedAttention if sequence else ConditionalRoutedImageAttention
-        layout = {} if sequence else {"channel_first": channel_first}
-        self.conditional_attn = make(
+        self.conditional_attn = _BlockAttention(
             dim,
             num_heavy_tokens_q=num_heavy_attn_tokens_q,
             num_heavy_tokens_kv=num_heavy_attn_tokens_kv,
-            **layout,
+            light_window_size=light_window_size,
             **shared,
             **attention,
         )
@@ -78,7 +106,6 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             num_heavy_tokens=num_heavy_ff_tokens,
             light_ff_mult=light_ff_mult,
             heavy_ff_mult=heavy_ff_mult,
-            **layout,
             **shared,
         )
 
@@ -90,12 +117,10 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         num_heavy_attn_tokens_kv: TokenCount | Tensor | None = None,
         num_heavy_ff_tokens: TokenCount | Tensor | None = None,
     ) -> Tensor:
-        """Map x (B, C, H, W), or (B, H, W, C), to the same shape, with ``sequence`` x (B, N, C).
-
-        Masked tokens influence no other and keep their residual: only valid tokens are changed.
+        """Map x to the same shape. Masked tokens influence no other and keep their residual.
 
         Args:
-            x: as above.
+            x: a map (B, C, H, W), or (B, H, W, C), or a sequence (B, N, C).
             mask: (B, H, W), or (B, N), bool, True = valid.
             num_heavy_attn_tokens_q, num_heavy_attn_tokens_kv, num_heavy_ff_tokens: override the module's; a tensor
                 (B,), integers or shares of the valid tokens, gives each sample its own, up to the module's.
@@ -104,12 +129,8 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
         check_float_tensor("x", x)
-        expected = 3 if self.sequence else 4
-        if x.ndim != expected:
-            raise ValueError(
-                f"x: expected {expected} dimensions, the block was made with sequence={self.sequence}, "
-                f"got shape {tuple(x.shape)}"
-            )
+        if x.ndim not in (3, 4):
+            raise ValueError(f"x: expected a map of 4 dimensions or a sequence of 3, got shape {tuple(x.shape)}")
         counts = {
             "num_heavy_attn_tokens_q": num_heavy_attn_tokens_q,
             "num_heavy_attn_tokens_kv": num_heavy_attn_tokens_kv,

@@ -1,4 +1,4 @@
-"""What the routed attentions of maps, of sequences and across two sequences share: the heavy branch, and its joints."""
+"""What the routed attentions of maps, of sequences and across two sequences share: their branches, and how they join."""
 
 from collections.abc import Callable
 
@@ -12,6 +12,9 @@ from .router import CoordinateDescentRouter, Routing, gather_tokens, learned_log
 
 Rotation = Callable[[Tensor, Tensor], Tensor]
 """Turns queries or keys (B, heads, N, head_dim) by the positions of their tokens, int64 that broadcast to (B, heads, N)."""
+
+Near = Callable[[Tensor], Tensor]
+"""Attention of every token to those near it: q, k, v (B, N, 3, heads, head_dim) -> (B, N, heads * head_dim)."""
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -69,6 +72,31 @@ def own_output(out: Tensor, module: nn.Module) -> Tensor:
         return out.clone()
     # not a view for autograd: in place on a view would copy the gradient of the whole map
     return torch.ops.aten._unsafe_view.default(out, out.shape)
+
+
+class LightBranch(nn.Module):
+    """The light branch: pre-normalised attention of every token to those near it; which those are comes with the call.
+
+    Args:
+        dim: width C.
+        heads, dim_head: number of heads and width of each.
+        norm: applied first, to (..., C).
+        device, dtype: of the parameters.
+    """
+
+    output_layer = "to_out"
+
+    def __init__(self, dim: int, heads: int, dim_head: int, norm: nn.Module, *, device=None, dtype=None):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.heads, self.norm = heads, norm
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, **factory)
+        self.to_out = Projection(heads * dim_head, dim, bias=False, **factory)
+
+    def forward(self, x: Tensor, near: Near, null: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, C) to (B, N, C); ``null`` (C,) is added to every one."""
+        qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
+        return project_out(self.to_out, near(qkv), null)
 
 
 class RoutedAttention(nn.Module):
@@ -169,9 +197,11 @@ class RoutedAttention(nn.Module):
 
 
 def shared_logits(q_router: CoordinateDescentRouter | None, kv_router: CoordinateDescentRouter, x: Tensor):
-    """What the routers of queries and of keys are given: where both are learned, logits from one read of x."""
+    """What the routers of queries and of keys are given: where both are learned alike, logits from one read of x."""
     routers = (q_router, kv_router)
     if not all(type(router) is CoordinateDescentRouter and router.routing_token is not None for router in routers):
+        return {}, {}
+    if q_router.normalize != kv_router.normalize:
         return {}, {}
     return tuple({"logits": logits} for logits in learned_logits(routers, x))
 
@@ -202,3 +232,73 @@ def filled_with(null: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
 def numbers(num_tokens: TokenCount, counts: Tensor | None) -> dict:
     """What a router is given to say how many: the slots, and where samples have their own counts those."""
     return {"num_tokens": num_tokens} if counts is None else {"num_tokens": num_tokens, "counts": counts}
+
+
+class RoutedBranches(nn.Module):
+    """A light branch, or none, plus the heavy branch of routed tokens: CoLT5's sum. What modules of it share.
+
+    Attributes:
+        q_router: None: every token is a query of the heavy branch.
+        kv_router: of the keys.
+        light_attn: :class:`LightBranch` or None.
+        heavy_attn: :class:`RoutedAttention`.
+        null_q_token: (C,), what a token that is not routed gets in place of a heavy output; None: 0.
+        multiply_queries_by_score: gates scale the queries.
+    """
+
+    def route_queries(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, count, given) -> Routing | None:
+        """Routing of one route, its fields (B, Q); None where every token is a query."""
+        if self.q_router is None:
+            return None
+        routing = self.q_router(x, **numbers(*count), mask=mask, grid_size=grid_size, **given)
+        return Routing(*(field.squeeze(1) for field in routing))
+
+    def sum_of_branches(
+        self,
+        x: Tensor,
+        grid_size: tuple[int, int],
+        mask: Tensor | None,
+        count_q: tuple,
+        count_kv: tuple,
+        near: Near,
+        rotate: Rotation | None,
+    ) -> Tensor:
+        """``light(x) + scatter(gate_q · heavy(x_q, gate_kv · x_kv))``.
+
+        Args:
+            x: (B, N, C), masked tokens 0.
+            grid_size: (H, W) of the N tokens.
+            mask: (B, N) bool, True = valid.
+            count_q, count_kv: slots and counts, see :func:`~colt5_vision.checks.slots_and_counts`.
+            near: what the light branch sees.
+            rotate: positions of the heavy branch.
+
+        Returns:
+            (B, N, C).
+        """
+        to_q, to_kv = shared_logits(self.q_router, self.kv_router, x)
+        routed_q = self.route_queries(x, grid_size, mask, count_q, to_q)
+        routed_kv = self.kv_router(x, **numbers(*count_kv), mask=mask, grid_size=grid_size, **to_kv)
+        heavy = self.heavy_attn(
+            x,
+            None if routed_q is None else routed_q.indices,
+            routed_kv.indices,
+            key_gates=routed_kv.gates,
+            # without a mask and counts every slot is filled
+            key_mask=None if mask is None and count_kv[1] is None else routed_kv.mask,
+            query_gates=routed_q.gates if self.multiply_queries_by_score else None,
+            rotate=rotate,
+        )
+        null = self.null_q_token
+        if self.light_attn is None:
+            if routed_q is None:
+                return heavy
+            out = filled_with(null, x, heavy.dtype)
+        else:
+            light = self.light_attn(x, near, null)
+            heavy = heavy.to(light.dtype)
+            if routed_q is None:
+                return light + heavy
+            # the light branch put the null token everywhere; where a token is routed its heavy output takes that place
+            out = own_output(light, self.light_attn)
+        return add_heavy_(out, heavy, routed_q, null, counted=count_q[1] is not None)

@@ -96,9 +96,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        check_predecessor_options(
-            use_triton=use_triton, use_flash_attn=use_flash_attn, num_sets_kv=(num_sets_kv, "kv_routing_tokens")
-        )
+        check_predecessor_options(use_triton=use_triton, use_flash_attn=use_flash_attn, num_sets_kv=num_sets_kv)
         factory = {"device": device, "dtype": dtype}
         self.dim = check_int("dim", dim)
         self.num_tokens_q = None if num_tokens_q is None else check_token_count("num_tokens_q", num_tokens_q)
@@ -113,9 +111,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         route.update(straight_through=router_straight_through, router=router, **factory)
         self.q_router = None if num_tokens_q is None else CoordinateDescentRouter(dim, **route)
         if route_block_size is not None:
-            if "cell_size" in route:
-                raise ValueError("route_block_size: router_kwargs has a cell_size already, expected one of the two")
-            route["cell_size"] = (1, check_int("route_block_size", route_block_size))
+            route["route_block_size"] = route_block_size
         self.kv_router = CoordinateDescentRouter(
             dim, num_routing_tokens=kv_routing_tokens, learned_routing_tokens=not routing_from_queries, **route
         )

@@ -14,6 +14,7 @@ from .checks import (
     slots_and_counts,
 )
 from .ops import gated_scatter_add_
+from .predecessor import check_predecessor_options
 from .router import CoordinateDescentRouter, gather_tokens, router_options
 
 
@@ -39,6 +40,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         router_straight_through: gates of exactly 1 in forward.
         router: kind of router, see :class:`CoordinateDescentRouter`.
         router_kwargs: further arguments of the router.
+        use_triton: of the predecessor: None or True, kernels are used wherever they can run.
         channel_first: maps come as (B, C, H, W); False: (B, H, W, C).
         device, dtype: of the parameters.
 
@@ -58,11 +60,13 @@ class ConditionalRoutedFeedForward(nn.Module):
         router_straight_through: bool = True,
         router: str = "learned",
         router_kwargs: dict | None = None,
+        use_triton: bool | None = None,
         channel_first: bool = True,
         device=None,
         dtype=None,
     ):
         super().__init__()
+        check_predecessor_options(use_triton=use_triton)
         factory = {"device": device, "dtype": dtype}
         self.dim = check_int("dim", dim)
         self.num_heavy_tokens = check_token_count("num_heavy_tokens", num_heavy_tokens)

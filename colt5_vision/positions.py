@@ -62,6 +62,19 @@ def axial_rotary(x: Tensor, y_x: tuple[Tensor, Tensor], theta: float = 100.0) ->
     return _turn(x.unflatten(-1, (2, 2 * quarter)), angle).flatten(-2)
 
 
+def sincos_2d(height: int, width: int, dim: int, device) -> Tensor:
+    """(H, W, dim) float32, sines and cosines of column and row, ``dim`` divisible by 4.
+
+    Source: simple ViT (arXiv 2205.01580).
+    """
+    quarter = dim // 4
+    freq = 10000.0 ** (-torch.arange(quarter, device=device) / max(1, quarter - 1))
+    rows = torch.arange(height, device=device).view(-1, 1, 1) * freq
+    columns = torch.arange(width, device=device).view(1, -1, 1) * freq
+    parts = [angle.expand(height, width, quarter) for angle in (columns.sin(), columns.cos(), rows.sin(), rows.cos())]
+    return torch.cat(parts, -1)
+
+
 def dispersed_rank(height: int, width: int, device, offset: int = 0) -> Tensor:
     """(N,) rank of each token in an order whose every prefix is spread evenly over the map (ordered-dither matrix).
 

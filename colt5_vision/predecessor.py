@@ -2,27 +2,31 @@
 
 from .ops.backend import VARIABLE
 
+_KERNELS = f"to run without Triton's kernels, set the environment variable {VARIABLE}=eager"
+_FUSED = "to choose a kernel of attention, use torch.nn.attention.sdpa_kernel"
+_SWITCHES = {"use_triton": _KERNELS, "router_use_triton": _KERNELS, "use_flash_attn": _FUSED, "flash_attn": _FUSED}
+_REFUSED = {
+    "num_sets_kv": "had no effect in colt5-attention, use kv_routing_tokens",
+    "triton_checkpoint_segments": "leave it out, backward keeps one number of each iteration: nothing to recompute",
+}
 
-def check_predecessor_options(*, use_triton: bool | None = None, use_flash_attn: bool | None = None, **renamed) -> None:
+
+def check_predecessor_options(**options) -> None:
     """Accept what holds here anyway; refuse, with what to do instead, what does not.
 
     Args:
-        use_triton: None or True: kernels are used wherever they can run.
-        use_flash_attn: None or True: attention is always fused.
-        **renamed: arguments that meant nothing there, name=(value given, what to use); refused unless None.
+        **options: by name. Switches may be None or True: kernels are used wherever they can run, attention is always
+            fused. What had no effect, or has none here, must be None.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    instead = {
-        "use_triton": (use_triton, f"to run without Triton's kernels, set the environment variable {VARIABLE}=eager"),
-        "use_flash_attn": (use_flash_attn, "to choose a kernel of attention, use torch.nn.attention.sdpa_kernel"),
-    }
-    for name, (value, what) in instead.items():
+    for name, value in options.items():
+        if name in _REFUSED:
+            if value is not None:
+                raise ValueError(f"{name}: {_REFUSED[name]}; got {value!r}")
+            continue
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"{name}: expected None or True, got {value!r} ({type(value).__name__})")
         if value is False:
-            raise ValueError(f"{name}: expected None or True, got False; {what}")
-    for name, (value, what) in renamed.items():
-        if value is not None:
-            raise ValueError(f"{name}: had no effect in colt5-attention, use {what}; got {value!r}")
+            raise ValueError(f"{name}: expected None or True, got False; {_SWITCHES[name]}")

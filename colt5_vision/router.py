@@ -21,6 +21,7 @@ from .gates import METHODS, soft_gates
 from .ops import route_topk, router_logits
 from .ops.autocast import without_autocast
 from .positions import dispersed_rank, hashed_uniform
+from .predecessor import check_predecessor_options
 
 ROUTERS = ("learned", "mean_query", "random", "grid")
 
@@ -89,6 +90,13 @@ def mean_query_logits(query: Tensor, key: Tensor, mask: Tensor | None = None, sc
     return logits.log_softmax(-1)
 
 
+def _compare(x: Tensor, directions: Tensor, normalize: bool) -> Tensor:
+    """Learned logits (B, R, N) of tokens (B, N, C) and directions (R, C) or (B, R, C), in the dtype of the latter."""
+    if normalize:
+        return router_logits(x, directions, eps=_TINY)
+    return (x.to(directions.dtype) @ directions.mT).mT
+
+
 class CoordinateDescentRouter(nn.Module):
     """Choose ``num_tokens`` of N tokens, differentiably.
 
@@ -108,9 +116,13 @@ class CoordinateDescentRouter(nn.Module):
         num_routing_tokens: R, how many sets of tokens are chosen side by side.
         learned_routing_tokens: False: no parameter, ``routing_tokens`` are given with every call.
         cosine_sim_routing: compare by cosine times ``cosine_sim_scale`` (default sqrt(dim)): logits are bounded.
+        normalize: False: learned logits are ``x · w``, not divided by the norm of the token, as in colt5-attention.
         cell_size: stratify: each cell of this many tokens (an int or (height, width)) gets its share of the slots.
+        route_block_size: the same for sequences: stretches of this many tokens, ``cell_size=(1, route_block_size)``.
         router: ``"learned"``; or without parameters, deterministic: ``"mean_query"`` (keys that the mean query attends
             to), ``"random"`` (a fixed pseudo-random choice, or fresh from a generator) and ``"grid"`` (evenly spread).
+        use_triton, triton_checkpoint_segments: of the predecessor. The first: None or True, kernels are used wherever
+            they can run; the second has no counterpart.
         device, dtype: of the parameters.
 
     Learned logits are ``x / |x| · w`` with ``w ~ N(0, 1)``: unit scale at initialisation whatever the width of ``x``.
@@ -135,13 +147,18 @@ class CoordinateDescentRouter(nn.Module):
         *,
         cosine_sim_routing: bool = False,
         cosine_sim_scale: float | None = None,
+        normalize: bool = True,
         cell_size: int | tuple[int, int] | None = None,
+        route_block_size: int | None = None,
         router: str = "learned",
         method: str = "coordinate_descent",
+        use_triton: bool | None = None,
+        triton_checkpoint_segments: None = None,
         device=None,
         dtype=None,
     ):
         super().__init__()
+        check_predecessor_options(use_triton=use_triton, triton_checkpoint_segments=triton_checkpoint_segments)
         if router not in ROUTERS:
             raise ValueError(f"router: expected one of {ROUTERS}, got {router!r}")
         if method not in METHODS:
@@ -159,10 +176,17 @@ class CoordinateDescentRouter(nn.Module):
             raise ValueError(f"fetch_k_ratio: expected a number >= 1, got {fetch_k_ratio}")
         if cosine_sim_scale is not None and not cosine_sim_routing:
             raise ValueError("cosine_sim_scale: only used with cosine_sim_routing=True")
-        if router != "learned" and (cosine_sim_routing or not learned_routing_tokens):
+        if router != "learned" and (cosine_sim_routing or not learned_routing_tokens or not normalize):
             raise ValueError(
-                f"cosine_sim_routing, learned_routing_tokens: only used by router='learned', got {router!r}"
+                f"cosine_sim_routing, learned_routing_tokens, normalize: only used by router='learned', got {router!r}"
             )
+        if cosine_sim_routing and not normalize:
+            raise ValueError("normalize: a cosine divides by the norms, expected True with cosine_sim_routing=True")
+        self.route_block_size = route_block_size
+        if route_block_size is not None:
+            if cell_size is not None:
+                raise ValueError("route_block_size: there is a cell_size already, expected one of the two")
+            cell_size = (1, check_int("route_block_size", route_block_size))
         self.dim = check_int("dim", dim)
         self.straight_through = straight_through
         self.n_iters = None if n_iters is None else check_int("n_iters", n_iters)
@@ -173,7 +197,7 @@ class CoordinateDescentRouter(nn.Module):
             raise ValueError(f"eps_decay: expected a number in (0, 1], got {eps_decay}")
         self.eps_init = None if eps_init is None else check_positive("eps_init", eps_init)
         self.num_routing_tokens = check_int("num_routing_tokens", num_routing_tokens)
-        self.cosine_sim_scale = None
+        self.normalize, self.cosine_sim_scale = normalize, None
         if cosine_sim_routing:
             scale = math.sqrt(dim) if cosine_sim_scale is None else cosine_sim_scale
             self.cosine_sim_scale = check_positive("cosine_sim_scale", scale)
@@ -249,7 +273,7 @@ class CoordinateDescentRouter(nn.Module):
             expected = (x.shape[0], self.num_routing_tokens, self.dim)
             if tuple(tokens.shape) != expected:
                 raise ValueError(f"routing_tokens: expected shape {expected}, got {tuple(routing_tokens.shape)}")
-        return router_logits(x, self._directions(tokens, x), eps=_TINY)
+        return _compare(x, self._directions(tokens, x), self.normalize)
 
     def _directions(self, tokens: Tensor, x: Tensor) -> Tensor:
         """Routing tokens as :func:`~colt5_vision.ops.router_logits` takes them, in the dtype of the logits of ``x``."""
@@ -336,6 +360,8 @@ class CoordinateDescentRouter(nn.Module):
                 if value is not None:
                     raise ValueError(f"{name}: only used to compute logits, which are given")
         n = x.shape[1]
+        if self.route_block_size is not None and grid_size is None:
+            grid_size = (1, n)
         if self.cell_size is not None and grid_size is None:
             raise ValueError("grid_size: needed, the router has a cell_size")
         slots = token_count("num_tokens", num_tokens, n)
@@ -369,7 +395,7 @@ def learned_logits(routers: Sequence[CoordinateDescentRouter], x: Tensor) -> tup
     """Logits of several learned routers of the same tokens, from one read of them.
 
     Args:
-        routers: of kind ``"learned"``, with routing tokens of their own.
+        routers: of kind ``"learned"``, with routing tokens of their own, all with the same ``normalize``.
         x: (B, N, C) tokens.
 
     Returns:
@@ -381,7 +407,9 @@ def learned_logits(routers: Sequence[CoordinateDescentRouter], x: Tensor) -> tup
     for index, router in enumerate(routers):
         if router.routing_token is None:
             raise ValueError(f"routers[{index}]: expected learned routing tokens, got none (router={router.router!r})")
+        if router.normalize != routers[0].normalize:
+            raise ValueError(f"routers[{index}]: expected normalize={routers[0].normalize} as the first")
         router._check_tokens(x, None, None)
     with without_autocast(x.device.type):
         tokens = [router._directions(router.routing_token, x) for router in routers]
-        return router_logits(x, torch.cat(tokens), eps=_TINY).split([len(t) for t in tokens], 1)
+        return _compare(x, torch.cat(tokens), routers[0].normalize).split([len(t) for t in tokens], 1)

@@ -1,20 +1,12 @@
 """Conditionally routed attention over sequences: every token sees its neighbours, few tokens are seen by all."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .branches import (
-    Projection,
-    RoutedAttention,
-    add_heavy_,
-    filled_with,
-    merge_heads,
-    numbers,
-    own_output,
-    project_out,
-    shared_logits,
-)
+from .branches import LightBranch, RoutedAttention, RoutedBranches, merge_heads
 from .checks import (
     TokenCount,
     check_float_tensor,
@@ -25,73 +17,74 @@ from .checks import (
 )
 from .positions import rotary
 from .predecessor import check_predecessor_options
-from .router import CoordinateDescentRouter, Routing, router_options
+from .router import CoordinateDescentRouter, router_options
 
 
-class LocalAttention(nn.Module):
-    """The light branch: pre-normalised attention of token i to the tokens j with ``|i - j| <= reach``, in O(N · reach).
+def local_attention(qkv: Tensor, reach: int, mask: Tensor | None) -> Tensor:
+    """Attention of token i to the tokens j with ``|i - j| <= reach``, in O(N · reach).
 
     Args:
-        dim: width C.
-        heads, dim_head: number of heads and width of each.
+        qkv: (B, N, 3, heads, head_dim), finite also where masked.
         reach: tokens seen on either side.
-        device, dtype: of the parameters.
+        mask: (B, N) bool, True = valid. A masked token is seen by itself only.
+
+    Returns:
+        (B, N, heads * head_dim).
     """
+    batch, num_tokens, _, heads, dim_head = qkv.shape
+    # a graph of any length must not ask which of the two is smaller, nor whether a view does without a copy
+    traced = torch.compiler.is_compiling()
+    size = reach if traced else min(reach, num_tokens)  # of a block: the band lies in three of them
+    blocks = num_tokens // size + 1
+    q, k, v = pad(qkv, (0,) * 6 + (size, 2 * size)).unbind(2)
+    # views (B, blocks, heads, tokens, head_dim): keys of a block and of its neighbours
+    q = q.unfold(1, size, size).mT[:, 1:-1]
+    k, v = (t.unfold(1, 3 * size, size).mT for t in (k, v))
+    if traced:
+        q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
 
-    output_layer = "to_out"
+    ahead = torch.arange(-size, 2 * size, device=qkv.device)  # of the first token of a block: the keys of the block
+    place = torch.arange(blocks, device=qkv.device).unsqueeze(1) * size + ahead
+    valid = (place >= 0) & (place < num_tokens)
+    valid = valid.unsqueeze(0) if mask is None else valid & mask[:, place.clamp(0, num_tokens - 1)]
+    ahead = ahead - torch.arange(size, device=qkv.device).unsqueeze(1)
+    seen = (ahead.abs() <= size) & valid.unsqueeze(2) | (ahead == 0)  # itself: no row is empty
+    seen = seen.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
 
-    def __init__(self, dim: int, heads: int, dim_head: int, reach: int, *, device=None, dtype=None):
-        super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        self.heads, self.dim_head, self.reach = heads, dim_head, reach
-        self.norm = nn.LayerNorm(dim, **factory)
-        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, **factory)
-        self.to_out = Projection(heads * dim_head, dim, bias=False, **factory)
-
-    def extra_repr(self) -> str:
-        return f"heads={self.heads}, reach={self.reach}"
-
-    def forward(self, x: Tensor, mask: Tensor | None, null: Tensor | None = None) -> Tensor:
-        """Attend.
-
-        Args:
-            x: (B, N, C); masked tokens finite, as 0.
-            mask: (B, N) bool, True = valid. A masked token is seen by itself only.
-            null: (C,), added to every token of the output.
-
-        Returns:
-            (B, N, C).
-        """
-        batch, num_tokens, _ = x.shape
-        # a graph of any length must not ask which of the two is smaller, nor whether a view does without a copy
-        traced = torch.compiler.is_compiling()
-        size = self.reach if traced else min(self.reach, num_tokens)  # of a block: the band lies in three of them
-        blocks = num_tokens // size + 1
-        qkv = pad(self.to_qkv(self.norm(x)), (0, 0, size, 2 * size))
-        q, k, v = qkv.unflatten(-1, (3, self.heads, self.dim_head)).unbind(2)
-        # views (B, blocks, heads, tokens, head_dim): keys of a block and of its neighbours
-        q = q.unfold(1, size, size).mT[:, 1:-1]
-        k, v = (t.unfold(1, 3 * size, size).mT for t in (k, v))
-        if traced:
-            q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
-        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-
-        ahead = torch.arange(-size, 2 * size, device=x.device)  # of the first token of a block: the keys of the block
-        place = torch.arange(blocks, device=x.device).unsqueeze(1) * size + ahead
-        valid = (place >= 0) & (place < num_tokens)
-        valid = valid.unsqueeze(0) if mask is None else valid & mask[:, place.clamp(0, num_tokens - 1)]
-        ahead = ahead - torch.arange(size, device=x.device).unsqueeze(1)
-        seen = (ahead.abs() <= size) & valid.unsqueeze(2) | (ahead == 0)  # itself: no row is empty
-        seen = seen.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
-
-        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        out = merge_heads(out).reshape(batch, blocks * size, self.heads * self.dim_head)
-        # Linear would copy a slice; whether it is one is not for a graph of any length to know
-        out = out.index_select(1, torch.arange(num_tokens, device=x.device))
-        return project_out(self.to_out, out, null)
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    out = merge_heads(out).reshape(batch, blocks * size, heads * dim_head)
+    # Linear would copy a slice; whether it is one is not for a graph of any length to know
+    return out.index_select(1, torch.arange(num_tokens, device=qkv.device))
 
 
-class ConditionalRoutedAttention(nn.Module):
+def attend_sequence(
+    module: RoutedBranches,
+    x: Tensor,
+    reach: int | None,
+    mask: Tensor | None,
+    num_heavy_tokens_q: TokenCount | Tensor | None,
+    num_heavy_tokens_kv: TokenCount | Tensor | None,
+) -> Tensor:
+    """The branches of ``module`` over a sequence x (B, N, C); arguments as of :class:`ConditionalRoutedAttention`."""
+    check_float_tensor("x", x, ndim=3)
+    batch, num_tokens, dim = x.shape
+    if dim != module.dim or num_tokens < 1:
+        raise ValueError(f"x: expected (B, N, {module.dim}) with N >= 1, got {tuple(x.shape)}")
+    check_mask("mask", mask, (batch, num_tokens))
+    if num_heavy_tokens_q is not None and module.q_router is None:
+        raise ValueError("num_heavy_tokens_q: the module was made without a query router (num_heavy_tokens_q=None)")
+    count_q = slots_and_counts("num_heavy_tokens_q", num_heavy_tokens_q, module.num_heavy_tokens_q, batch)
+    count_kv = slots_and_counts("num_heavy_tokens_kv", num_heavy_tokens_kv, module.num_heavy_tokens_kv, batch)
+    if mask is not None:
+        x = torch.where(mask.unsqueeze(-1), x, 0)
+    near = functools.partial(local_attention, reach=reach, mask=mask)
+    rotate = rotary if module.rotary_emb else None
+    out = module.sum_of_branches(x, (1, num_tokens), mask, count_q, count_kv, near, rotate)
+    return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)
+
+
+class ConditionalRoutedAttention(RoutedBranches):
     """Attention over a sequence: local attention for every token, full attention to (and by) a few routed ones.
 
     ``light(x) + scatter(gate_q · heavy(x_q, gate_kv · x_kv))``; a token that is not routed gets the learned null token
@@ -165,12 +158,13 @@ class ConditionalRoutedAttention(nn.Module):
             )
         self.rotary_emb, self.multiply_queries_by_score = rotary_emb, multiply_queries_by_score
 
-        self.light_attn = None
+        self.light_attn = self.reach = None
         if has_light_attn:
             check_int("light_heads", light_heads)
             check_int("light_dim_head", light_dim_head)
-            reach = check_int("light_window_size", light_window_size, minimum=2) // 2
-            self.light_attn = LocalAttention(dim, light_heads, light_dim_head, reach, **factory)
+            self.reach = check_int("light_window_size", light_window_size, minimum=2) // 2
+            norm = nn.LayerNorm(dim, **factory)
+            self.light_attn = LightBranch(dim, light_heads, light_dim_head, norm, **factory)
         self.null_q_token = None
         if q_count is not None and use_null_q_tokens is not False:
             self.null_q_token = nn.Parameter(torch.zeros(dim, **factory))
@@ -183,7 +177,7 @@ class ConditionalRoutedAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, num_heavy_tokens_q={self.num_heavy_tokens_q}, "
-            f"num_heavy_tokens_kv={self.num_heavy_tokens_kv}"
+            f"num_heavy_tokens_kv={self.num_heavy_tokens_kv}, reach={self.reach}"
         )
 
     def forward(
@@ -208,47 +202,4 @@ class ConditionalRoutedAttention(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        check_float_tensor("x", x, ndim=3)
-        batch, num_tokens, dim = x.shape
-        if dim != self.dim or num_tokens < 1:
-            raise ValueError(f"x: expected (B, N, {self.dim}) with N >= 1, got {tuple(x.shape)}")
-        check_mask("mask", mask, (batch, num_tokens))
-        if num_heavy_tokens_q is not None and self.q_router is None:
-            raise ValueError("num_heavy_tokens_q: the module was made without a query router (num_heavy_tokens_q=None)")
-        count_q = slots_and_counts("num_heavy_tokens_q", num_heavy_tokens_q, self.num_heavy_tokens_q, batch)
-        count_kv = slots_and_counts("num_heavy_tokens_kv", num_heavy_tokens_kv, self.num_heavy_tokens_kv, batch)
-        if mask is not None:
-            x = torch.where(mask.unsqueeze(-1), x, 0)
-        out = self._attend(x, mask, count_q, count_kv)
-        return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)
-
-    def _attend(self, x: Tensor, mask: Tensor | None, count_q, count_kv) -> Tensor:
-        grid_size = (1, x.shape[1])
-        to_q, to_kv = shared_logits(self.q_router, self.kv_router, x)
-        routed_q = None
-        if self.q_router is not None:
-            routing = self.q_router(x, **numbers(*count_q), mask=mask, grid_size=grid_size, **to_q)
-            routed_q = Routing(*(field.squeeze(1) for field in routing))
-        routed_kv = self.kv_router(x, **numbers(*count_kv), mask=mask, grid_size=grid_size, **to_kv)
-        heavy = self.heavy_attn(
-            x,
-            None if routed_q is None else routed_q.indices,
-            routed_kv.indices,
-            key_gates=routed_kv.gates,
-            key_mask=None if mask is None and count_kv[1] is None else routed_kv.mask,
-            query_gates=routed_q.gates if self.multiply_queries_by_score else None,
-            rotate=rotary if self.rotary_emb else None,
-        )
-        null = self.null_q_token
-        if self.light_attn is None:
-            if routed_q is None:
-                return heavy
-            out = filled_with(null, x, heavy.dtype)
-        else:
-            light = self.light_attn(x, mask, null)
-            heavy = heavy.to(light.dtype)
-            if routed_q is None:
-                return light + heavy
-            # the light branch put the null token everywhere; where a token is routed its heavy output takes that place
-            out = own_output(light, self.light_attn)
-        return add_heavy_(out, heavy, routed_q, null, counted=count_q[1] is not None)
+        return attend_sequence(self, x, self.reach, mask, num_heavy_tokens_q, num_heavy_tokens_kv)

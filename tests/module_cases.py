@@ -24,7 +24,6 @@ Block = functools.partial(
     ConditionalRoutedTransformerBlock, DIM, num_heavy_attn_tokens_kv=5, num_heavy_ff_tokens=6, **HEADS
 )
 Sequence = functools.partial(ConditionalRoutedAttention, DIM, num_heavy_tokens_kv=5, **HEADS)
-SequenceBlock = functools.partial(Block, sequence=True)
 
 
 class CrossOfItself(nn.Module):
@@ -59,6 +58,7 @@ CASES = {
     "sum-q-soft": Case(
         functools.partial(Attention, num_heavy_tokens_q=7, router_straight_through=False, multiply_keys_by_score=True)
     ),
+    "sum-heavy": Case(functools.partial(Attention, num_heavy_tokens_q=6, has_light_attn=False)),
     "softmax": Case(functools.partial(Attention, fusion="softmax")),
     "softmax-q": Case(functools.partial(Attention, fusion="softmax", num_heavy_tokens_q=6)),
     "softmax-2-rotary": Case(
@@ -97,7 +97,7 @@ CASES = {
     "cross-q-queried": Case(
         functools.partial(CrossOfItself, num_heavy_tokens_q=6, kv_routing_tokens=2, routing_from_queries=True), "tokens"
     ),
-    "block-sequence": Case(SequenceBlock, "tokens", residual=True),
+    "block-sequence": Case(Block, "tokens", residual=True),
 }
 every_module = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 

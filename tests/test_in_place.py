@@ -12,7 +12,7 @@ from torch.utils.checkpoint import (
 )
 
 from colt5_vision import ConditionalRoutedFeedForward, ConditionalRoutedImageAttention
-from colt5_vision.attention import WindowAttention
+from colt5_vision.branches import LightBranch
 
 HEADS = {"light_heads": 2, "heavy_heads": 2, "light_dim_head": 8, "heavy_dim_head": 8, "light_window_size": 4}
 
@@ -86,7 +86,7 @@ def test_hooks_keep_what_they_saw(make, everywhere):
     assert seen and all(torch.equal(out, before) for out, before in seen)
 
 
-class Squashed(WindowAttention):
+class Squashed(LightBranch):
     def forward(self, *args):
         return super().forward(*args).sigmoid()  # autograd needs its output
 

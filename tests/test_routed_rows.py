@@ -1,11 +1,14 @@
 """gather_normalize and gated_scatter_add_ on the CPU, and the sum fusion that is made of them."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import rms_norm
 
 from colt5_vision import ConditionalRoutedFeedForward, ConditionalRoutedImageAttention
+from colt5_vision.attention import attend_windows
 from colt5_vision.branches import own_output
 from colt5_vision.ops import gated_scatter_add_, gather_normalize
 from colt5_vision.ops.routed_rows import reference
@@ -180,7 +183,9 @@ def composed(module, x):
     """The sum fusion as it was composed of plain operators: the null token added to the map, an outer scatter."""
     tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
     q, kv = module.q_router(tokens, num_tokens=6), module.kv_router(tokens, num_tokens=5)
-    light = module.light_attn(tokens, (9, 7), None)
+    light = module.light_attn(
+        tokens, functools.partial(attend_windows, grid_size=(9, 7), window_size=module.window_size, mask=None)
+    )
     heavy = module.heavy_attn(tokens, q.indices[:, 0], kv.indices, key_gates=kv.gates)
     heavy = heavy * q.gates[:, 0].unsqueeze(-1) - module.null_q_token
     out = (light + module.null_q_token).scatter_add(1, q.indices[:, 0].unsqueeze(-1).expand_as(heavy), heavy)

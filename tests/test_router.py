@@ -8,6 +8,7 @@ import torch
 from colt5_vision import CoordinateDescentRouter, Routing
 from colt5_vision.ops import coordinate_descent, soft_topk
 from colt5_vision.ops.grid import cell_slots
+from colt5_vision.router import learned_logits
 
 DIM = 16
 KINDS = ("learned", "mean_query", "random", "grid")
@@ -262,6 +263,32 @@ def test_routes_choose_with_their_own_token():
         assert torch.equal(one(x, num_tokens=5).indices[:, 0], routing.indices[:, r])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_raw_logits(dtype):
+    """``normalize=False``: long tokens win; the comparison is float32 also of bfloat16 tokens and under autocast."""
+    module, x = router(num_routing_tokens=2, normalize=False).to(dtype), tokens(dtype=dtype) * 5
+    wide = torch.promote_types(dtype, torch.float32)
+    want = torch.einsum("bnd,rd->brn", x.to(wide), module.routing_token.to(wide))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = module.logits(x)
+    assert logits.dtype == wide
+    torch.testing.assert_close(logits, want)
+    torch.testing.assert_close(module.logits(2 * x), 2 * want)
+    both = learned_logits([module, module], x)
+    torch.testing.assert_close(both[1], want)
+    with pytest.raises(ValueError, match=r"^routers\[1\]: expected normalize=False as the first"):
+        learned_logits([module, router().to(dtype)], x)
+
+
+@pytest.mark.parametrize("num", [40, 43])
+def test_route_block_size_is_a_cell_of_a_line(num):
+    x = tokens(num=num)
+    blocks = router(route_block_size=10)(x, num_tokens=8)
+    cells = router(cell_size=(1, 10))(x, num_tokens=8, grid_size=(1, num))
+    assert torch.equal(blocks.indices, cells.indices)
+    assert not torch.equal(blocks.indices, router()(x, num_tokens=8).indices)
+
+
 def test_state_dict_round_trip():
     first, second = router(0, num_routing_tokens=2), router(1, num_routing_tokens=2)
     x = tokens()
@@ -293,6 +320,12 @@ def test_state_dict_round_trip():
         ("cosine_sim_scale", {"cosine_sim_routing": True, "cosine_sim_scale": 0.0}),
         ("cosine_sim_routing", {"router": "random", "cosine_sim_routing": True}),
         ("learned_routing_tokens", {"router": "mean_query", "learned_routing_tokens": False}),
+        ("normalize", {"router": "random", "normalize": False}),
+        ("normalize", {"cosine_sim_routing": True, "normalize": False}),
+        ("route_block_size", {"route_block_size": 0}),
+        ("route_block_size", {"route_block_size": 4, "cell_size": 4}),
+        ("use_triton", {"use_triton": False}),
+        ("triton_checkpoint_segments", {"triton_checkpoint_segments": 4}),
         ("dim", {"dim": 0}),
         ("dim", {"dim": 4.0}),
     ],

@@ -7,6 +7,7 @@ from colt5_vision import (
     ConditionalRoutedImageAttention,
     CoordinateDescentRouter,
     attention,
+    branches,
 )
 from colt5_vision.branches import shared_logits
 from colt5_vision.ops import router_logits
@@ -155,12 +156,19 @@ def test_a_module_gives_what_separate_routers_give(fusion, options, masked, monk
         return out.detach(), torch.autograd.grad((out * weight).sum(), inputs)
 
     shared, reads = run(), calls.count((2, 63, 16))
-    monkeypatch.setattr(attention, "shared_logits", lambda *_: ({}, {}))
+    for room in (attention, branches):
+        monkeypatch.setattr(room, "shared_logits", lambda *_: ({}, {}))
     apart = run()
     assert (reads, calls.count((2, 63, 16))) == (1, 2), "one norm of the map for both routers"
     torch.testing.assert_close(shared, apart)
     assert all(router.routing_token.grad is None for router in (module.q_router, module.kv_router))
     assert all(g.abs().max() > 1e-6 for g in shared[1][1:3])
+
+
+def test_routers_that_compare_differently_share_nothing():
+    routers = [CoordinateDescentRouter(5, normalize=normalize) for normalize in (True, False)]
+    assert shared_logits(*routers, randn(2, 9, 5)) == ({}, {})
+    assert all(shared_logits(router, router, randn(2, 9, 5)) != ({}, {}) for router in routers)
 
 
 @pytest.mark.parametrize("kind", ["mean_query", "random", "grid"])

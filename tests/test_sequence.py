@@ -1,12 +1,15 @@
 """ConditionalRoutedAttention and the block of sequences: what they mean, and the predecessor where it is right."""
 
+import functools
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from colt5_vision import ConditionalRoutedTransformerBlock
+from colt5_vision.branches import LightBranch
 from colt5_vision.positions import rotary
-from colt5_vision.sequence import ConditionalRoutedAttention, LocalAttention
+from colt5_vision.sequence import ConditionalRoutedAttention, local_attention
 
 DIM, N = 12, 37
 SHAPE = {"light_dim_head": 8, "light_heads": 2, "light_window_size": 8, "heavy_dim_head": 8, "heavy_heads": 4}
@@ -33,6 +36,17 @@ def some_mask(batch=2, num=N, seed=2):
     return torch.rand(batch, num, generator=torch.Generator().manual_seed(seed)) < 0.6
 
 
+class LocalAttention(LightBranch):
+    """The light branch of sequences by itself."""
+
+    def __init__(self, reach):
+        super().__init__(DIM, 2, 8, torch.nn.LayerNorm(DIM))
+        self.reach = reach
+
+    def forward(self, x, mask, null=None):
+        return super().forward(x, functools.partial(local_attention, reach=self.reach, mask=mask), null)
+
+
 def band(module, x, mask):
     """Local attention with a mask over all pairs."""
     q, k, v = (t.unflatten(-1, (module.heads, -1)).transpose(1, 2) for t in module.to_qkv(module.norm(x)).chunk(3, -1))
@@ -44,7 +58,7 @@ def band(module, x, mask):
 @pytest.mark.parametrize("num, reach", [(1, 4), (3, 4), (4, 4), (12, 4), (13, 4), (9, 1), (5, 100)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_local_attention_sees_its_band(num, reach, masked):
-    module, x = stirred(LocalAttention(DIM, 2, 8, reach)), tokens(3, num)
+    module, x = stirred(LocalAttention(reach)), tokens(3, num)
     mask = some_mask(3, num) if masked else torch.ones(3, num, dtype=torch.bool)
     x = torch.where(mask.unsqueeze(-1), x, 0)
     got = module(x, mask if masked else None)
@@ -55,7 +69,7 @@ def test_local_attention_sees_its_band(num, reach, masked):
 
 def test_memory_of_local_attention_grows_linearly():
     def largest(num):
-        module, x = LocalAttention(DIM, 2, 8, 32), torch.randn(1, num, DIM, requires_grad=True)
+        module, x = LocalAttention(32), torch.randn(1, num, DIM, requires_grad=True)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             module(x, None).sum().backward()
         return max(event.self_cpu_memory_usage for event in profile.events())
@@ -84,54 +98,6 @@ def test_without_a_light_branch_tokens_that_are_not_routed_are_the_null_token():
     assert not [name for name, _ in module.named_parameters() if name.startswith("light")]
 
 
-def copied(theirs, **kwargs):
-    """Ours with the weights of the predecessor's attention."""
-    ours = ConditionalRoutedAttention(DIM, **SHAPE, **kwargs).double()
-    state = {name.replace("gamma", "weight"): value for name, value in theirs.double().state_dict().items()}
-    state = {name: value for name, value in state.items() if not name.startswith("rotary_emb")}
-    assert state.keys() == ours.state_dict().keys()
-    ours.load_state_dict(state)
-    return ours
-
-
-@pytest.mark.parametrize("num", [N, 32, 5])
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"rotary_emb": True},
-        {"has_light_attn": False},
-        {"num_routed_kv": 2, "rotary_emb": True},
-        {"multiply_keys_by_score": True, "multiply_queries_by_score": True},
-        {"use_null_q_tokens": False},
-    ],
-    ids=lambda kwargs: "-".join(kwargs) or "default",
-)
-def test_equals_the_predecessor(kwargs, num):
-    """One sample; tokens of unit norm, which its raw logits and ours order alike; gates below 1, without ties.
-
-    Its light branch pads a length that its windows do not divide, and without a mask its last tokens attend to the
-    padding; with one of ones it is right.
-    """
-    predecessor = pytest.importorskip("colt5_attention")
-    torch.manual_seed(0)
-    kwargs = {"num_heavy_tokens_q": 7, "num_heavy_tokens_kv": 9, **kwargs}
-    exact = {"n_iters": 50, "eps": 1.0, "eps_init": 1.0, "eps_decay": 1.0}
-    theirs = predecessor.ConditionalRoutedAttention(DIM, router_kwargs=exact, **SHAPE, **kwargs)
-    ours = copied(theirs, **kwargs)
-    x = torch.nn.functional.normalize(tokens(1, num), dim=-1)
-    if num > 9:
-        for name, count in (("q_router", 7), ("kv_router", 9)):
-            routed = getattr(theirs, name)(x, num_tokens=count).indices.reshape(-1, count)
-            assert torch.equal(routed.sort().values, getattr(ours, name)(x, num_tokens=count).indices[0].sort().values)
-    want = theirs(x, mask=torch.ones(1, num, dtype=torch.bool))
-    torch.testing.assert_close(ours(x), want, atol=1e-5, rtol=1e-5)
-    if num % 4 == 0 or kwargs.get("has_light_attn") is False:
-        torch.testing.assert_close(theirs(x), want)
-    else:
-        assert not torch.allclose(theirs(x)[:, -4:], want[:, -4:], atol=1e-3), "padding is attended to"
-
-
 @pytest.mark.parametrize("make", [attention, "block"], ids=["attention", "block"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shares", [False, True])
@@ -139,7 +105,7 @@ def test_every_sample_has_its_own_counts(make, masked, shares):
     """A batch with counts gives what its samples give one by one, each with its number; values and gradients."""
     if make == "block":
         counts = {"num_heavy_attn_tokens_q": 9, "num_heavy_attn_tokens_kv": 8, "num_heavy_ff_tokens": 9}
-        module = stirred(ConditionalRoutedTransformerBlock(DIM, sequence=True, **counts, **SHAPE))
+        module = stirred(ConditionalRoutedTransformerBlock(DIM, **counts, **SHAPE))
     else:
         counts = {"num_heavy_tokens_q": 9, "num_heavy_tokens_kv": 8}
         module = attention(num_routed_kv=2, **counts)
@@ -173,30 +139,38 @@ def test_every_sample_has_its_own_counts(make, masked, shares):
         torch.testing.assert_close(grad, sum(parts))
 
 
-def test_the_predecessors_block_runs_as_printed_but_for_sequence():
-    block = ConditionalRoutedTransformerBlock(
-        dim=32,
-        light_dim_head=64,
-        light_heads=8,
-        light_window_size=128,
-        heavy_dim_head=64,
-        heavy_heads=8,
-        light_ff_mult=0.5,
-        heavy_ff_mult=4,
-        num_heavy_ff_tokens=1024,
-        num_heavy_attn_tokens_q=1024,
-        num_heavy_attn_tokens_kv=1024,
-        sequence=True,
-    )
-    assert type(block.conditional_attn) is ConditionalRoutedAttention
-    x = torch.randn(2, 1100, 32)
-    out = block(x, mask=torch.ones(2, 1100).bool())
-    assert out.shape == x.shape and out.isfinite().all()
-    with pytest.raises(ValueError, match=r"^x: expected 3 dimensions, .* sequence=True, got shape \(2, 32, 4, 4\)"):
-        block(torch.randn(2, 32, 4, 4))
-    maps = ConditionalRoutedTransformerBlock(32, num_heavy_attn_tokens_kv=4, num_heavy_ff_tokens=4)
-    with pytest.raises(ValueError, match="^x: expected 4 dimensions, .* sequence=False"):
-        maps(x)
+def test_a_block_over_a_sequence_is_the_attention_of_sequences():
+    """One block takes maps and sequences; over these it is ConditionalRoutedAttention with the same weights."""
+    counts = {"num_heavy_attn_tokens_q": 5, "num_heavy_attn_tokens_kv": 6, "num_heavy_ff_tokens": 7}
+    for kwargs in ({}, {"rotary_emb": True}, {"has_light_attn": False}, {"num_routed_kv": 2}):
+        block = stirred(ConditionalRoutedTransformerBlock(DIM, **counts, **SHAPE, **kwargs))
+        own = attention(num_heavy_tokens_q=5, **kwargs)
+        own.load_state_dict(block.conditional_attn.state_dict())
+        x, mask = tokens(), some_mask()
+        for given in ({}, {"mask": mask}):
+            want = x + own(x, **given)
+            want = want + block.conditional_ff(want, **given)
+            torch.testing.assert_close(block(x, **given), want, atol=0, rtol=0)
+        assert block(torch.randn(2, DIM, 5, 9).double()).isfinite().all()
+    default = ConditionalRoutedTransformerBlock(DIM, **counts)
+    assert (default.conditional_attn.window_size, default.conditional_attn.line) == ((16, 16), 128)
+
+
+@pytest.mark.parametrize(
+    "kwargs, x, text",
+    [
+        ({"fusion": "softmax"}, torch.randn(2, 5, DIM), "^x: a sequence needs fusion='sum'"),
+        ({"light_window_size": (2, 3)}, torch.randn(2, 5, DIM), "^x: a sequence needs a light_window_size that is one"),
+        ({"light_window_size": 1}, torch.randn(2, 5, DIM), "^x: a sequence needs a light_window_size that is one"),
+        ({}, torch.randn(5, DIM), r"^x: expected a map of 4 dimensions or a sequence of 3, got shape \(5, 12\)"),
+        ({}, torch.randn(2, 5, DIM + 1), r"^x: expected \(B, N, 12\)"),
+        ({}, torch.randn(2, DIM + 1, 5, 5), "^x: expected 12 channels"),
+    ],
+)
+def test_what_a_block_does_not_take(kwargs, x, text):
+    counts = {"num_heavy_attn_tokens_kv": 4, "num_heavy_ff_tokens": 4}
+    with pytest.raises(ValueError, match=text):
+        ConditionalRoutedTransformerBlock(DIM, **counts, **kwargs)(x)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from colt5_vision import (
     ConditionalRoutedImageAttention,
     CoordinateDescentRouter,
 )
+from colt5_vision.attention import attend_windows
 from colt5_vision.ops import backend, soft_topk
 from colt5_vision.ops.soft_topk import reference
 
@@ -134,7 +135,8 @@ def test_an_empty_query_slot_leaves_its_token_alone(null):
         out = apply(case, module, x, num_heavy_tokens_q=counts).flatten(1, 2)
         flat = x.flatten(1, 2)
         routing = module.q_router(flat, num_tokens=SLOTS, counts=counts)
-        light = module.light_attn(flat, (9, 7), None, module.null_q_token)
+        near = functools.partial(attend_windows, grid_size=(9, 7), window_size=module.window_size, mask=None)
+        light = module.light_attn(flat, near, module.null_q_token)
     for i, count in enumerate(counts.tolist()):
         routed = torch.zeros(63, dtype=torch.bool)
         routed[routing.indices[i, 0, :count]] = True

@@ -1,0 +1,244 @@
+"""convert.py: the predecessor's weights give the predecessor's outputs wherever it is right; where not, the fault."""
+
+import colt5_attention as predecessor
+import pytest
+import torch
+from colt5_attention.transformer_block import RMSNorm as TheirNorm
+from torch import nn
+
+import colt5_vision
+from colt5_vision.convert import convert_colt5_attention_state_dict
+
+DIM, N, W = 16, 37, 8
+HEAVY = {"heavy_dim_head": 8, "heavy_heads": 2}
+SHAPE = {**HEAVY, "light_dim_head": 8, "light_heads": 2, "light_window_size": W}
+# no schedule and a high temperature: few gates are capped, so that its top-k on them is one on the logits
+GATES = {"n_iters": 50, "eps": 6.0, "eps_init": 6.0, "eps_decay": 1.0}
+CASES = {
+    "ff": ("ConditionalRoutedFeedForward", {"num_heavy_tokens": 7}),
+    "ff-soft": ("ConditionalRoutedFeedForward", {"num_heavy_tokens": 7, "router_straight_through": False}),
+    "attention": ("ConditionalRoutedAttention", {**SHAPE, "num_heavy_tokens_q": 7, "num_heavy_tokens_kv": 9}),
+    "attention-rotary-2": (
+        "ConditionalRoutedAttention",
+        {**SHAPE, "num_heavy_tokens_q": 7, "num_heavy_tokens_kv": 9, "num_routed_kv": 2, "rotary_emb": True},
+    ),
+    "attention-soft": (
+        "ConditionalRoutedAttention",
+        {
+            **SHAPE,
+            "num_heavy_tokens_q": 7,
+            "num_heavy_tokens_kv": 9,
+            "router_straight_through": False,
+            "multiply_keys_by_score": True,
+            "multiply_queries_by_score": True,
+            "use_null_q_tokens": False,
+        },
+    ),
+    "attention-heavy": (
+        "ConditionalRoutedAttention",
+        {**HEAVY, "has_light_attn": False, "num_heavy_tokens_q": 7, "num_heavy_tokens_kv": 9},
+    ),
+    "attention-all": ("ConditionalRoutedAttention", {**SHAPE, "num_heavy_tokens_q": 99, "num_heavy_tokens_kv": 99}),
+    "block": (
+        "ConditionalRoutedTransformerBlock",
+        {**SHAPE, "num_heavy_attn_tokens_q": 7, "num_heavy_attn_tokens_kv": 9, "num_heavy_ff_tokens": 7},
+    ),
+    "autoregressive": (
+        "ConditionalRoutedAutoregressiveAttention",
+        {**SHAPE, "num_heavy_tokens_q": W, "num_heavy_tokens_kv": 5},
+    ),
+    "autoregressive-rotary": (
+        "ConditionalRoutedAutoregressiveAttention",
+        {**SHAPE, "num_heavy_tokens_q": W, "num_heavy_tokens_kv": 5, "heavy_window_size": W // 2, "rotary_emb": True},
+    ),
+}
+
+
+def pair(kind, **kwargs):
+    """Both modules, made with the same arguments, ours with the other's weights."""
+    torch.manual_seed(0)
+    theirs = getattr(predecessor, kind)(router_kwargs=GATES, **kwargs).double()
+    ours = getattr(colt5_vision, kind)(router_kwargs=GATES, **kwargs).double()
+    ours.load_state_dict(convert_colt5_attention_state_dict(theirs.state_dict(), ours))
+    return theirs, ours
+
+
+def tokens(*shape, seed=1):
+    """Float64 tokens whose norms differ by a factor of 5: ``x · w`` chooses others than ``x / |x| · w``."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return x * (0.4 + 1.6 * torch.rand(*shape[:-1], 1, generator=generator))
+
+
+def normalizing(module, on):
+    for part in module.modules():
+        if isinstance(part, colt5_vision.CoordinateDescentRouter):
+            part.normalize = on
+    return module
+
+
+@pytest.mark.parametrize("kind, kwargs", CASES.values(), ids=CASES)
+@torch.no_grad()
+def test_equal_outputs(kind, kwargs):
+    """One sample. A mask of ones, where it takes one: without, its last tokens attend to the padding of its windows."""
+    theirs, ours = pair(kind, dim=DIM, **kwargs)
+    x = tokens(1, N, DIM)
+    causal = kind == "ConditionalRoutedAutoregressiveAttention"
+    want = theirs(x) if causal else theirs(x, mask=torch.ones(1, N, dtype=torch.bool))
+    torch.testing.assert_close(ours(x), want, atol=1e-5, rtol=0)
+    if kwargs.get("num_heavy_tokens_q") != 99:
+        other = normalizing(ours, True)(x)
+        assert not torch.allclose(other, want, atol=1e-3), "the switch to raw logits did nothing"
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@torch.no_grad()
+def test_equal_gradients_by_soft_gates(soft):
+    """With the same iterations the gates are the predecessor's, and so is what the routers learn."""
+    counts = {"num_heavy_tokens_q": 7, "num_heavy_tokens_kv": 9, "router_straight_through": not soft}
+    theirs, ours = pair("ConditionalRoutedAttention", dim=DIM, **counts, **SHAPE)
+    x, mask = tokens(1, N, DIM), torch.ones(1, N, dtype=torch.bool)
+    with torch.enable_grad():
+        for module in (theirs, ours):
+            (module(x, mask=mask) * tokens(1, N, DIM, seed=2)).sum().backward()
+    for name in ("q_router.routing_token", "kv_router.routing_token"):
+        want = theirs.get_parameter(name).grad
+        assert want.norm() > 1e-4
+        torch.testing.assert_close(ours.get_parameter(name).grad, want, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_image_attention_window_by_window():
+    """It routes inside each window, so nothing crosses a window; ours, on each window alone, gives the same."""
+    counts = {"num_heavy_tokens_q": 7, "num_heavy_tokens_kv": 9, "channel_first": True}
+    theirs, ours = pair("ConditionalRoutedImageAttention", dim=DIM, **counts, **SHAPE)
+    x = tokens(1, 2 * W, 3 * W, DIM).permute(0, 3, 1, 2)
+    windows = x.unfold(2, W, W).unfold(3, W, W).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    apart = ours(windows).unflatten(0, (2, 3)).permute(2, 0, 3, 1, 4).reshape(1, DIM, 2 * W, 3 * W)
+    torch.testing.assert_close(apart, theirs(x), atol=1e-5, rtol=0)
+
+    other = x.clone()
+    other[..., :W] = tokens(1, 2 * W, W, DIM, seed=3).permute(0, 3, 1, 2)
+    assert torch.equal(theirs(other)[..., W:], theirs(x)[..., W:]), "the predecessor's fault: no view of other windows"
+    assert not torch.allclose(ours(other)[..., W:], ours(x)[..., W:], atol=1e-3)
+    with pytest.raises((TypeError, IndexError, RuntimeError)):
+        theirs(x, num_heavy_tokens_q=W * W)  # as many as a window has: the crash of its README's examples
+    with pytest.raises(Exception, match="not divisible|divide|Shape mismatch"):
+        theirs(x[..., :-1])
+    assert ours(x[..., :-1], num_heavy_tokens_q=W * W).isfinite().all()
+
+
+@pytest.mark.parametrize("count", [7, 100])
+@pytest.mark.parametrize("routes", [1, 2])
+@torch.no_grad()
+def test_cross_attention_from_the_pieces(routes, count):
+    """Its own forward cannot run: it reads a name it never sets. What it meant is put together from its parts."""
+    shape = {"num_tokens_q": 4, "num_tokens_kv": count, "kv_routing_tokens": routes, "dim_head": 8, "heads": 4}
+    theirs, ours = pair("ConditionalRoutedCrossAttention", dim=DIM, **shape)
+    x, context = tokens(1, 11, DIM), tokens(1, N, DIM, seed=2)
+    with pytest.raises(NameError, match="should_route_queries"):
+        theirs(x, context=context)
+
+    indices, scores, asking, _ = theirs.q_router(x, num_tokens=4)
+    keys, gates = context, None
+    if count < N:
+        _, gates, keys, _ = theirs.kv_router(context, num_tokens=count)
+    want = theirs.null_q_token.expand_as(x).clone()
+    want[:, indices[0]] = theirs.heavy_attn(asking, context=keys, normalized_scores_kv=gates) * scores.unsqueeze(-1)
+    if count < N or routes == 1:  # a context that is not routed has one route there
+        torch.testing.assert_close(ours(x, context=context), want, atol=1e-5, rtol=0)
+
+
+VIT = {
+    "image_size": 32,
+    "patch_size": 4,
+    "num_classes": 10,
+    "dim": DIM,
+    "depth": 2,
+    "attn_num_heavy_tokens_q": 7,
+    "attn_num_heavy_tokens_kv": 9,
+    "attn_heavy_dim_head": 8,
+    "attn_heavy_heads": 2,
+    "attn_light_dim_head": 8,
+    "attn_light_heads": 2,
+    "attn_light_window_size": 8,
+    "ff_num_heavy_tokens": 7,
+    "ff_heavy_mult": 2,
+    "ff_light_mult": 0.5,
+}
+
+
+@torch.no_grad()
+def test_vit():
+    """One window that is the whole map: what routes in each of several windows there is not what routes here."""
+    torch.manual_seed(0)
+    theirs = predecessor.ConditionalRoutedViT(**VIT, router_kwargs=GATES, flash_attn=False)
+    ours = colt5_vision.ConditionalRoutedViT(**VIT, router_kwargs=GATES)
+    converted = convert_colt5_attention_state_dict(theirs.state_dict(), ours)
+    ours.load_state_dict(converted)
+    image = torch.randn(1, 3, 32, 32)
+    want = theirs(image)
+    torch.testing.assert_close(ours(image), want, atol=1e-5, rtol=0)
+    assert not torch.allclose(normalizing(ours, True)(image), want, atol=1e-3)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"cosine_sim_routing": True, "cosine_sim_scale": 20.0}], ids=["raw", "cosine"])
+def test_router(kwargs):
+    theirs = predecessor.CoordinateDescentRouter(DIM, **GATES, **kwargs).double()
+    ours = colt5_vision.CoordinateDescentRouter(DIM, **GATES, **kwargs).double()
+    ours.load_state_dict(convert_colt5_attention_state_dict(theirs.state_dict(), ours))
+    assert ours.normalize == bool(kwargs)
+    x = tokens(3, N, DIM)
+    got, want = ours(x, num_tokens=5), theirs(x, num_tokens=5)
+    assert torch.equal(got.indices.squeeze(1).sort().values, want.indices.sort().values)
+
+
+def network(make, norm):
+    """A user's network around such modules."""
+    attention = make.ConditionalRoutedAttention(
+        DIM, num_heavy_tokens_q=7, num_heavy_tokens_kv=9, rotary_emb=True, **SHAPE
+    )
+    return nn.Sequential(nn.Linear(DIM, DIM), nn.ModuleDict({"attn": attention, "norm": norm}), nn.BatchNorm1d(DIM))
+
+
+def test_a_network_that_holds_such_modules():
+    """Entries of its own pass through: also a gamma of its own, and a weight of an RMSNorm of its own."""
+    theirs = network(predecessor, nn.ModuleList([TheirNorm(DIM), nn.RMSNorm(DIM)]))
+    ours = network(colt5_vision, nn.ModuleList([TheirNorm(DIM), nn.RMSNorm(DIM)]))
+    state = theirs.state_dict()
+    converted = convert_colt5_attention_state_dict(state, ours)
+    assert converted.keys() == ours.state_dict().keys()
+    ours.load_state_dict(converted)
+    assert torch.equal(ours[1]["attn"].heavy_attn.norm.weight, theirs[1]["attn"].heavy_attn.norm.gamma)
+    assert state.keys() == theirs.state_dict().keys(), "the given dictionary is left alone"
+
+
+def test_causal_attention_with_routed_queries_keeps_their_router():
+    """There are no equal outputs: there, a later token of a window can push a query out of it."""
+    theirs, ours = pair(
+        "ConditionalRoutedAutoregressiveAttention", dim=DIM, num_heavy_tokens_q=3, num_heavy_tokens_kv=5, **SHAPE
+    )
+    assert torch.equal(ours.q_router.routing_token, theirs.q_router.routing_token)
+    assert torch.equal(ours.null_q_token, theirs.null_q_token)
+
+
+def test_what_does_not_fit_is_named():
+    make = {"num_heavy_tokens_q": 7, "num_heavy_tokens_kv": 9}
+    state = predecessor.ConditionalRoutedAttention(DIM, rotary_emb=True, **make, **SHAPE).state_dict()
+
+    def error_of(state, **kwargs):
+        module = colt5_vision.ConditionalRoutedAttention(DIM, **{**make, **SHAPE, "rotary_emb": True, **kwargs})
+        with pytest.raises(ValueError, match="^state_dict: expected the weights of a ConditionalRouted") as error:
+            convert_colt5_attention_state_dict(state, module)
+        assert module.kv_router.normalize, "nothing is switched by what fails"
+        return str(error.value)
+
+    assert "no place for rotary_emb.inv_freq" in error_of(state, rotary_emb=False)
+    assert "no entry for light_attn.norm.weight" in error_of({k: v for k, v in state.items() if "light" not in k})
+    assert "no place for light_attn.norm.weight" in error_of(state, has_light_attn=False)
+    assert "no place for null_q_token, q_router.routing_token" in error_of(
+        state, num_heavy_tokens_q=None, use_null_q_tokens=None
+    )
+    assert "heavy_attn.to_q.weight of shape (16, 16), expected (32, 16)" in error_of(state, heavy_heads=4)
+    plain = predecessor.ConditionalRoutedAttention(DIM, **make, **SHAPE).state_dict()
+    assert "no entry for rotary_emb.inv_freq" in error_of(plain)
