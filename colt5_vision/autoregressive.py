@@ -169,8 +169,9 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         Args:
             x: (B, N, C), any N >= 1.
             mask: (B, N) bool, True = valid. Masked tokens are not read, not routed, and come out as 0.
-            num_heavy_tokens_q, num_heavy_tokens_kv: override the module's; a tensor (B,) of integers (for queries also
-                shares of the window) gives each sample its own, up to the module's. A cache keeps what it began with.
+            num_heavy_tokens_q, num_heavy_tokens_kv: override the module's; a tensor (B,) gives each sample its own, up to
+                the module's: integers, or shares, for queries of the window, for keys of the valid tokens before it. A
+                cache keeps what it began with.
             cache: of the tokens so far; ``x`` are those that follow, one or several.
             return_cache: also return the cache to go on with; always with ``cache``.
 
@@ -201,10 +202,10 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
 
     @staticmethod
     def _check_keys(value) -> int:
-        if isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point()):
-            raise ValueError(
-                "num_heavy_tokens_kv: expected a number of tokens; a share needs the length of the sequence, which a "
-                f"causal model does not know, got {value}"
+        if isinstance(value, float):
+            raise TypeError(
+                "num_heavy_tokens_kv: expected a number of tokens; a share of a sequence whose length is not known has "
+                f"no bound, with a call a tensor of shares (B,) is taken up to the module's number, got {value}"
             )
         return value if isinstance(value, Tensor) else check_int("num_heavy_tokens_kv", value)
 
@@ -212,7 +213,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         if value is not None:
             self._check_keys(value)
         slots, counts = slots_and_counts("num_heavy_tokens_kv", value, self.num_heavy_tokens_kv, batch)
-        return slots, None if counts is None else counts.clamp(1, slots)
+        return slots, counts
 
     def _count_queries(self, value, batch: int) -> Count | None:
         if self.q_router is None:
@@ -310,7 +311,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             positions.view(windows, width)[1:].repeat(batch, 1),
             rows(routed),
             per_window(keys.gates),
-            None if every_slot_full else per_window(keys.valid),
+            None if every_slot_full else per_window(keys.used),
             rows(taken),
             rows(query_gates),
             count_q and count_q[0],
@@ -330,7 +331,9 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             routed=routed[:, row, 1 : 1 + number].clone(),
             routed_logits=keys.logits[:, :, row, :number].clone(),
             routed_valid=keys.valid[:, :, row, :number].clone(),
+            routed_used=keys.used[:, :, row, :number].clone(),
             routed_gates=None if keys.gates is None else keys.gates[:, :, row, :number].clone(),
+            past=valid.flatten(1)[:, :begin].sum(1),
             pending=kv[:, begin:length].clone(),
             pending_logits=logits_kv[:, :, begin:length].clone(),
             pending_queries=None if count_q is None else logits_q[:, begin:length].clone(),
@@ -373,7 +376,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
                 positions.unsqueeze(0),
                 self.heavy_attn.with_null(cache.routed),
                 cache.routed_gates,
-                cache.routed_valid,
+                cache.routed_used,
                 taken,
                 query_gates,
                 count_q and count_q[0],

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .causal_routing import Threshold, best_keys, query_threshold
+from .causal_routing import Threshold, best_keys, key_limit, query_threshold
 from .router import CoordinateDescentRouter
 
 Count = tuple[int, Tensor | None]  # slots, and how many of them each sample uses
@@ -23,7 +23,8 @@ class AutoregressiveCache:
         light: (2, B, P, heads, head_dim) keys and values of the light branch, of at most two windows; ``light_valid``
             (B, P) bool.
         routed: (B, K, R, heads / R, 2, head_dim) keys and values that the window in progress attends to, of each route,
-            with ``routed_logits``, ``routed_valid`` and ``routed_gates`` (None: 1), all (B, R, K).
+            with ``routed_logits``, ``routed_valid``, ``routed_used`` (see :class:`RoutedKeys`) and ``routed_gates``
+            (None: 1), all (B, R, K). ``past`` (B,): valid tokens before that window.
         pending: (B, o, R, heads / R, 2, head_dim) keys and values of the window in progress, with ``pending_logits``
             (B, R, o), ``pending_queries`` (B, o) (logits; None: every token is a query) and ``pending_valid`` (B, o).
         threshold: of the window before, for queries. ``used`` (B,): queries routed in the window in progress.
@@ -36,7 +37,9 @@ class AutoregressiveCache:
     routed: Tensor
     routed_logits: Tensor
     routed_valid: Tensor
+    routed_used: Tensor
     routed_gates: Tensor | None
+    past: Tensor
     pending: Tensor
     pending_logits: Tensor
     pending_queries: Tensor | None
@@ -90,12 +93,17 @@ def rolled_over(
     logits = torch.cat([cache.routed_logits, cache.pending_logits], 2)
     valid = cache.pending_valid.unsqueeze(1).expand(cache.pending_logits.shape)
     valid = torch.cat([cache.routed_valid, valid], 2)
-    chosen, ok, gates = best_keys(kv_router, logits, valid, *cache.count_kv)
+    slots, count = cache.count_kv
+    past = cache.past + cache.pending_valid.sum(1)
+    kept, limit = cache.routed_logits.shape[2], key_limit(count, past.view(-1, 1, 1), slots)
+    chosen, ok, used, gates = best_keys(kv_router, logits, valid, slots, kept, limit)
     kv, index = torch.cat([cache.routed, cache.pending], 1), chosen.mT
     fresh = {
         "routed": kv.gather(1, index.view(*index.shape, 1, 1, 1).expand(-1, -1, -1, *kv.shape[3:])),
         "routed_logits": logits.gather(2, chosen),
         "routed_valid": ok,
+        "routed_used": used,
+        "past": past,
         "routed_gates": gates,
         "pending": cache.pending[:, :0],
         "pending_logits": cache.pending_logits[:, :, :0],

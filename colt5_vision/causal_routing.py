@@ -21,12 +21,14 @@ class RoutedKeys(NamedTuple):
         indices: int64 position of the token, in range even where a slot is empty.
         logits: its routing logit.
         valid: bool, False where a slot is empty.
-        gates: None for 1, else the gate, 0 in empty slots.
+        used: bool, the valid ones up to the number of the sample; the others are kept for later windows.
+        gates: None for 1, else the gate, 0 where not used.
     """
 
     indices: Tensor
     logits: Tensor
     valid: Tensor
+    used: Tensor
     gates: Tensor | None
 
 
@@ -38,12 +40,11 @@ class Threshold(NamedTuple):
 
 
 def _soft_gates(router: CoordinateDescentRouter, logits: Tensor, valid: Tensor, slots: int, count: Tensor | None):
-    """Soft top-k gates (B, R, ..., n) of ``slots`` times the router's fetch ratio, or of ``count`` (B,) times it."""
+    """Soft top-k gates (B, R, ..., n) of ``slots`` times the router's fetch ratio, or of ``count`` (B, 1, ...) times it."""
     sums = budget = min(slots * router.fetch_k_ratio, logits.shape[-1])
     if count is not None:
         wide = torch.float32 if logits.device.type == "mps" else torch.float64
-        sums = (_per_sample(count, logits.ndim - 1).to(wide) * router.fetch_k_ratio).clamp_max(budget)
-        sums = sums.expand(logits.shape[:-1])
+        sums = (count.to(wide) * router.fetch_k_ratio).clamp_max(budget).expand(logits.shape[:-1])
     return router.soft_gates(logits, sums, max_k=budget, mask=valid)
 
 
@@ -79,23 +80,43 @@ def running_topk(logits: Tensor, valid: Tensor, k: int) -> tuple[Tensor, Tensor]
     return state[1], state[2]
 
 
+def key_limit(count: Tensor | None, past: Tensor, slots: int) -> Tensor | None:
+    """How many keys a window uses, of the shape of ``past`` (B, ...), the number of valid tokens before it.
+
+    ``count`` (B,) are integers, or shares of ``past``, rounded, at least one; None: every slot.
+    """
+    if count is None:
+        return None
+    count = _per_sample(count.to(past.device), past.ndim)
+    if count.is_floating_point():
+        count = (count * past).round().long()
+    return count.clamp(1, slots).expand(past.shape)
+
+
 def best_keys(
-    router: CoordinateDescentRouter, logits: Tensor, valid: Tensor, slots: int, count: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The top ``slots`` (of each sample the top ``count``) of candidates (B, R, ..., n): their places, validity, gates.
+    router: CoordinateDescentRouter, logits: Tensor, valid: Tensor, slots: int, kept: int, limit: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The top ``slots`` of candidates (B, R, ..., n): their places, validity, which are used, their gates.
 
     The soft gates are those of the candidates, which are the keys of the window before and its own tokens: what has
     dropped out of the top k competes no more. They sum to the budget and cost O(k + w) a window.
+
+    Args:
+        kept: the first so many candidates are the keys of the window before, in falling order.
+        limit: (B, 1, ..., 1), how many are used; what is beyond neither counts nor competes, but stays. None: all.
     """
-    taken, ok = route_topk(logits, min(slots, logits.shape[-1]), mask=valid)
-    if count is not None:
-        ok = ok & (torch.arange(ok.shape[-1], device=ok.device) < _per_sample(count, ok.ndim))
+    taken, valid_slot = route_topk(logits, min(slots, logits.shape[-1]), mask=valid)
+    used = valid_slot
+    if limit is not None:
+        used = valid_slot & (torch.arange(taken.shape[-1], device=logits.device) < limit)
+        rank = torch.arange(logits.shape[-1], device=logits.device)
+        valid = valid & ((rank >= kept) | (rank < limit))
     if not router.wants_soft_gates(logits):
-        return taken, ok, None
-    gates = _soft_gates(router, logits, valid, slots, count).gather(-1, taken)
+        return taken, valid_slot, used, None
+    gates = _soft_gates(router, logits, valid, slots, None if limit is None else limit.squeeze(-1)).gather(-1, taken)
     if router.straight_through:
         gates = 1 + (gates - gates.detach())
-    return taken, ok, torch.where(ok, gates, 0)
+    return taken, valid_slot, used, torch.where(used, gates, 0)
 
 
 def route_keys(
@@ -107,21 +128,21 @@ def route_keys(
         logits: (B, R, M, w), M >= 2.
         valid: (B, M, w) bool.
         slots: K, for each route.
-        count: (B,) how many of the slots a sample uses, or None.
+        count: (B,) how many of the slots a sample uses, see :func:`key_limit`, or None.
     """
     windows, width = logits.shape[2:]
+    past = valid.sum(-1).cumsum(-1)[:, :-1]
+    limit = key_limit(count, past[:, None, :, None], slots)
     valid = valid.unsqueeze(1).expand(logits.shape)
     positions = torch.arange(windows * width, device=logits.device).view(windows, width).expand(logits.shape)
-    candidates = logits[:, :, :-1], positions[:, :, :-1], valid[:, :, :-1]
+    candidates, kept = (logits[:, :, :-1], positions[:, :, :-1], valid[:, :, :-1]), 0
     if windows > 2:
-        kept, ok = running_topk(logits[:, :, :-2], valid[:, :, :-2], slots)
-        if count is not None:
-            ok = ok & (torch.arange(kept.shape[-1], device=ok.device) < _per_sample(count, 4))
-        kept_logits = logits.flatten(2).gather(2, kept.flatten(2)).view(kept.shape)
-        before = (pad(part, (0, 0, 1, 0)) for part in (kept_logits, kept, ok))  # nothing lies before window 0
+        best, ok = running_topk(logits[:, :, :-2], valid[:, :, :-2], slots)
+        best_logits, kept = logits.flatten(2).gather(2, best.flatten(2)).view(best.shape), best.shape[-1]
+        before = (pad(part, (0, 0, 1, 0)) for part in (best_logits, best, ok))  # nothing lies before window 0
         candidates = tuple(torch.cat(both, -1) for both in zip(before, candidates))
-    taken, ok, gates = best_keys(router, candidates[0], candidates[2], slots, count)
-    return RoutedKeys(candidates[1].gather(-1, taken), candidates[0].gather(-1, taken), ok, gates)
+    taken, ok, used, gates = best_keys(router, candidates[0], candidates[2], slots, kept, limit)
+    return RoutedKeys(candidates[1].gather(-1, taken), candidates[0].gather(-1, taken), ok, used, gates)
 
 
 def query_threshold(
@@ -139,6 +160,7 @@ def query_threshold(
     logit = scores[..., last] if count is None else scores.gather(-1, last.expand(*scores.shape[:-1], 1)).squeeze(-1)
     if not router.wants_soft_gates(logits):
         return Threshold(logit, None)
+    count = None if count is None else _per_sample(count, logits.ndim)
     gates = _soft_gates(router, logits.unsqueeze(1), valid.unsqueeze(1), slots, count).squeeze(1)
     inner = valid & (gates < 1)
     # read off where the gate is largest: there it cannot underflow. All capped: no finite level, every gate is 1

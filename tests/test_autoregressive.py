@@ -277,6 +277,29 @@ def test_counts_of_a_call_and_of_each_sample():
     assert torch.equal(shares, module(x, num_heavy_tokens_q=torch.tensor(count_q)))
 
 
+@pytest.mark.parametrize("name", ["all", "queries-2-soft", "iterated"])
+@masked_or_not
+def test_shares_of_the_past(name, masked):
+    """Each window uses that share of the valid tokens before it: what a call with that number gives that window."""
+    module, x = build(name, num_heavy_tokens_kv=11), tokens(2, 45)
+    mask, share = some_mask(2, 45) if masked else None, [0.2, 0.7]
+    out = module(x, mask=mask, num_heavy_tokens_kv=torch.tensor(share, dtype=torch.float64))
+    numbers = set()
+    for i in range(2):
+        for window in range(1, 6):
+            past = window * W if mask is None else int(mask[i, : window * W].sum())
+            number = min(11, max(1, round(share[i] * past)))
+            alone = module(
+                x[i : i + 1], mask=None if mask is None else mask[i : i + 1], num_heavy_tokens_kv=torch.tensor([number])
+            )
+            here = slice(window * W, (window + 1) * W)
+            torch.testing.assert_close(out[i, here], alone[0, here])
+            numbers.add(number)
+    assert len(numbers) > 4 and 11 in numbers
+    copies = changed_before(lambda x: module(x, num_heavy_tokens_kv=torch.full((len(x),), 0.2)), tokens(1, 40))
+    assert copies[0] == 0
+
+
 def test_a_poisoned_sample_and_an_empty_batch():
     module, x = build("queries"), tokens(3, 29)
     bad = x.clone()
@@ -366,7 +389,7 @@ def test_first_slots():
         ("num_heavy_tokens_q", {}, {"num_heavy_tokens_q": 2}),
         ("num_heavy_tokens_q", {"num_heavy_tokens_q": 3}, {"num_heavy_tokens_q": torch.tensor([1, 0])}),
         ("num_heavy_tokens_kv", {}, {"num_heavy_tokens_kv": 0.5}),
-        ("num_heavy_tokens_kv", {}, {"num_heavy_tokens_kv": torch.tensor([0.5, 0.5])}),
+        ("num_heavy_tokens_kv", {}, {"num_heavy_tokens_kv": torch.tensor([0.5, 1.5])}),
         ("num_heavy_tokens_kv", {}, {"num_heavy_tokens_kv": torch.tensor([1, 2, 3])}),
         ("cache", {}, {"cache": 3}),
     ],

@@ -59,6 +59,11 @@ def test_counts_of_each_sample_are_kept():
     want = module(x, **counts)
     assert not torch.allclose(want, module(x))
     torch.testing.assert_close(decode(module, x, None, 11, 2, **counts)[0], want)
+    shares = {"num_heavy_tokens_kv": torch.tensor([0.04, 0.1, 0.9], dtype=torch.float64)}
+    for mask in (None, some_mask(3, 45)):
+        want = module(x, mask=mask, **shares)
+        torch.testing.assert_close(decode(module, x, mask, 11, 2, **shares)[0], want)
+        torch.testing.assert_close(decode(module, x, mask, 3, 1, **shares)[0], want)
     whole_number = {"num_heavy_tokens_q": 1, "num_heavy_tokens_kv": 9}
     torch.testing.assert_close(decode(module, x, None, 11, 2, **whole_number)[0], module(x, **whole_number))
 
@@ -133,3 +138,14 @@ def test_a_cache_of_another_module_or_batch_is_refused():
     with pytest.raises(dataclasses.FrozenInstanceError):
         cache.position = 0
     assert isinstance(cache, AutoregressiveCache) and cache.pending.shape[1] == 1 and x.shape[-1] == DIM
+
+
+@torch.no_grad()
+def test_a_step_compiles_whole():
+    module, x = build(dtype=torch.float32), tokens(2, 13, dtype=torch.float32)
+    step = torch.compile(module, fullgraph=True, backend="eager")
+    want = module(x)
+    out, cache = module(x[:, :11], return_cache=True)
+    for i in (11, 12):
+        out, cache = step(x[:, i : i + 1], cache=cache)
+        torch.testing.assert_close(out[:, 0], want[:, i])
