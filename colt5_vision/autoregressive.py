@@ -21,6 +21,7 @@ from .checks import (
     check_int,
     check_mask,
     check_token_count,
+    share_of,
     slots_and_counts,
     token_count,
 )
@@ -121,7 +122,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         if num_heavy_tokens_q is not None and token_count("num_heavy_tokens_q", num_heavy_tokens_q, width) == width:
             self.num_heavy_tokens_q = None  # a router that passes everything would have parameters without a gradient
         routed = self.num_heavy_tokens_q is not None
-        if multiply_queries_by_score and not routed:
+        if multiply_queries_by_score and num_heavy_tokens_q is None:
             raise ValueError("multiply_queries_by_score: needs num_heavy_tokens_q, every token is a query")
         self.multiply_queries_by_score = multiply_queries_by_score
         for name, value in (("light_heads", light_heads), ("light_dim_head", light_dim_head)):
@@ -226,8 +227,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         slots, counts = slots_and_counts("num_heavy_tokens_q", value, self.num_heavy_tokens_q, batch)
         slots = token_count("num_heavy_tokens_q", check_token_count("num_heavy_tokens_q", slots), width)
         if counts is not None:
-            counts = (counts * width).round().long() if counts.is_floating_point() else counts
-            return slots, counts.clamp(1, slots)
+            return slots, share_of(counts, width).clamp(1, slots)
         return None if slots == width else (slots, None)
 
     def _logits(self, x: Tensor, position: int) -> tuple[Tensor | None, Tensor]:

@@ -19,7 +19,10 @@ class _BlockAttention(ConditionalRoutedImageAttention):
     def __init__(self, dim: int, *, light_window_size: int | tuple[int, int] | None = None, **kwargs):
         given = {} if light_window_size is None else {"light_window_size": light_window_size}
         super().__init__(dim, **given, **kwargs)
-        self.line = 128 if light_window_size is None else light_window_size
+        self.line_window_size = 128 if light_window_size is None else light_window_size
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, line_window_size={self.line_window_size}"
 
     def forward(
         self,
@@ -34,12 +37,13 @@ class _BlockAttention(ConditionalRoutedImageAttention):
             return super().forward(x, mask=mask, **counts)
         if self.fusion != "sum":
             raise ValueError(f"x: a sequence needs fusion='sum', the block has {self.fusion!r}; got {tuple(x.shape)}")
-        if self.light_attn is not None and (isinstance(self.line, (tuple, list)) or self.line < 2):
+        line = self.line_window_size
+        if self.light_attn is not None and (isinstance(line, (tuple, list)) or line < 2):
             raise ValueError(
-                f"x: a sequence needs a light_window_size that is one number >= 2, the block has {self.line}; "
+                f"x: a sequence needs a light_window_size that is one number >= 2, the block has {line}; "
                 f"got {tuple(x.shape)}"
             )
-        return attend_sequence(self, x, None if self.light_attn is None else self.line // 2, mask, **counts)
+        return attend_sequence(self, x, None if self.light_attn is None else line // 2, mask, **counts)
 
 
 class ConditionalRoutedTransformerBlock(nn.Module):

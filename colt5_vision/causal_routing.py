@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .checks import share_of
 from .ops import route_topk
 from .ops.soft_topk.reference import eps_schedule
 from .router import CoordinateDescentRouter
@@ -87,9 +88,7 @@ def key_limit(count: Tensor | None, past: Tensor, slots: int) -> Tensor | None:
     """
     if count is None:
         return None
-    count = _per_sample(count.to(past.device), past.ndim)
-    if count.is_floating_point():
-        count = (count * past).round().long()
+    count = share_of(_per_sample(count.to(past.device), past.ndim), past)
     return count.clamp(1, slots).expand(past.shape)
 
 

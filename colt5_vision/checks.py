@@ -122,7 +122,11 @@ def filled_slots(name: str, counts, slots: int, x: Tensor, mask: Tensor | None) 
     if not isinstance(counts, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape ({x.shape[0]},) or None, got {type(counts).__name__}")
     counts = slots_and_counts(name, counts, slots, x.shape[0])[1].to(x.device)
+    return share_of(counts, x.shape[1] if mask is None else mask.sum(-1)).clamp(1, slots)
+
+
+def share_of(counts: Tensor, total: int | Tensor) -> Tensor:
+    """``counts`` as int64: integers as they are, floats as that share of ``total``, rounded."""
     if counts.is_floating_point():
-        share = counts if counts.dtype == torch.float64 else counts.float()
-        counts = (share * (x.shape[1] if mask is None else mask.sum(-1))).round()
-    return counts.to(torch.int64).clamp(1, slots)
+        counts = ((counts if counts.dtype == torch.float64 else counts.float()) * total).round()
+    return counts.to(torch.int64)

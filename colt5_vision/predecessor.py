@@ -11,19 +11,22 @@ _REFUSED = {
 }
 
 
+_HARMLESS = {"num_sets_kv": 1}
+
+
 def check_predecessor_options(**options) -> None:
     """Accept what holds here anyway; refuse, with what to do instead, what does not.
 
     Args:
         **options: by name. Switches may be None or True: kernels are used wherever they can run, attention is always
-            fused. What had no effect, or has none here, must be None.
+            fused. What had no effect, or has none here, must be None, or what says nothing.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     for name, value in options.items():
         if name in _REFUSED:
-            if value is not None:
+            if value is not None and value != _HARMLESS.get(name):
                 raise ValueError(f"{name}: {_REFUSED[name]}; got {value!r}")
             continue
         if value is not None and not isinstance(value, bool):

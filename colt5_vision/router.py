@@ -209,7 +209,10 @@ class CoordinateDescentRouter(nn.Module):
             self.routing_token = nn.Parameter(torch.randn(num_routing_tokens, dim, device=device, dtype=dtype))
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, router={self.router!r}, num_routing_tokens={self.num_routing_tokens}, eps={self.eps}"
+        return (
+            f"dim={self.dim}, router={self.router!r}, num_routing_tokens={self.num_routing_tokens}, eps={self.eps}, "
+            f"n_iters={self.n_iters}, normalize={self.normalize}, straight_through={self.straight_through}"
+        )
 
     def _check_tokens(self, x: Tensor, mask: Tensor | None, grid_size: tuple[int, int] | None) -> None:
         check_float_tensor("x", x, ndim=3)
@@ -308,7 +311,7 @@ class CoordinateDescentRouter(nn.Module):
     def soft_gates(self, logits: Tensor, k: float | Tensor, **how) -> Tensor:
         """:func:`~colt5_vision.gates.soft_gates` of logits (..., N) with sum ``k``, by this router's relaxation."""
         own = {name: getattr(self, name) for name in ("method", "n_iters", "eps", "eps_init", "eps_decay")}
-        return soft_gates(logits, k, **own, **how)
+        return soft_gates(logits, k, **{**own, **how})
 
     def forward(
         self,
@@ -381,7 +384,10 @@ class CoordinateDescentRouter(nn.Module):
             if counts is not None:
                 wide = torch.float32 if x.device.type == "mps" else torch.float64  # as a number is: the same digits
                 sums = (k.to(wide) * self.fetch_k_ratio).clamp_max(budget)
-            soft = self.soft_gates(logits, sums, max_k=budget, mask=per_route, generator=noise, **stratified)
+            how = {"mask": per_route, "generator": noise, **stratified}
+            if self.n_iters is not None and counts is None and self.method == "coordinate_descent" and slots == n:
+                how.update(n_iters=None, eps_init=None, eps_decay=1.0)  # all are taken: 1, which iterations approach
+            soft = self.soft_gates(logits, sums, max_k=budget, **how)
             gates = soft.gather(-1, indices)
             log_weights = gates.clamp_min(torch.finfo(gates.dtype).tiny).log()
             if self.straight_through:

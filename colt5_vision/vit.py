@@ -144,7 +144,7 @@ class ConditionalRoutedViT(nn.Module):
         missing = (0, -width % patch_width, 0, -height % patch_height)
         if mask is not None:
             img = torch.where(mask.unsqueeze(1), img, 0)
-            mask = max_pool2d(pad(mask.float(), missing), self.patch_size) > 0
+            mask = max_pool2d(pad(mask.float().unsqueeze(1), missing), self.patch_size).squeeze(1) > 0
         x = rearrange(pad(img, missing), "b c (h p) (w q) -> b h w (p q c)", p=patch_height, q=patch_width)
         x = self.to_patch_embedding(x)
         x = x + sincos_2d(*x.shape[1:], x.device).to(x.dtype)

@@ -38,6 +38,10 @@ CASES = {
         "ConditionalRoutedAttention",
         {**HEAVY, "has_light_attn": False, "num_heavy_tokens_q": 7, "num_heavy_tokens_kv": 9},
     ),
+    "attention-all-soft": (
+        "ConditionalRoutedAttention",
+        {**SHAPE, "num_heavy_tokens_q": 99, "num_heavy_tokens_kv": 99, "router_straight_through": False},
+    ),
     "attention-all": ("ConditionalRoutedAttention", {**SHAPE, "num_heavy_tokens_q": 99, "num_heavy_tokens_kv": 99}),
     "block": (
         "ConditionalRoutedTransformerBlock",
@@ -64,31 +68,63 @@ def pair(kind, **kwargs):
 
 
 def tokens(*shape, seed=1):
-    """Float64 tokens whose norms differ by a factor of 5: ``x · w`` chooses others than ``x / |x| · w``."""
+    """Tokens whose norms differ by a factor of 5: ``x · w`` chooses others than ``x / |x| · w``."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=generator, dtype=torch.float64)
     return x * (0.4 + 1.6 * torch.rand(*shape[:-1], 1, generator=generator))
 
 
-def normalizing(module, on):
-    for part in module.modules():
-        if isinstance(part, colt5_vision.CoordinateDescentRouter):
-            part.normalize = on
+def routers(module):
+    return [part for part in module.modules() if isinstance(part, colt5_vision.CoordinateDescentRouter)]
+
+
+def normalizing(module):
+    for router in routers(module):
+        router.normalize = True
     return module
 
 
 @pytest.mark.parametrize("kind, kwargs", CASES.values(), ids=CASES)
 @torch.no_grad()
 def test_equal_outputs(kind, kwargs):
-    """One sample. A mask of ones, where it takes one: without, its last tokens attend to the padding of its windows."""
+    """One sample. A mask of ones, where it takes one: see the next test."""
     theirs, ours = pair(kind, dim=DIM, **kwargs)
     x = tokens(1, N, DIM)
     causal = kind == "ConditionalRoutedAutoregressiveAttention"
     want = theirs(x) if causal else theirs(x, mask=torch.ones(1, N, dtype=torch.bool))
     torch.testing.assert_close(ours(x), want, atol=1e-5, rtol=0)
+    for small in (0.02, 1e-4):  # embeddings often start so: an eps in our norms would show
+        want = theirs(small * x) if causal else theirs(small * x, mask=torch.ones(1, N, dtype=torch.bool))
+        torch.testing.assert_close(ours(small * x), want, atol=1e-5, rtol=0)
+    want = theirs(x) if causal else theirs(x, mask=torch.ones(1, N, dtype=torch.bool))
     if kwargs.get("num_heavy_tokens_q") != 99:
-        other = normalizing(ours, True)(x)
+        other = normalizing(ours)(x)
         assert not torch.allclose(other, want, atol=1e-3), "the switch to raw logits did nothing"
+
+
+@torch.no_grad()
+def test_the_predecessor_attends_to_padding():
+    """Without a mask its last tokens see the padding of a length that its windows do not divide."""
+    theirs, ours = pair("ConditionalRoutedAttention", dim=DIM, num_heavy_tokens_q=7, num_heavy_tokens_kv=9, **SHAPE)
+    x = tokens(1, N, DIM)
+    right = theirs(x, mask=torch.ones(1, N, dtype=torch.bool))
+    last = (N // (W // 2) - 1) * (W // 2)  # its windows of half the size look one ahead
+    torch.testing.assert_close(theirs(x)[:, :last], right[:, :last])
+    assert not torch.allclose(theirs(x)[:, last:], right[:, last:], atol=1e-3)
+    torch.testing.assert_close(ours(x), right, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_predecessors_causal_attention_with_two_routes():
+    """Its windows are samples of a batch, and with several routes it takes the mask of another sample."""
+    shape = {**SHAPE, "num_heavy_tokens_q": W, "num_heavy_tokens_kv": 5, "num_routed_kv": 2}
+    theirs, ours = pair("ConditionalRoutedAutoregressiveAttention", dim=DIM, **shape)
+    x = tokens(1, 5 * W, DIM)
+    windows = torch.ones(5, 5, dtype=torch.bool).tril(-1)[1:].repeat_interleave(W, 1)  # what 1 to 4 may see
+    routed = theirs.kv_router(x.expand(4, -1, -1), num_tokens=5, mask=windows)
+    right = windows.unsqueeze(1).expand(-1, 2, -1).gather(2, routed.indices)
+    assert right.all() and not routed.routed_mask.all(), "it masks keys that the window may see"
+    assert not torch.allclose(theirs(x), ours(x), atol=1e-2)
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -168,18 +204,19 @@ VIT = {
 }
 
 
+@pytest.mark.parametrize("size", [{}, {"image_size": (16, 128), "patch_size": (2, 16), "attn_num_routed_kv": 2}])
 @torch.no_grad()
-def test_vit():
+def test_vit(size):
     """One window that is the whole map: what routes in each of several windows there is not what routes here."""
     torch.manual_seed(0)
-    theirs = predecessor.ConditionalRoutedViT(**VIT, router_kwargs=GATES, flash_attn=False)
-    ours = colt5_vision.ConditionalRoutedViT(**VIT, router_kwargs=GATES)
+    theirs = predecessor.ConditionalRoutedViT(**{**VIT, **size}, router_kwargs=GATES, flash_attn=False)
+    ours = colt5_vision.ConditionalRoutedViT(**{**VIT, **size}, router_kwargs=GATES)
     converted = convert_colt5_attention_state_dict(theirs.state_dict(), ours)
     ours.load_state_dict(converted)
-    image = torch.randn(1, 3, 32, 32)
+    image = torch.randn(1, 3, *ours.image_size)
     want = theirs(image)
     torch.testing.assert_close(ours(image), want, atol=1e-5, rtol=0)
-    assert not torch.allclose(normalizing(ours, True)(image), want, atol=1e-3)
+    assert not torch.allclose(normalizing(ours)(image), want, atol=1e-3)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"cosine_sim_routing": True, "cosine_sim_scale": 20.0}], ids=["raw", "cosine"])
@@ -199,6 +236,42 @@ def network(make, norm):
         DIM, num_heavy_tokens_q=7, num_heavy_tokens_kv=9, rotary_emb=True, **SHAPE
     )
     return nn.Sequential(nn.Linear(DIM, DIM), nn.ModuleDict({"attn": attention, "norm": norm}), nn.BatchNorm1d(DIM))
+
+
+@torch.no_grad()
+def test_other_modules_of_ours_stay_as_they_are():
+    """A network of which only one part comes from the predecessor; and one that is ours altogether."""
+    heavy = {"num_heavy_tokens": 7}
+    theirs = nn.ModuleList(
+        [
+            predecessor.ConditionalRoutedFeedForward(DIM, **heavy),
+            colt5_vision.ConditionalRoutedFeedForward(DIM, **heavy),
+        ]
+    )
+    ours = nn.ModuleList([colt5_vision.ConditionalRoutedFeedForward(DIM, **heavy) for _ in range(2)])
+    ours.load_state_dict(convert_colt5_attention_state_dict(theirs.state_dict(), ours))
+    assert [router.normalize for router in routers(ours)] == [False, True]
+    assert [part.light_ff[0].eps for part in ours] == [1e-24, 1e-6]
+    assert torch.equal(ours[1](tokens(2, N, DIM).float()), theirs[1](tokens(2, N, DIM).float()))
+    converted = convert_colt5_attention_state_dict(theirs.state_dict(), ours)
+    fresh = network(colt5_vision, nn.Identity())
+    assert convert_colt5_attention_state_dict(fresh.state_dict(), fresh).keys() == fresh.state_dict().keys()
+    assert all(router.normalize for router in routers(fresh))
+    again = convert_colt5_attention_state_dict(converted, ours)
+    assert all(again[name] is converted[name] for name in converted)
+
+
+@pytest.mark.parametrize("dim", [64, 512])
+def test_routers_learn_at_the_temperature_of_raw_logits(dim):
+    """The page's advice, ``eps = dim ** 0.5``; at the default, 1, every gate of a wide module is capped."""
+    kwargs = {"num_heavy_tokens_q": 64, "num_heavy_tokens_kv": 64, **SHAPE}
+    x, moved = torch.randn(2, 512, dim, generator=torch.Generator().manual_seed(0)), []
+    for eps in (dim**0.5, 1.0):
+        torch.manual_seed(0)
+        ours = colt5_vision.ConditionalRoutedAttention(dim, router_kwargs={"normalize": False, "eps": eps}, **kwargs)
+        ours(x).square().sum().backward()
+        moved.append(min(router.routing_token.grad.norm().item() for router in routers(ours)))
+    assert moved[0] > 0.1 and (dim == 64 or moved[1] < 1e-3 * moved[0])
 
 
 def test_a_network_that_holds_such_modules():
@@ -242,3 +315,13 @@ def test_what_does_not_fit_is_named():
     assert "heavy_attn.to_q.weight of shape (16, 16), expected (32, 16)" in error_of(state, heavy_heads=4)
     plain = predecessor.ConditionalRoutedAttention(DIM, **make, **SHAPE).state_dict()
     assert "no entry for rotary_emb.inv_freq" in error_of(plain)
+    wrapped = {f"module.{name}": value for name, value in state.items()}
+    assert "names there begin with 'module', here with ''" in error_of(wrapped)
+    block = {"num_heavy_attn_tokens_kv": 9, "num_heavy_attn_tokens_q": 7, "num_heavy_ff_tokens": 7, **SHAPE}
+    state = predecessor.ConditionalRoutedTransformerBlock(DIM, **block).state_dict()
+    with pytest.raises(ValueError, match=r"no entry for conditional_attn\.rotary_emb\.inv_freq"):
+        convert_colt5_attention_state_dict(
+            state, colt5_vision.ConditionalRoutedTransformerBlock(DIM, rotary_emb=True, **block)
+        )
+    with pytest.raises(TypeError, match="^state_dict: expected a mapping of names to tensors, got Linear"):
+        convert_colt5_attention_state_dict(nn.Linear(2, 2), nn.Linear(2, 2))

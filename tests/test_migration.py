@@ -88,7 +88,7 @@ def test_masked_tokens_take_no_slots():
 
 @torch.no_grad()
 def test_masks():
-    """There, a masked token still gets an output, and image attention takes no mask at all."""
+    """There, a masked token still gets an output, and image attention takes no mask of a map."""
     theirs, ours = both("ConditionalRoutedAttention", DIM, **COUNTS, **SHAPE)
     x, mask = tokens(), torch.arange(N).expand(3, -1) < 30
     assert (theirs(x, mask=mask)[~mask] != 0).any() and (ours(x, mask=mask)[~mask] == 0).all()
@@ -111,10 +111,12 @@ def test_autocast(kind):
 
 @torch.no_grad()
 def test_null_tokens_start_at_0():
-    """There, a token that is not routed is given noise of standard deviation 1, beside outputs of a tenth."""
+    """There, a token that is not routed is given noise, several times what the branch gives to one that is."""
     theirs, ours = both("ConditionalRoutedAttention", DIM, **COUNTS, **SHAPE)
     assert theirs.null_q_token.std() > 0.5 and (ours.null_q_token == 0).all()
     assert theirs.heavy_attn.null_kv.std() > 0.5 and (ours.heavy_attn.null_kv == 0).all()
+    theirs.heavy_attn.null_kv.zero_()
+    assert theirs.heavy_attn(tokens()).std() < 0.25 * theirs.null_q_token.std()
 
 
 @torch.no_grad()
@@ -122,6 +124,7 @@ def test_blocks_of_a_router():
     theirs, ours = both("CoordinateDescentRouter", DIM, route_block_size=10)
     with pytest.raises(IndexError, match="out of bounds"):
         theirs(tokens(num=43), num_tokens=9)
+    assert theirs(tokens(num=19), num_tokens=9).indices.max() < 10, "what does not fill a block is dropped"
     indices = ours(tokens(num=43), num_tokens=9).indices
     assert torch.equal(torch.bincount(indices[0, 0] // 10, minlength=5), torch.tensor([2, 2, 2, 2, 1]))
 
@@ -218,8 +221,46 @@ def test_kernels_are_not_asked_for():
     with pytest.raises(ValueError, match="^use_triton: "):
         colt5_vision.ConditionalRoutedFeedForward(DIM, num_heavy_tokens=4, use_triton=False)
 
+    vit = {"image_size": 32, "patch_size": 4, "num_classes": 2, "dim": DIM, "depth": 1, "ff_num_heavy_tokens": 4}
+    vit |= {
+        "ff_heavy_mult": 2,
+        "ff_light_mult": 1,
+        **{f"attn_{name}": value for name, value in (COUNTS | SHAPE).items()},
+    }
+    colt5_vision.ConditionalRoutedViT(**vit, router_use_triton=True, flash_attn=True)
+    with pytest.raises(ValueError, match="^router_use_triton: .*COLT5_VISION_BACKEND=eager"):
+        colt5_vision.ConditionalRoutedViT(**vit, router_use_triton=False)
+    with pytest.raises(ValueError, match=r"^flash_attn: .*sdpa_kernel"):
+        colt5_vision.ConditionalRoutedViT(**vit, flash_attn=False)
+
+
+def test_what_only_a_schedule_or_a_cosine_uses():
+    for kwargs in ({"eps_init": 4.0}, {"eps_decay": 0.7}, {"cosine_sim_scale": 8}):
+        predecessor.CoordinateDescentRouter(DIM, **kwargs)
+        with pytest.raises(ValueError, match=f"{next(iter(kwargs))}.*: "):
+            colt5_vision.CoordinateDescentRouter(DIM, **kwargs)
+    colt5_vision.CoordinateDescentRouter(DIM, n_iters=20, eps_init=4.0, eps_decay=0.7)
+    colt5_vision.CoordinateDescentRouter(DIM, cosine_sim_routing=True, cosine_sim_scale=8)
+
+
+def test_windows_between_which_tokens_are_seen_by_nobody():
+    """There only its README warns of a heavy window that is wider than the light one."""
+    counts = {"num_heavy_tokens_q": 4, "num_heavy_tokens_kv": 4, "light_window_size": 8, "heavy_window_size": 24}
+    predecessor.ConditionalRoutedAutoregressiveAttention(DIM, **counts)
+    with pytest.raises(ValueError, match="^heavy_window_size: .* would be seen by neither branch"):
+        colt5_vision.ConditionalRoutedAutoregressiveAttention(DIM, **counts)
+
 
 def test_arguments_without_a_meaning_are_refused():
+    sizes = [
+        {
+            name: value.shape
+            for name, value in predecessor.ConditionalRoutedCrossAttention(**kwargs).state_dict().items()
+        }
+        for kwargs in ({"dim": DIM, "num_tokens_q": 4, "num_tokens_kv": 4, "num_sets_kv": sets} for sets in (1, 3))
+    ]
+    assert sizes[0] == sizes[1]
+    colt5_vision.ConditionalRoutedCrossAttention(DIM, num_tokens_kv=4, num_sets_kv=1)
     with pytest.raises(ValueError, match="^num_sets_kv: .* use kv_routing_tokens"):
         colt5_vision.ConditionalRoutedCrossAttention(DIM, num_tokens_kv=4, num_sets_kv=2)
     with pytest.raises(ValueError, match="^triton_checkpoint_segments: .*nothing to recompute"):

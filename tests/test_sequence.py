@@ -152,8 +152,11 @@ def test_a_block_over_a_sequence_is_the_attention_of_sequences():
             want = want + block.conditional_ff(want, **given)
             torch.testing.assert_close(block(x, **given), want, atol=0, rtol=0)
         assert block(torch.randn(2, DIM, 5, 9).double()).isfinite().all()
+    other = ConditionalRoutedTransformerBlock(DIM, **counts, router_straight_through=False, router_kwargs={"eps": 3.0})
+    routers = [other.conditional_attn.q_router, other.conditional_attn.kv_router, other.conditional_ff.router]
+    assert all(not router.straight_through and router.eps == 3.0 for router in routers)
     default = ConditionalRoutedTransformerBlock(DIM, **counts)
-    assert (default.conditional_attn.window_size, default.conditional_attn.line) == ((16, 16), 128)
+    assert (default.conditional_attn.window_size, default.conditional_attn.line_window_size) == ((16, 16), 128)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,28 @@ def test_masked_pixels_are_never_read(poison):
     torch.testing.assert_close(model(x, mask=torch.ones(3, 32, 32, dtype=torch.bool)), model(x))
 
 
+def test_arguments_reach_the_layers():
+    given = {"attn_num_routed_kv": 2, "router_straight_through": False, "default_coor_descent_eps": 3.0}
+    kinds = {"learned": build(**given), "random": build(router="random"), "own": build(router_kwargs={"eps": 2.0})}
+    for attention, feed_forward in kinds["learned"].layers:
+        routers = attention.q_router, attention.kv_router, feed_forward.router
+        assert [(r.num_routing_tokens, r.straight_through, r.eps) for r in routers] == [
+            (1, False, 3.0),
+            (2, False, 3.0),
+            (1, False, 3.0),
+        ]
+        assert attention.heads == 2 and attention.window_size == (4, 4)
+    for kind, want in (("random", ("random", 1.0)), ("own", ("learned", 2.0))):
+        for attention, feed_forward in kinds[kind].layers:
+            for r in (attention.q_router, attention.kv_router, feed_forward.router):
+                assert (r.router, r.eps) == want and r.straight_through
+
+
+def test_an_empty_batch():
+    for mask in (None, torch.ones(0, 32, 32, dtype=torch.bool)):
+        assert build()(images(0), mask=mask).shape == (0, 5)
+
+
 def test_every_parameter_learns():
     model = build()
     model(images()).square().sum().backward()
