@@ -167,11 +167,11 @@ def full_attention_flops(setup: Setup) -> float:
 def block_elements(setup: Setup) -> float:
     """Elements of one image that one block keeps for backward, in eager PyTorch on a GPU.
 
-    Attention: its input, normalised, q, k, the whole of qkv (v is a view of it), output. Feed-forward: input,
+    Attention: its input, normalised, q, k, v, output. Feed-forward: input,
     normalised, the light hidden layer before and after GELU; of the routed tokens input, normalised, hidden layer
     twice, output. What has no channels (logits, logsumexps, indices, norms) and rotary tables are left out.
     """
-    attention, light, heavy = 8, 2 + 2 * setup.light_ff_mult, 3 + 2 * setup.heavy_ff_mult
+    attention, light, heavy = 6, 2 + 2 * setup.light_ff_mult, 3 + 2 * setup.heavy_ff_mult
     return ((attention + light) * setup.tokens + heavy * setup.heavy) * setup.embed_dim
 
 

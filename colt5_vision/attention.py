@@ -236,6 +236,8 @@ class ConditionalRoutedImageAttention(RoutedBranches):
         if self.rotary_emb:
             everywhere = torch.arange(x.shape[1], device=x.device)
             q, k = _rotate(q, everywhere, grid_size[1]), _rotate(k, everywhere, grid_size[1])
+            if torch.is_grad_enabled():
+                v = v.contiguous()  # a view would keep the q and k of before until backward
         call = {"grid_size": grid_size, "window_size": self.window_size, "key_mask": mask}
         routed = {
             "routed_indices": torch.where(routed_kv.mask, routed_kv.indices, -1),
