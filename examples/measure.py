@@ -2,6 +2,8 @@
 
 import statistics
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 
 def medians(calls: dict, repeats: int, warm_up: bool = False) -> dict[str, float]:
@@ -15,6 +17,26 @@ def medians(calls: dict, repeats: int, warm_up: bool = False) -> dict[str, float
             call()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def added_memory(call: Callable) -> float:
+    """Bytes by which a call raises the resident memory of this process at its peak; NaN but on Linux.
+
+    For a process of its own: memory that an earlier call freed and the allocator kept would be used again unseen.
+    """
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+    try:
+        # the peak starts anew: loading has a higher one, and ru_maxrss would start with that of the parent process
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+    except OSError:
+        before = None
+    call()
+    return float("nan") if before is None else resident("VmHWM") - before
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:

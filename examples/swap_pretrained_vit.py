@@ -31,11 +31,11 @@ from tqdm.auto import tqdm
 
 try:
     from dinov2 import MEAN, STD, load, open_photo
-    from measure import medians, table
+    from measure import added_memory, medians, table
     from peers import ReplaceAttention, merged_keys, subsampled_keys
 except ImportError:  # run as examples.swap_pretrained_vit
     from examples.dinov2 import MEAN, STD, load, open_photo
-    from examples.measure import medians, table
+    from examples.measure import added_memory, medians, table
     from examples.peers import ReplaceAttention, merged_keys, subsampled_keys
 
 WINDOW, PATCH = 14, 14
@@ -147,21 +147,15 @@ def peak_memory(cache: Path, photo: Path, size: int, share: float | None) -> flo
 
 
 def _added_memory(cache: Path, photo: Path, size: int, share: float | None) -> float:
-    def resident(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
     model, _ = load(cache)
     x = open_photo(photo, size)
     features(model, open_photo(photo, 2 * PATCH))  # what a first call loads
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: loading has the higher one
-        before = resident("VmRSS")
-    except OSError:
-        return float("nan")
-    with nullcontext() if share is None else Routed(model, "mean_query", share):
-        features(model, x)
-    return (resident("VmHWM") - before) / 1024
+
+    def forward() -> None:
+        with nullcontext() if share is None else Routed(model, "mean_query", share):
+            features(model, x)
+
+    return added_memory(forward) / 2**20
 
 
 def timing(model: nn.Module, photo: Path, size: int, args) -> dict[str, float]:

@@ -216,9 +216,9 @@ def routed_layer(size: Map, fusion: str, device: torch.device, dtype: torch.dtyp
     )
 
 
-def dense_layer(layer: ConditionalRoutedImageAttention) -> Callable:
-    """Full attention with the norm and projections of a layer with ``fusion="softmax"``."""
-    attend = full(SDPBackend.FLASH_ATTENTION)
+def dense_layer(layer: ConditionalRoutedImageAttention, attend: Callable | None = None) -> Callable:
+    """Full attention, or another one of q, k, v, with the norm and projections of a layer with ``fusion="softmax"``."""
+    attend = attend or full(SDPBackend.FLASH_ATTENTION)
 
     def run(x):
         q, k, v = layer.to_qkv(layer.norm(x.flatten(1, 2))).unflatten(-1, (3, layer.heads, -1)).unbind(2)
