@@ -1,0 +1,92 @@
+"""The needle study: canvases on which nothing near a square tells its label, and runs that resume."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import needle
+from benchmarks.needle_task import CELL, WINDOW, NeedleTask
+
+
+@pytest.fixture(scope="module")
+def task():
+    return NeedleTask(192, seed=0)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_canvases_are_functions_of_seed_split_and_number(task):
+    batch = task.train(3, 16)
+    assert batch.images.shape == (16, 1, 192, 192) and batch.squares.shape == (16, 6) and batch.near.shape == (16, 576)
+    assert same(batch, NeedleTask(192, seed=0).train(3, 16))
+    halves = [task.train(step, 8) for step in (6, 7)]
+    assert same(batch, (torch.cat(parts) for parts in zip(*halves)))
+    assert not same(batch, NeedleTask(192, seed=1).train(3, 16))
+    assert not same(task.held_out(0, 4), task.train(0, 4))
+
+
+def test_training_and_held_out_digits_share_none(task):
+    assert len(set(task.digits) & set(task.held)) == 0 and (len(task.digits), len(task.held)) == (4000, 1000)
+    first = [digit for step in range(250) for digit in task._epoch(0)[step * 16 : (step + 1) * 16]]
+    assert sorted(first) == sorted(task.digits)
+
+
+@pytest.mark.parametrize("size, squares", [(192, 6), (384, 24)])
+def test_squares_are_white_amid_black_and_far_from_the_digit(size, squares):
+    batch = NeedleTask(size, seed=2).held_out(0, 40)
+    side = size // CELL
+    assert batch.squares.shape == (40, squares)
+    white, black = batch.images.max(), batch.images.min()
+    for image, tokens, near in zip(batch.images[:, 0], batch.squares, batch.near.unflatten(1, (side, side))):
+        window = near.unflatten(0, (-1, WINDOW)).unflatten(2, (-1, WINDOW))
+        touched = window.any(3).any(1)
+        assert torch.equal(touched, window.all(3).all(1)) and 1 <= touched.sum() <= 4, "whole windows"
+        for token in tokens.tolist():
+            y, x = divmod(token, side)
+            around = image[(y - 1) * CELL : (y + 2) * CELL, (x - 1) * CELL : (x + 2) * CELL].clone()
+            assert (around[CELL : 2 * CELL, CELL : 2 * CELL] == white).all()
+            around[CELL : 2 * CELL, CELL : 2 * CELL] = black
+            assert (around == black).all() and not near[y, x]
+
+
+def test_variants_differ_in_their_attention_only():
+    shapes, sizes = {}, {}
+    for name, variant in needle.VARIANTS.items():
+        torch.manual_seed(0)
+        model = needle.SquareReader(variant, 576)
+        shapes[name] = {n: p.shape for n, p in model.named_parameters() if not n.startswith("attentions")}
+        sizes[name] = sum(p.numel() for p in model.attentions.parameters())
+        assert variant.num_keys(576) == {"full": 576, "window": 0}.get(name, 4 if "few" in name else 72)
+    assert all(shape == shapes["full"] for shape in shapes.values())
+    assert sizes["softmax-learned-eighth"] - sizes["full"] == 2 * needle.DIM  # a routing token a block
+    assert needle.VARIANTS["sum-learned-few"].num_keys(9216) == 36
+
+
+def test_a_study_resumes_where_it_stopped(tmp_path):
+    few = ["--quick", "--output", str(tmp_path), "--held-out", "50"]
+    assert needle.main([*few, "--variants", "full"]) == 0
+    store = tmp_path / "needle_cpu.jsonl"
+    first = store.read_text()
+    store.write_text(first + '{"variant": "window", "se')  # cut short
+    assert needle.main([*few, "--resume", "--variants", "full", "softmax-learned-few", "sum-random-few"]) == 0
+    assert store.read_text().startswith(first)
+    study = json.loads((tmp_path / "needle_cpu.json").read_text())
+    assert [row["variant"] for row in study["summary"]] == ["full", "softmax-learned-few", "sum-random-few"]
+    for row, run in zip(study["summary"], study["runs"]):
+        assert row["mean"] == run["accuracy"] and 0 <= run["accuracy"] <= 1 and len(run["curve"]) == 3
+        assert (run["reach"] is None) == (row["variant"] == "full")
+    table = (tmp_path / "needle_cpu.md").read_text()
+    assert all(f"{row['mean']:.3f}" in table for row in study["summary"])
+    assert (tmp_path / "needle_cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_other_settings_are_not_mixed(tmp_path, capsys):
+    few = ["--quick", "--output", str(tmp_path), "--variants", "window"]
+    assert needle.main(few) == 0
+    assert needle.main([*few, "--resume", "--steps", "2"]) == 2
+    assert "--steps: the runs in" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="^size: expected a multiple of 64"):
+        NeedleTask(200)
