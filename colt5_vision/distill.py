@@ -72,7 +72,7 @@ class Teacher:
         with without_autocast(q.device.type):
             cost = self._cost(window, q, k, v, out, **call)
         with torch.enable_grad(), without_autocast(q.device.type):
-            logits = routing.logits(q, k, features, **call)
+            logits = routing.logits(routing.probe(q, k, v, window_size=window, **call).importance, features)
             error = sampling_error(routing, logits, cost, num_heavy_tokens_kv).mean()
             base = (logits - routing.correct(features)).detach()
             reference = sampling_error(routing, base, cost, num_heavy_tokens_kv).mean()

@@ -3,8 +3,9 @@
 Keys are chosen by *sampling*, and what is left out is represented, not dropped: token j is routed with probability
 ``π_j`` and stands for ``1 / π_j`` tokens, ``-log π_j`` added to its logit (a Horvitz-Thompson estimate of both sums of
 the softmax beyond a query's own window; within it every key is there itself). The probabilities are soft top-k gates of
-a token's importance, its root mean square attention over a sample of queries: heavy hitters have
-``π = 1`` and are exact, with weight 1, while the tail is thinned out in proportion.
+a token's importance, its root mean square part in the outputs of a sample of queries: heavy hitters have
+``π = 1`` and are exact, with weight 1, while the tail is thinned out in proportion. Those queries, the probes, attend to
+everything: what the estimate gets wrong is known for them, and added to the others' in the measure they are alike.
 """
 
 import torch
@@ -15,13 +16,12 @@ from .ops import route_topk, routed_window_attention, soft_topk
 from .ops.autocast import without_autocast
 from .ops.routed_window_attention.gathered import PairBias
 from .positions import dispersed_rank, hashed_uniform, morton_order
+from .probes import Probes, correction, probe
 from .router import mean_query_logits
 
 __all__ = ["ROUTERS", "PretrainedRoutedAttention", "sample_tokens"]
 
 ROUTERS = ("mean_query", "learned", "mean_query_topk", "random", "grid", "window")
-_PROBE_QUERIES = 64  # spread over the map, they tell the importance of the keys
-_PROBE_CHUNK = 32  # of them at once
 _PROBE_KEYS = 64  # routed keys that rank the queries
 _UNIFORM = 0.1  # part of the probability that is spread evenly
 
@@ -60,64 +60,6 @@ def sample_tokens(
     return order[place], taken.gather(-1, place)
 
 
-@torch.no_grad()
-def importance_logits(
-    q: Tensor,
-    k: Tensor,
-    *,
-    grid_size: tuple[int, int],
-    num_prefix_tokens: int = 0,
-    key_mask: Tensor | None = None,
-    pair_bias: PairBias | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Log of the root mean square attention that each token of the map gets, over heads and a sample of queries; O(N).
-
-    Sampled with probabilities in that proportion, keys make the least expected squared error.
-
-    Args:
-        q, k: (B, heads, P + N, head_dim).
-        grid_size, num_prefix_tokens, key_mask, pair_bias, scale: see
-            :func:`~colt5_vision.ops.routed_window_attention`.
-
-    Returns:
-        (B, N), float32 (float64 for float64).
-
-    Source: optimal allocation (Neyman 1934).
-    """
-    prefix, length = num_prefix_tokens, k.shape[2]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    tokens = length - prefix
-    probes = min(_PROBE_QUERIES, tokens)
-    rows = (torch.arange(probes, device=q.device) * 2 + 1) * tokens // (2 * probes)
-    rows = morton_order(*grid_size, q.device)[rows] + prefix
-    every = torch.arange(length, device=q.device).view(1, 1, 1, 1, -1)
-    total = torch.zeros(k.shape[0], tokens, dtype=wide, device=q.device)
-    with without_autocast(q.device.type):
-        query = q[:, :, rows].to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        if key_mask is not None:  # a masked token asks for nothing, whatever stands in it
-            asks = key_mask[:, None, rows, None]
-            query = query.masked_fill(~asks, 0)
-        key = k.to(wide).contiguous().mT
-        for start in range(0, probes, _PROBE_CHUNK):
-            part = slice(start, start + _PROBE_CHUNK)
-            logits = query[:, :, part] @ key
-            if pair_bias is not None:
-                logits = logits + pair_bias(rows[part].view(1, 1, 1, -1, 1), every).squeeze(2)
-            if key_mask is not None:
-                logits = logits.masked_fill(~key_mask[:, None, None], torch.finfo(wide).min)
-            if key_mask is None and pair_bias is None:
-                total = total + logits.softmax(-1)[..., prefix:].square().sum((1, 2))
-                continue
-            logits = logits.clamp_min(torch.finfo(wide).min)  # a row of -inf would give NaN
-            sees = logits.amax(-1, keepdim=True) > torch.finfo(wide).min / 2
-            if key_mask is not None:
-                sees = sees & asks[:, :, part]
-            weight = logits.softmax(-1)[..., prefix:].square() * sees
-            total = total + weight.sum((1, 2))
-    return total.clamp_min(torch.finfo(wide).tiny).log() / 2
-
-
 class _Linear(nn.Linear):
     """Takes any dtype. It looks at its weight only while it runs: offloading and layerwise casting change it."""
 
@@ -133,8 +75,8 @@ class PretrainedRoutedAttention(nn.Module):
         num_heavy_tokens_kv: keys that every token sees besides its window, an int or a float in (0, 1], that share.
         num_heavy_tokens_q: tokens that see them (by a probe of few routed keys, those that attend most beyond
             themselves); the others see their window. None: every token.
-        router: ``"mean_query"``, sampling by importance to the mean (squared) of all queries, as described above;
-            ``"learned"``, the same with a trained correction of its logits; and as controls ``"mean_query_topk"`` (what
+        router: ``"mean_query"``, sampling by importance to the mean (squared) of the queries, as described above;
+            ``"learned"``, the same with trained logits; and as controls ``"mean_query_topk"`` (what
             the mean of all queries attends to most, nothing for the tail), ``"random"`` and ``"grid"`` (each key stands
             for N / K), ``"window"`` (none).
         dim: channels of ``features``, for ``router="learned"``.
@@ -185,13 +127,19 @@ class PretrainedRoutedAttention(nn.Module):
             f"num_heavy_tokens_q={self.num_heavy_tokens_q}, router={self.router!r}"
         )
 
-    def logits(self, q: Tensor, k: Tensor, features: Tensor | None, **call) -> Tensor:
-        """(B, N), what the probabilities of the keys grow with; further arguments of :func:`importance_logits`."""
-        logits = importance_logits(q.detach(), k.detach(), **call)
+    def probe(
+        self, q: Tensor, k: Tensor, v: Tensor, *, window_size: int | tuple[int, int] | None = None, **call
+    ) -> Probes:
+        """What a few queries tell; further arguments of :func:`~colt5_vision.probes.probe`."""
+        window = self.window_size if window_size is None else check_pair("window_size", window_size)
+        return probe(q.detach(), k.detach(), v.detach(), window_size=window, **call)
+
+    def logits(self, importance: Tensor, features: Tensor | None) -> Tensor:
+        """(B, N), what the probabilities of the keys grow with, from the probes' ``importance``."""
         if self.router == "learned":
-            with without_autocast(q.device.type):
-                logits = logits + self.correct(features)
-        return logits
+            with without_autocast(importance.device.type):
+                return importance + self.correct(features)
+        return importance
 
     def correct(self, features: Tensor | None) -> Tensor:
         """(B, N), what training has added to the logits."""
@@ -213,6 +161,7 @@ class PretrainedRoutedAttention(nn.Module):
         self,
         q: Tensor,
         k: Tensor,
+        v: Tensor,
         *,
         grid_size: tuple[int, int],
         num_prefix_tokens: int = 0,
@@ -221,11 +170,13 @@ class PretrainedRoutedAttention(nn.Module):
         pair_bias: PairBias | None = None,
         scale: float | None = None,
         generator: torch.Generator | None = None,
+        window_size: int | tuple[int, int] | None = None,
         num_heavy_tokens_kv: TokenCount | None = None,
+        probes: Probes | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """Routed keys of the map: (indices, log_weights), both (B, K), -1 for an empty slot; None for no keys.
 
-        Arguments are those of :meth:`forward`.
+        Arguments are those of :meth:`forward`, and ``probes``, what :meth:`probe` gave for them (default: done here).
         """
         batch, tokens = q.shape[0], q.shape[2] - num_prefix_tokens
         image = slice(num_prefix_tokens, None)
@@ -249,8 +200,10 @@ class PretrainedRoutedAttention(nn.Module):
                 count = torch.full_like(stands_for, tokens) if mask is None else mask.sum(-1, keepdim=True).float()
                 stands_for = (count / slots).clamp_min(1)
             return torch.where(valid, indices, -1), stands_for.log().expand(-1, slots)
-        call = {"grid_size": grid_size, "num_prefix_tokens": num_prefix_tokens, "key_mask": key_mask}
-        gates = self.gates(self.logits(q, k, features, pair_bias=pair_bias, scale=scale, **call), slots, mask)
+        if probes is None:
+            call = {"grid_size": grid_size, "num_prefix_tokens": num_prefix_tokens, "key_mask": key_mask}
+            probes = self.probe(q, k, v, window_size=window_size, pair_bias=pair_bias, scale=scale, **call)
+        gates = self.gates(self.logits(probes.importance, features), slots, mask)
         indices, valid = sample_tokens(gates.detach().unsqueeze(1), slots, grid_size, mask, generator)
         indices, valid = indices.squeeze(1), valid.squeeze(1)
         gate = gates.gather(-1, indices).clamp_min(torch.finfo(gates.dtype).tiny).log()
@@ -326,22 +279,32 @@ class PretrainedRoutedAttention(nn.Module):
             "key_mask": key_mask,
             "pair_bias": pair_bias,
             "scale": scale,
+            "window_size": self.window_size if window_size is None else window_size,
         }
+        probes = self.probe(q, k, v, **call) if self.router in ("mean_query", "learned") else None
         chosen = {"generator": generator or self.generator, "num_heavy_tokens_kv": num_heavy_tokens_kv}
-        routed = self.route(q, k, features=features, **chosen, **call)
-        call["window_size"] = self.window_size if window_size is None else window_size
+        routed = self.route(q, k, v, features=features, probes=probes, **chosen, **call)
         if routed is None:
             return routed_window_attention(q, k, v, **call)
         call |= {"routed_indices": routed[0], "log_weights": routed[1], "weight_own_window": False}
-        count = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
+        prefix, count = num_prefix_tokens, self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
         if count is None:
-            return routed_window_attention(q, k, v, **call)
-        image = slice(num_prefix_tokens, None)
-        mask = None if key_mask is None else key_mask[:, image]
-        queries = self._route_queries(q[:, :, image], k[:, :, image], routed, mask, scale, count)
+            out = routed_window_attention(q, k, v, **call)
+            if probes is None:
+                return out
+            missing = correction(probes, out[:, :, probes.rows + prefix], q, prefix)
+            return out + nn.functional.pad(missing, (0, 0, prefix, 0))
+        mask = None if key_mask is None else key_mask[:, prefix:]
+        queries = self._route_queries(q[:, :, prefix:], k[:, :, prefix:], routed, mask, scale, count)
         heavy = routed_window_attention(q, k, v, query_indices=queries, **call)
+        if probes is not None:  # the probes need not be among the queries
+            rows = probes.rows.expand(q.shape[0], -1)
+            estimate = routed_window_attention(q, k, v, query_indices=rows, **call)[:, :, prefix:]
+            index = queries[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+            missing = correction(probes, estimate, q, prefix).gather(2, index)
+            heavy = heavy + nn.functional.pad(missing, (0, 0, prefix, 0))
         call |= {"routed_indices": None, "log_weights": None}
         out = routed_window_attention(q, k, v, **call)
-        rows = torch.arange(num_prefix_tokens, device=q.device).expand(q.shape[0], -1)
-        rows = torch.cat([rows, queries + num_prefix_tokens], 1)
+        rows = torch.arange(prefix, device=q.device).expand(q.shape[0], -1)
+        rows = torch.cat([rows, queries + prefix], 1)
         return out.scatter(2, rows[:, None, :, None].expand_as(heavy), heavy)
