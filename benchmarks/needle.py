@@ -18,7 +18,6 @@ All variants of a seed see the same canvases in the same order. Every (variant, 
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import sys
@@ -37,7 +36,7 @@ from colt5_vision import ConditionalRoutedImageAttention
 from colt5_vision.ops import window_attention
 from colt5_vision.store import save_atomically
 from colt5_vision.visualize import record_routing
-from examples.command_line import UserError, at_least_one, exit_status
+from examples.command_line import UserError, at_least_one, exit_status, learning_rate
 from examples.measure import table
 
 DIM, HEADS, DEPTH, STEM = 64, 2, 2, (16, 32)
@@ -148,13 +147,6 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     return cross_entropy(model(batch.images, batch.squares).flatten(0, 1), labels)
 
 
-def learning_rate(step: int, total: int) -> float:
-    """Linear warm-up over a twentieth of the steps, then a cosine to 1/100."""
-    warm = max(1, total // 20)
-    cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, total - warm)))
-    return PEAK_RATE * min((step + 1) / warm, 0.01 + 0.99 * cosine)
-
-
 @torch.no_grad()
 def judge(model: SquareReader, task: NeedleTask, count: int) -> tuple[float, float | None]:
     """Share of held-out squares labelled right; and of canvases with a key of the last block in the digit's windows."""
@@ -184,7 +176,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict:
     for step in (bar := tqdm(range(args.steps), f"{name}, seed {seed}", mininterval=5)):
         start = time.process_time()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps)
+            group["lr"] = learning_rate(step, args.steps, PEAK_RATE, floor=0.01)
         loss = loss_of(model, task.train(step, BATCH))
         optimizer.zero_grad()
         loss.backward()

@@ -20,13 +20,12 @@ from .checks import (
     check_int,
     check_mask,
     check_pair,
-    check_token_count,
     slots_and_counts,
 )
 from .ops import routed_window_attention, window_attention
 from .positions import axial_rotary
 from .predecessor import check_predecessor_options
-from .router import CoordinateDescentRouter, gather_tokens, router_options
+from .router import gather_tokens
 
 FUSIONS = ("sum", "softmax")
 
@@ -118,22 +117,15 @@ class ConditionalRoutedImageAttention(RoutedBranches):
         if fusion not in FUSIONS:
             raise ValueError(f"fusion: expected one of {FUSIONS}, got {fusion!r}")
         self.fusion, self.channel_first, self.rotary_emb = fusion, channel_first, rotary_emb
-        q_count, kv_count = num_heavy_tokens_q, num_heavy_tokens_kv
-        self.num_heavy_tokens_q = None if q_count is None else check_token_count("num_heavy_tokens_q", q_count)
-        self.num_heavy_tokens_kv = check_token_count("num_heavy_tokens_kv", kv_count)
-        self.heads = check_int("heavy_heads", heavy_heads)
+        self.heads, q_count = heavy_heads, num_heavy_tokens_q
         check_int("light_heads", light_heads)
         check_int("light_dim_head", light_dim_head)
-        if heavy_heads % check_int("num_routed_kv", num_routed_kv):
-            raise ValueError(f"num_routed_kv: {heavy_heads} heavy_heads are not divisible by {num_routed_kv} routes")
-        if check_int("heavy_dim_head", heavy_dim_head) % 4 and rotary_emb:
-            raise ValueError(f"heavy_dim_head: rotary_emb needs a multiple of 4, got {heavy_dim_head}")
+        multiple = 4 if rotary_emb else None
+        self.set_counts(q_count, num_heavy_tokens_kv, heavy_heads, heavy_dim_head, num_routed_kv, multiple)
         self.window_size = check_pair("light_window_size", light_window_size)
 
-        route = router_options(router_kwargs, "give num_routed_kv instead")
-        route.update(straight_through=router_straight_through, router=router, **factory)
-        self.q_router = None if q_count is None else CoordinateDescentRouter(dim, **route)
-        self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **route)
+        own = {"straight_through": router_straight_through, "router": router, **factory}
+        self.make_routers(dim, num_routed_kv, router_kwargs, **own)
 
         self.null_q_token = None
         if fusion == "softmax":

@@ -133,7 +133,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             raise ValueError(f"heavy_dim_head: rotary_emb needs a multiple of 2, got {heavy_dim_head}")
         if router == "mean_query":
             raise ValueError("router: the mean query is a mean over the future, expected 'learned', 'random' or 'grid'")
-        for name in ("cell_size", "method"):
+        for name in ("cell_size", "route_block_size", "method"):
             if (router_kwargs or {}).get(name, "coordinate_descent") not in (None, "coordinate_descent"):
                 raise ValueError(
                     f"router_kwargs[{name!r}]: needs the whole sequence, which a causal router cannot know"

@@ -6,9 +6,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .checks import TokenCount
+from .checks import TokenCount, check_int, check_token_count
 from .ops import gated_scatter_add_, gather_normalize
-from .router import CoordinateDescentRouter, Routing, gather_tokens, learned_logits
+from .router import (
+    CoordinateDescentRouter,
+    Routing,
+    gather_tokens,
+    learned_logits,
+    router_options,
+)
 
 Rotation = Callable[[Tensor, Tensor], Tensor]
 """Turns queries or keys (B, heads, N, head_dim) by the positions of their tokens, int64 that broadcast to (B, heads, N)."""
@@ -245,6 +251,30 @@ class RoutedBranches(nn.Module):
         null_q_token: (C,), what a token that is not routed gets in place of a heavy output; None: 0.
         multiply_queries_by_score: gates scale the queries.
     """
+
+    def set_counts(
+        self,
+        num_heavy_tokens_q: TokenCount | None,
+        num_heavy_tokens_kv: TokenCount,
+        heavy_heads: int,
+        heavy_dim_head: int,
+        num_routed_kv: int,
+        rotary_multiple: int | None,
+    ) -> None:
+        """Check and keep the token counts; check that heads divide over routes and features over rotary positions."""
+        count = num_heavy_tokens_q
+        self.num_heavy_tokens_q = None if count is None else check_token_count("num_heavy_tokens_q", count)
+        self.num_heavy_tokens_kv = check_token_count("num_heavy_tokens_kv", num_heavy_tokens_kv)
+        if check_int("heavy_heads", heavy_heads) % check_int("num_routed_kv", num_routed_kv):
+            raise ValueError(f"num_routed_kv: {heavy_heads} heavy_heads are not divisible by {num_routed_kv} routes")
+        if check_int("heavy_dim_head", heavy_dim_head) % (rotary_multiple or 1):
+            raise ValueError(f"heavy_dim_head: rotary_emb needs a multiple of {rotary_multiple}, got {heavy_dim_head}")
+
+    def make_routers(self, dim: int, num_routed_kv: int, router_kwargs: dict | None, **own) -> None:
+        """The router of queries, where their number is given, and that of keys; ``own`` goes before ``router_kwargs``."""
+        route = {**router_options(router_kwargs, "give num_routed_kv instead"), **own}
+        self.q_router = None if self.num_heavy_tokens_q is None else CoordinateDescentRouter(dim, **route)
+        self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **route)
 
     def route_queries(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, count, given) -> Routing | None:
         """Routing of one route, its fields (B, Q); None where every token is a query."""

@@ -51,7 +51,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         num_tokens_q: routed queries, an int >= 1 (that many) or a float in (0, 1] (that share). None: every token
             queries, and there is no query router.
         num_tokens_kv: routed keys and values of the context, likewise.
-        num_sets_kv: of the predecessor, where it had no effect: refused, use ``kv_routing_tokens``.
+        num_sets_kv: of the predecessor, where it had no effect: None or 1, use ``kv_routing_tokens``.
         dim_head, heads: head width and heads.
         router_straight_through: gates of exactly 1 in forward.
         router_kwargs: further arguments of both routers, see :class:`CoordinateDescentRouter`.
@@ -79,7 +79,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         *,
         num_tokens_q: TokenCount | None = None,
         num_tokens_kv: TokenCount,
-        num_sets_kv: None = None,
+        num_sets_kv: int | None = None,
         dim_head: int = 64,
         heads: int = 8,
         router_straight_through: bool = True,
@@ -111,6 +111,8 @@ class ConditionalRoutedCrossAttention(nn.Module):
         route.update(straight_through=router_straight_through, router=router, **factory)
         self.q_router = None if num_tokens_q is None else CoordinateDescentRouter(dim, **route)
         if route_block_size is not None:
+            if "route_block_size" in route:
+                raise ValueError("route_block_size: router_kwargs has one already, expected one of the two")
             route["route_block_size"] = route_block_size
         self.kv_router = CoordinateDescentRouter(
             dim, num_routing_tokens=kv_routing_tokens, learned_routing_tokens=not routing_from_queries, **route

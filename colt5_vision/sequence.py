@@ -12,12 +12,10 @@ from .checks import (
     check_float_tensor,
     check_int,
     check_mask,
-    check_token_count,
     slots_and_counts,
 )
 from .positions import rotary
 from .predecessor import check_predecessor_options
-from .router import CoordinateDescentRouter, router_options
 
 
 def local_attention(qkv: Tensor, reach: int, mask: Tensor | None) -> Tensor:
@@ -145,13 +143,8 @@ class ConditionalRoutedAttention(RoutedBranches):
         check_predecessor_options(use_triton=use_triton, use_flash_attn=use_flash_attn)
         factory = {"device": device, "dtype": dtype}
         self.dim = check_int("dim", dim)
-        q_count, kv_count = num_heavy_tokens_q, num_heavy_tokens_kv
-        self.num_heavy_tokens_q = None if q_count is None else check_token_count("num_heavy_tokens_q", q_count)
-        self.num_heavy_tokens_kv = check_token_count("num_heavy_tokens_kv", kv_count)
-        if check_int("heavy_heads", heavy_heads) % check_int("num_routed_kv", num_routed_kv):
-            raise ValueError(f"num_routed_kv: {heavy_heads} heavy_heads are not divisible by {num_routed_kv} routes")
-        if check_int("heavy_dim_head", heavy_dim_head) % 2 and rotary_emb:
-            raise ValueError(f"heavy_dim_head: rotary_emb needs a multiple of 2, got {heavy_dim_head}")
+        q_count, multiple = num_heavy_tokens_q, 2 if rotary_emb else None
+        self.set_counts(q_count, num_heavy_tokens_kv, heavy_heads, heavy_dim_head, num_routed_kv, multiple)
         if q_count is None and (multiply_queries_by_score or use_null_q_tokens):
             raise ValueError(
                 "multiply_queries_by_score, use_null_q_tokens: need num_heavy_tokens_q, every token is a query"
@@ -168,10 +161,8 @@ class ConditionalRoutedAttention(RoutedBranches):
         self.null_q_token = None
         if q_count is not None and use_null_q_tokens is not False:
             self.null_q_token = nn.Parameter(torch.zeros(dim, **factory))
-        route = router_options(router_kwargs, "give num_routed_kv instead")
-        route.update(straight_through=router_straight_through, router=router, **factory)
-        self.q_router = None if q_count is None else CoordinateDescentRouter(dim, **route)
-        self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **route)
+        own = {"straight_through": router_straight_through, "router": router, **factory}
+        self.make_routers(dim, num_routed_kv, router_kwargs, **own)
         self.heavy_attn = RoutedAttention(dim, heavy_heads, heavy_dim_head, multiply_keys_by_score, **factory)
 
     def extra_repr(self) -> str:

@@ -36,11 +36,11 @@ def stop_request() -> Iterator[Event]:
             signal.signal(number, handler)
 
 
-def learning_rate(step: int, total: int, peak: float) -> float:
-    """Linear warm-up over a twentieth of the steps, then a cosine to 1/50."""
+def learning_rate(step: int, total: int, peak: float, floor: float = 0.02) -> float:
+    """Linear warm-up over a twentieth of the steps, then a cosine to ``floor`` times the peak."""
     warm = max(1, total // 20)
     cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, total - warm)))
-    return peak * min((step + 1) / warm, 0.02 + 0.98 * cosine)
+    return peak * min((step + 1) / warm, floor + (1 - floor) * cosine)
 
 
 def exit_status(train: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:

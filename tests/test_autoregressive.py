@@ -388,6 +388,7 @@ def test_first_slots():
         ("use_flash_attn", {"use_flash_attn": 1}, None),
         ("router", {"router": "mean_query"}, None),
         ("router_kwargs", {"router_kwargs": {"cell_size": 3}}, None),
+        ("router_kwargs", {"router_kwargs": {"route_block_size": 3}}, None),
         ("router_kwargs", {"router_kwargs": {"num_routing_tokens": 3}}, None),
         ("x", {}, {"x": torch.randn(2, 5, DIM + 1)}),
         ("x", {}, {"x": torch.randn(2, 0, DIM)}),

@@ -199,6 +199,7 @@ def test_a_million_tokens_of_context_are_not_copied(block, queried, masked):
         ("kv_routing_tokens", {"kv_routing_tokens": 3}),
         ("route_block_size", {"route_block_size": 0}),
         ("route_block_size", {"route_block_size": 4, "router_kwargs": {"cell_size": 4}}),
+        ("route_block_size", {"route_block_size": 4, "router_kwargs": {"route_block_size": 8}}),
         ("routing_from_queries", {"routing_from_queries": True, "router": "grid"}),
         ("num_routing_tokens", {"router_kwargs": {"num_routing_tokens": 2}}),
         ("num_tokens_q", {"num_tokens_q": 0}),
