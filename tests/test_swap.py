@@ -13,6 +13,8 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from colt5_vision import probes
+
 reference = sys.modules["colt5_vision.ops.routed_window_attention.reference"]
 
 
@@ -21,14 +23,15 @@ def routed(model, share=0.25, **how):
 
 
 @every_family
-def test_every_key_routed_is_the_original_and_fewer_differ(case):
+def test_every_key_routed_is_the_original_and_fewer_differ(case, monkeypatch):
+    monkeypatch.setattr(probes, "_PROBES", 2)  # of maps as small as these every token would be a probe, and exact
     model, x = build(case), image(case)
     with torch.no_grad():
         expected = model(x)
         assert expected.std() > 0.1
         torch.testing.assert_close(routed(model, 1.0)(x), expected, rtol=1e-10, atol=1e-10)
         found = routed(unroute_attention(model))(x)
-    assert (found - expected).abs().max() > 1e-5
+    assert (found - expected).abs().max() > 1e-3
     assert found.isfinite().all()
 
 
