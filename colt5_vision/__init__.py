@@ -13,6 +13,7 @@ from .cross_attention import ConditionalRoutedCrossAttention
 from .feedforward import ConditionalRoutedFeedForward
 from .ops import topk
 from .router import CoordinateDescentRouter, Routing
+from .schedule import RoutingSchedule
 from .sequence import ConditionalRoutedAttention
 from .vit import ConditionalRoutedViT
 
@@ -29,6 +30,7 @@ __all__ = [
     "ConditionalRoutedViT",
     "CoordinateDescentRouter",
     "Routing",
+    "RoutingSchedule",
     "convert_colt5_attention_state_dict",
     "topk",
 ]

@@ -98,6 +98,16 @@ class LightBranch(nn.Module):
         self.heads, self.norm = heads, norm
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, **factory)
         self.to_out = Projection(heads * dim_head, dim, bias=False, **factory)
+        self.start_small()
+
+    @torch.no_grad()
+    def start_small(self) -> None:
+        """Scale freshly initialised outputs down, once; for who initialises a model anew.
+
+        At first both branches are means of random values. What is near a token, and differs from token to token, would
+        drown what a few routed tokens tell all of them, and the heavy branch and its router would learn nothing.
+        """
+        self.to_out.weight.mul_(0.2)
 
     def forward(self, x: Tensor, near: Near, null: Tensor | None = None) -> Tensor:
         """Tokens (B, N, C) to (B, N, C); ``null`` (C,) is added to every one."""
@@ -272,7 +282,8 @@ class RoutedBranches(nn.Module):
 
     def make_routers(self, dim: int, num_routed_kv: int, router_kwargs: dict | None, **own) -> None:
         """The router of queries, where their number is given, and that of keys; ``own`` goes before ``router_kwargs``."""
-        route = {**router_options(router_kwargs, "give num_routed_kv instead"), **own}
+        options = router_options(router_kwargs, "give num_routed_kv instead")
+        route = {"log_gradient": own["straight_through"], **options, **own}
         self.q_router = None if self.num_heavy_tokens_q is None else CoordinateDescentRouter(dim, **route)
         self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **route)
 

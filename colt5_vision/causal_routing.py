@@ -113,9 +113,7 @@ def best_keys(
     if not router.wants_soft_gates(logits):
         return taken, valid_slot, used, None
     gates = _soft_gates(router, logits, valid, slots, None if limit is None else limit.squeeze(-1)).gather(-1, taken)
-    if router.straight_through:
-        gates = 1 + (gates - gates.detach())
-    return taken, valid_slot, used, torch.where(used, gates, 0)
+    return taken, valid_slot, used, torch.where(used, router.straight(gates), 0)
 
 
 def route_keys(
@@ -193,9 +191,7 @@ def admit_queries(
     if threshold.level is None:
         return taken, None
     gates = ((logits + threshold.level.unsqueeze(-1)) / _final_eps(router)).clamp_max(0).exp()
-    if router.straight_through:
-        gates = 1 + (gates - gates.detach())
-    return taken, gates
+    return taken, router.straight(gates)
 
 
 def _final_eps(router: CoordinateDescentRouter) -> float:

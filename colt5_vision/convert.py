@@ -70,6 +70,7 @@ def convert_colt5_attention_state_dict(state_dict: Mapping[str, Tensor], module:
         parent = name.rpartition(".")[0]
         if isinstance(router, CoordinateDescentRouter) and (not name or _holds(parent, norms)):
             router.normalize = router.cosine_sim_scale is not None or router.routing_token is None
+            router.log_gradient = False
     return converted
 
 

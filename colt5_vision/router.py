@@ -97,6 +97,10 @@ def _compare(x: Tensor, directions: Tensor, normalize: bool) -> Tensor:
     return (x.to(directions.dtype) @ directions.mT).mT
 
 
+def _log(gates: Tensor) -> Tensor:
+    return gates.clamp_min(torch.finfo(gates.dtype).tiny).log()
+
+
 class CoordinateDescentRouter(nn.Module):
     """Choose ``num_tokens`` of N tokens, differentiably.
 
@@ -107,6 +111,8 @@ class CoordinateDescentRouter(nn.Module):
     Args:
         dim: width C of the tokens.
         straight_through: gates of exactly 1 with the gradient of the soft gates; False: the soft gates themselves.
+        log_gradient: straight-through gates have the gradient of the logarithm of the soft gates: what passes as 1
+            changes by as much in proportion. Soft gates of few among many tokens are small, and so is their gradient.
         n_iters: None for exact gates (:func:`~colt5_vision.ops.soft_topk`), or the number of coordinate-descent
             iterations.
         fetch_k_ratio: the gates sum to this times the number of routed tokens (CoLT5: 9/8), so that runners-up get a
@@ -145,6 +151,7 @@ class CoordinateDescentRouter(nn.Module):
         num_routing_tokens: int = 1,
         learned_routing_tokens: bool = True,
         *,
+        log_gradient: bool = False,
         cosine_sim_routing: bool = False,
         cosine_sim_scale: float | None = None,
         normalize: bool = True,
@@ -187,8 +194,10 @@ class CoordinateDescentRouter(nn.Module):
             if cell_size is not None:
                 raise ValueError("route_block_size: there is a cell_size already, expected one of the two")
             cell_size = (1, check_int("route_block_size", route_block_size))
+        if log_gradient and not straight_through:
+            raise ValueError("log_gradient: only used with straight_through=True")
         self.dim = check_int("dim", dim)
-        self.straight_through = straight_through
+        self.straight_through, self.log_gradient = straight_through, log_gradient
         self.n_iters = None if n_iters is None else check_int("n_iters", n_iters)
         self.fetch_k_ratio = fetch_k_ratio
         self.eps = check_positive("eps", eps)
@@ -313,6 +322,13 @@ class CoordinateDescentRouter(nn.Module):
         own = {name: getattr(self, name) for name in ("method", "n_iters", "eps", "eps_init", "eps_decay")}
         return soft_gates(logits, k, **{**own, **how})
 
+    def straight(self, gates: Tensor) -> Tensor:
+        """Soft gates as the forward pass uses them: 1 with their gradient, where they are passed straight through."""
+        if not self.straight_through:
+            return gates
+        gradient = _log(gates) if self.log_gradient else gates
+        return 1 + (gradient - gradient.detach())
+
     def forward(
         self,
         x: Tensor,
@@ -387,11 +403,9 @@ class CoordinateDescentRouter(nn.Module):
             how = {"mask": per_route, "generator": noise, **stratified}
             if self.n_iters is not None and counts is None and self.method == "coordinate_descent" and slots == n:
                 how.update(n_iters=None, eps_init=None, eps_decay=1.0)  # all are taken: 1, which iterations approach
-            soft = self.soft_gates(logits, sums, max_k=budget, **how)
-            gates = soft.gather(-1, indices)
-            log_weights = gates.clamp_min(torch.finfo(gates.dtype).tiny).log()
+            soft = self.soft_gates(logits, sums, max_k=budget, **how).gather(-1, indices)
+            gates, log_weights = self.straight(soft), _log(soft)
             if self.straight_through:
-                gates = 1 + (gates - gates.detach())
                 log_weights = log_weights - log_weights.detach()
         gates = torch.where(valid, gates, 0)
         return Routing(indices, gates, torch.where(valid, log_weights, float("-inf")), valid)

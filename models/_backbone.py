@@ -15,6 +15,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from colt5_vision.attention import ConditionalRoutedImageAttention
+from colt5_vision.branches import LightBranch
 from colt5_vision.checks import TokenCount, check_pair
 from colt5_vision.feedforward import ConditionalRoutedFeedForward
 
@@ -186,6 +187,9 @@ class RoutedBackbone(nn.Module):
         self.head = ClassifierHead(self.num_features, self.num_classes, global_pool, drop_rate, **factory)
         self.head_hidden_size = self.head.num_features
         self.apply(_init_weights)
+        for module in self.modules():
+            if isinstance(module, LightBranch):
+                module.start_small()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -337,3 +337,22 @@ def test_call_errors_name_the_argument(name, call, fusion):
     module = attention(fusion=fusion, dtype=torch.float32)
     with pytest.raises((ValueError, TypeError), match=rf"^{name}: "):
         module(**{"x": torch.randn(2, *GRID, DIM), **call})
+
+
+def test_the_light_branch_starts_small():
+    """What is near a token must not drown, at first, what a few routed tokens tell all of them."""
+    torch.manual_seed(0)
+    module = ConditionalRoutedImageAttention(DIM, num_heavy_tokens_kv=4)
+    light, heavy = module.light_attn.to_out.weight, module.heavy_attn.to_out.weight
+    assert light.shape == heavy.shape
+    torch.testing.assert_close(light.std() / heavy.std(), torch.tensor(0.2), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("straight_through", [True, False])
+def test_routers_of_attention_carry_the_gradient_of_the_logarithm(straight_through):
+    options = {"num_heavy_tokens_kv": 4, "num_heavy_tokens_q": 4, "router_straight_through": straight_through}
+    module = ConditionalRoutedImageAttention(DIM, **options)
+    assert {module.q_router.log_gradient, module.kv_router.log_gradient} == {straight_through}
+    if straight_through:
+        plain = ConditionalRoutedImageAttention(DIM, **options, router_kwargs={"log_gradient": False})
+        assert not plain.kv_router.log_gradient

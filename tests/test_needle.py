@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import needle
+from benchmarks import ablations, needle
+from benchmarks.needle_model import DIM, VARIANTS, SquareReader
 from benchmarks.needle_task import CELL, WINDOW, NeedleTask
 
 
@@ -54,15 +55,15 @@ def test_squares_are_white_amid_black_and_far_from_the_digit(size, squares):
 
 def test_variants_differ_in_their_attention_only():
     shapes, sizes = {}, {}
-    for name, variant in needle.VARIANTS.items():
+    for name, variant in VARIANTS.items():
         torch.manual_seed(0)
-        model = needle.SquareReader(variant, 576)
+        model = SquareReader(variant, 576)
         shapes[name] = {n: p.shape for n, p in model.named_parameters() if not n.startswith("attentions")}
         sizes[name] = sum(p.numel() for p in model.attentions.parameters())
         assert variant.num_keys(576) == {"full": 576, "window": 0}.get(name, 4 if "few" in name else 72)
     assert all(shape == shapes["full"] for shape in shapes.values())
-    assert sizes["softmax-learned-eighth"] - sizes["full"] == 2 * needle.DIM  # a routing token a block
-    assert needle.VARIANTS["sum-learned-few"].num_keys(9216) == 36
+    assert sizes["softmax-learned-eighth"] - sizes["full"] == 2 * DIM  # a routing token a block
+    assert VARIANTS["sum-learned-few"].num_keys(9216) == 36
 
 
 def test_a_study_resumes_where_it_stopped(tmp_path):
@@ -90,3 +91,43 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path, capsys):
     assert "--steps: the runs in" in capsys.readouterr().err
     with pytest.raises(ValueError, match="^size: expected a multiple of 64"):
         NeedleTask(200)
+
+
+def test_ablations_are_the_default_but_for_what_they_say(tmp_path):
+    base, *others = ablations.ABLATIONS.values()
+    assert base == VARIANTS["sum-learned-eighth"] and base not in others
+    built = [variant.build(576) for variant in others]
+    assert len({str(variant) for variant in others}) == len(others) == len(built)
+    few = [
+        "--quick",
+        "--output",
+        str(tmp_path),
+        "--held-out",
+        "50",
+        "--steps",
+        "1",
+        "--variants",
+        "softmax",
+        "window 4",
+    ]
+    assert ablations.main(few) == 0
+    study = json.loads((tmp_path / "ablations_cpu.json").read_text())
+    assert [row["variant"] for row in study["summary"]] == ["softmax", "window 4"]
+    rows = {(g["n"], g["k"], g["eps"], g["gates"]): g for g in study["gates"]}
+    for n, k, eps, name in rows:
+        exact = rows[n, k, eps, "exact"]
+        assert abs(exact["sum"] - 1) < 1e-5 and exact["gradient_error"] < 1e-5
+    text = (tmp_path / "ablations_cpu.md").read_text()
+    assert text.count("| softmax |") == 1 and "50 iterations" in text
+
+
+def test_attention_narrows_as_it_trains():
+    args = needle.parse(needle.parser_of("", VARIANTS), ["--quick"])
+    args.steps = 10
+    for name, mean in (("sum-learned-few", None), ("full", 576), ("window", 0)):
+        record = needle.run(name, VARIANTS[name], 0, args)
+        if mean is None:
+            assert record["keys"] == 4 and 100 < record["mean_keys"] < 250, "from half of the map to 4 keys"
+        else:
+            assert record["mean_keys"] == mean
+        assert len(record["curve"]) == 10 and record["added_mib"] >= 0 and record["seconds"] > 0

@@ -85,6 +85,19 @@ def test_gates_and_their_gradient_equal_the_soft_path(n_iters, field, straight_t
         torch.testing.assert_close(grad, want)
 
 
+@pytest.mark.parametrize("n_iters", [None, 30])
+def test_log_gradient_is_that_of_the_log_weights(n_iters):
+    module = router(n_iters=n_iters, eps=0.7, num_routing_tokens=2, log_gradient=True)
+    x, weight = tokens().requires_grad_(), tokens(3, 2, 8, seed=1)
+    routing = module(x, num_tokens=8)
+    assert torch.equal(routing.gates, torch.ones_like(routing.gates))
+    given = (x, module.routing_token)
+    grads = torch.autograd.grad((routing.gates * weight).sum(), given, retain_graph=True)
+    for grad, want in zip(grads, torch.autograd.grad((routing.log_weights * weight).sum(), given)):
+        assert want.abs().max() > 1e-3
+        torch.testing.assert_close(grad, want)
+
+
 @pytest.mark.parametrize("ratio", [1.0, 9 / 8, 2.0])
 def test_fetch_k_ratio_scales_the_sum_of_the_gates(ratio):
     module = router(straight_through=False, fetch_k_ratio=ratio, eps=1e-3)
@@ -324,6 +337,7 @@ def test_state_dict_round_trip():
         ("normalize", {"cosine_sim_routing": True, "normalize": False}),
         ("route_block_size", {"route_block_size": 0}),
         ("route_block_size", {"route_block_size": 4, "cell_size": 4}),
+        ("log_gradient", {"straight_through": False, "log_gradient": True}),
         ("use_triton", {"use_triton": False}),
         ("triton_checkpoint_segments", {"triton_checkpoint_segments": 4}),
         ("dim", {"dim": 0}),

@@ -1,0 +1,117 @@
+"""Tables and figures of the needle study."""
+
+import json
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.needle_model import VARIANTS
+from colt5_vision.store import save_atomically
+from examples.measure import table
+
+
+def by_variant(records: list[dict], order: Sequence[str]) -> dict[str, list[dict]]:
+    """The runs of each variant that has any, by their seeds."""
+    groups = {name: [r for r in records if r["variant"] == name] for name in order}
+    return {name: sorted(group, key=lambda r: r["seed"]) for name, group in groups.items() if group}
+
+
+def summarize(groups: dict[str, list[dict]]) -> list[dict]:
+    """One entry of each variant, over its seeds."""
+    summary = []
+    for name, group in groups.items():
+        scores = [r["accuracy"] for r in group]
+        summary.append(
+            {
+                "variant": name,
+                "keys": group[0]["keys"],
+                "mean_keys": group[0]["mean_keys"],
+                "mean": statistics.mean(scores),
+                "spread": statistics.stdev(scores) if len(scores) > 1 else None,
+                "seeds": {r["seed"]: r["accuracy"] for r in group},
+                "reach": None if group[0]["reach"] is None else statistics.mean(r["reach"] for r in group),
+                "seconds": statistics.median(r["seconds"] for r in group),
+                "seconds_per_step_at_last": statistics.median(r["seconds_per_step_at_last"] for r in group),
+                "added_mib": statistics.median(r["added_mib"] for r in group),
+                "parameters": group[0]["parameters"],
+            }
+        )
+    return summary
+
+
+def accuracy_table(summary: list[dict], tokens: int) -> list[str]:
+    """Lines of the table of a study."""
+    header = ["attention", "keys (mean in training)", "accuracy", "seeds", "digit's windows reached"]
+    header += ["CPU s, training", "CPU s a step at last", "MiB added by the first step", "parameters"]
+    rows = [
+        [
+            s["variant"],
+            f"{s['keys']} of {tokens} ({s['mean_keys']:.0f})",
+            f"{s['mean']:.3f}" + ("" if s["spread"] is None else f" ± {s['spread']:.3f}"),
+            ", ".join(f"{value:.3f}" for value in s["seeds"].values()),
+            "–" if s["reach"] is None else f"{s['reach']:.2f}",
+            f"{s['seconds']:.0f}",
+            f"{s['seconds_per_step_at_last']:.3f}",
+            f"{s['added_mib']:.0f}",
+            f"{s['parameters']:,}",
+        ]
+        for s in summary
+    ]
+    return table(header, rows)
+
+
+def about(first: dict) -> str:
+    """What the numbers of a study are."""
+    return (
+        f"Canvas {first['canvas']}x{first['canvas']}, {first['steps']} steps, squares on {first['held_out']} held-out "
+        "canvases; chance is 0.1. Mean ± standard deviation over seeds. Digit's windows reached: share of the canvases "
+        f"in which a routed key lies in a window that the digit touches. Routed at first: {first['widest']:g} of the "
+        f"map, then narrowing. CPU seconds and memory of a process with one run, {machine()}.\n"
+    )
+
+
+def machine() -> str:
+    return f"{platform.machine()}, torch {torch.__version__}"
+
+
+def report(records: list[dict], stem: Path, settings: Sequence[str]) -> list[str]:
+    """``stem``.json, .md and .png; the lines of the table."""
+    groups, first = by_variant(records, list(VARIANTS)), records[0]
+    summary, runs = summarize(groups), [run for group in groups.values() for run in group]
+    whole = {"machine": machine(), **{name: first[name] for name in settings}, "summary": summary, "runs": runs}
+    save_atomically(stem.with_suffix(".json"), lambda part: part.write_text(json.dumps(whole, indent=1) + "\n"))
+    lines = accuracy_table(summary, first["tokens"])
+    title = "# Each square is labelled with the class of the one digit, far away\n"
+    text = "\n".join([title, about(first), *lines, ""])
+    save_atomically(stem.with_suffix(".md"), lambda part: part.write_text(text))
+    save_atomically(stem.with_suffix(".png"), lambda part: draw(groups, part))
+    return lines
+
+
+def draw(groups: dict[str, list[dict]], path: Path) -> None:
+    """Accuracy against steps, a panel each for 1/8 of the keys and for few, full and window in both; against seconds."""
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    for axis, keys in zip(axes, ("eighth", "few", None)):
+        for number, (name, group) in enumerate(groups.items()):
+            variant = VARIANTS[name]
+            if keys is not None and variant.keys not in (None, keys):
+                continue
+            curves = torch.tensor([r["curve"] for r in group])
+            style = {"learned": "-", "random": ":", "grid": "-."}.get(variant.router, "--")
+            line = {"color": f"C{number % 10}" if variant.router else {"full": "k", "window": "0.6"}[name], "ls": style}
+            along = curves[0, :, 0] if keys else curves[..., 2].mean(0)
+            axis.plot(along, curves[..., 1].mean(0), label=name, **line)
+            if keys:
+                axis.fill_between(
+                    along, curves[..., 1].amin(0), curves[..., 1].amax(0), alpha=0.12, color=line["color"]
+                )
+        axis.set(xlabel="steps" if keys else "CPU seconds", ylim=(0, 1), title=f"keys: {keys}" if keys else "time")
+        axis.axhline(0.1, color="0.8", lw=0.8)
+        axis.legend(fontsize=6)
+    axes[0].set_ylabel("held-out accuracy (band: range over seeds)")
+    figure.savefig(path, dpi=110, format="png")
