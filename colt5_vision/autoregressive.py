@@ -139,10 +139,8 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
                     f"router_kwargs[{name!r}]: needs the whole sequence, which a causal router cannot know"
                 )
 
-        options = {
-            "log_gradient": router_straight_through,
-            **router_options(router_kwargs, "give num_routed_kv instead"),
-        }
+        default = {"log_gradient": router_straight_through}
+        options = router_options(router_kwargs, "give num_routed_kv instead", **default)
         options.update(straight_through=router_straight_through, router=router, **factory)
         self.light_attn = CausalWindowAttention(dim, light_heads, light_dim_head, light, **factory)
         self.null_q_token = nn.Parameter(torch.zeros(dim, **factory)) if routed and use_null_q_tokens else None

@@ -282,8 +282,8 @@ class RoutedBranches(nn.Module):
 
     def make_routers(self, dim: int, num_routed_kv: int, router_kwargs: dict | None, **own) -> None:
         """The router of queries, where their number is given, and that of keys; ``own`` goes before ``router_kwargs``."""
-        options = router_options(router_kwargs, "give num_routed_kv instead")
-        route = {"log_gradient": own["straight_through"], **options, **own}
+        default = {"log_gradient": own["straight_through"]}
+        route = {**router_options(router_kwargs, "give num_routed_kv instead", **default), **own}
         self.q_router = None if self.num_heavy_tokens_q is None else CoordinateDescentRouter(dim, **route)
         self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **route)
 

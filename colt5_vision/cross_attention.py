@@ -107,10 +107,8 @@ class ConditionalRoutedCrossAttention(nn.Module):
         if routing_from_queries and router != "learned":
             raise ValueError(f"routing_from_queries: only for router='learned', got router={router!r}")
 
-        route = {
-            "log_gradient": router_straight_through,
-            **router_options(router_kwargs, "give kv_routing_tokens instead"),
-        }
+        default = {"log_gradient": router_straight_through}
+        route = router_options(router_kwargs, "give kv_routing_tokens instead", **default)
         route.update(straight_through=router_straight_through, router=router, **factory)
         self.q_router = None if num_tokens_q is None else CoordinateDescentRouter(dim, **route)
         if route_block_size is not None:

@@ -50,9 +50,9 @@ def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     return x.gather(1, flat).unflatten(1, indices.shape[1:])
 
 
-def router_options(options: dict | None, num_routing_tokens: str) -> dict:
+def router_options(options: dict | None, num_routing_tokens: str, **defaults) -> dict:
     """``router_kwargs`` of a module, free of what the module sets itself; a text says what to do about the routes."""
-    options = dict(options or {})
+    options = {**defaults, **(options or {})}
     reserved = {
         "num_routing_tokens": num_routing_tokens,
         "straight_through": "give router_straight_through instead",
