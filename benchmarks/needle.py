@@ -1,6 +1,6 @@
 """A task that needs the whole map: each white square must be labelled with the class of the one digit, far away.
 
-    python -m benchmarks.needle                                    # all variants, 3 seeds, 600 steps; an hour on 2 cores
+    python -m benchmarks.needle                                    # all variants, 3 seeds, 600 steps; 80 minutes on 2 cores
     python -m benchmarks.needle --resume                           # go on after an interruption, or add seeds and variants
     python -m benchmarks.needle --variants full sum-learned-eighth --seeds 0
     python -m benchmarks.needle --canvas 384                       # a larger map, clutter and squares in proportion
@@ -22,7 +22,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from pathlib import Path
@@ -138,7 +138,7 @@ def read(path: Path, args: argparse.Namespace) -> list[dict]:
     return records
 
 
-def records_of(variants: dict[str, Variant], args: argparse.Namespace, store: Path) -> Sequence[list[dict]]:
+def records_of(variants: dict[str, Variant], args: argparse.Namespace, store: Path) -> Iterator[list[dict]]:
     """Yield all records known so far, first those of ``store``, then as runs finish and are written there."""
     records = read(store, args) if args.resume else []
     lines = "".join(json.dumps(record) + "\n" for record in records)  # without one that was cut short

@@ -323,7 +323,7 @@ class CoordinateDescentRouter(nn.Module):
         return soft_gates(logits, k, **{**own, **how})
 
     def straight(self, gates: Tensor) -> Tensor:
-        """Soft gates as the forward pass uses them: 1 with their gradient, where they are passed straight through."""
+        """Soft gates, of any shape, as the forward pass uses them: passed straight through, or as they are."""
         if not self.straight_through:
             return gates
         gradient = _log(gates) if self.log_gradient else gates

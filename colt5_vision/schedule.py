@@ -54,7 +54,11 @@ class RoutingSchedule:
         self._counts = [entry for entry in counts if entry[2] is not None]
 
     def step(self, progress: float) -> None:
-        """Set the counts for this share of the training, in [0, 1]."""
+        """Set the counts for ``progress``, the share of the training that is done, in [0, 1].
+
+        Raises:
+            ValueError: naming the argument, what was expected and what came.
+        """
         if not 0 <= progress <= 1:
             raise ValueError(f"progress: expected a number in [0, 1], got {progress}")
         for module, name, own, times in self._counts:
@@ -64,5 +68,7 @@ class RoutingSchedule:
     def _times(self, times: int, progress: float) -> int:
         if progress >= self.until:
             return 1
-        done = max(0.0, progress - self.hold) / (self.until - self.hold)
+        if progress <= self.hold:
+            return times
+        done = (progress - self.hold) / (self.until - self.hold)
         return times >> int(done * (times.bit_length() - 1))

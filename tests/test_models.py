@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch.profiler import ProfilerActivity, profile
 
 from colt5_vision import CoordinateDescentRouter
+from colt5_vision.branches import LightBranch
 
 VITS = [f"colt5_vit_{size}_patch{p}_{s}" for size in ("tiny", "small", "base") for p in (16, 8) for s in (224, 512)]
 PYRAMIDS = [f"colt5_pyramid_{size}" for size in ("tiny", "small", "base")]
@@ -232,3 +233,13 @@ def test_bad_input():
         timm.create_model("test_colt5_pyramid", num_heavy_tokens_kv=(0.5, 0.5))
     with pytest.raises(ValueError, match="patch_size"):
         timm.create_model("test_colt5_vit", patch_size=12)
+
+
+def test_the_light_branch_of_sum_starts_small_among_weights_of_timms_scale():
+    torch.manual_seed(0)
+    model = timm.create_model("colt5_vit_tiny_patch16_224", fusion="sum", num_classes=3)
+    lights = [m for m in model.modules() if isinstance(m, LightBranch)]
+    assert lights
+    for light in lights:
+        torch.testing.assert_close(light.to_qkv.weight.std(), torch.tensor(0.02), atol=0.002, rtol=0)
+        torch.testing.assert_close(light.to_out.weight.std(), torch.tensor(0.004), atol=4e-4, rtol=0)

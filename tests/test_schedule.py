@@ -30,6 +30,15 @@ def test_counts_halve_from_hold_until_they_are_the_modules_own():
     assert module.num_heavy_tokens_q is None
 
 
+def test_hold_and_until_at_once_are_one_step_down():
+    module = image(num_heavy_tokens_kv=4)
+    schedule, seen = RoutingSchedule(module, keys=8, hold=0.5, until=0.5), []
+    for progress in (0.0, 0.49, 0.5, 1.0):
+        schedule.step(progress)
+        seen.append(module.num_heavy_tokens_kv)
+    assert seen == [32, 32, 4, 4]
+
+
 def test_every_attention_of_a_model_keeps_its_own_count():
     model = nn.Sequential(
         image(num_heavy_tokens_q=0.25, num_heavy_tokens_kv=0.125),
