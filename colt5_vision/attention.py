@@ -62,7 +62,7 @@ class ConditionalRoutedImageAttention(RoutedBranches):
         light_dim_head, light_heads, light_window_size: head width, heads and window side (int or (height, width)) of
             the light branch.
         heavy_dim_head, heavy_heads: of the heavy branch. ``fusion="softmax"`` has one set of heads: both must agree.
-        router_straight_through: gates of exactly 1 in forward.
+        router_straight_through: gates of exactly 1 in forward, with the gradient of their logarithm (``log_gradient``).
         router_kwargs: further arguments of both routers, see :class:`CoordinateDescentRouter`.
         multiply_keys_by_score, multiply_queries_by_score: ``sum`` only: gates scale the keys (queries) too, not only
             the values.

@@ -63,7 +63,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         heavy_window_size: w, of the heavy branch; default that of the light one. At most that, or twice that: any other
             larger window would hold tokens that neither branch shows to the last ones of the window.
         heavy_dim_head, heavy_heads: of the heavy branch.
-        router_straight_through: gates of exactly 1 in forward.
+        router_straight_through: gates of exactly 1 in forward, with the gradient of their logarithm (``log_gradient``).
         router_kwargs: further arguments of both routers, see :class:`CoordinateDescentRouter`.
         multiply_keys_by_score, multiply_queries_by_score: gates scale the keys (queries) too, not only the values
             (outputs).

@@ -53,7 +53,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         num_tokens_kv: routed keys and values of the context, likewise.
         num_sets_kv: of the predecessor, where it had no effect: None or 1, use ``kv_routing_tokens``.
         dim_head, heads: head width and heads.
-        router_straight_through: gates of exactly 1 in forward.
+        router_straight_through: gates of exactly 1 in forward, with the gradient of their logarithm (``log_gradient``).
         router_kwargs: further arguments of both routers, see :class:`CoordinateDescentRouter`.
         kv_routing_tokens: R sets of routed keys, the heads split over them.
         multiply_keys_by_score: gates scale the keys too, not only the values.
