@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .checks import TokenCount, check_int, check_pair, check_token_count, token_count
+from .mean_query import mean_query_logits
 from .ops import route_topk, routed_window_attention, soft_topk
 from .ops.autocast import without_autocast
 from .ops.routed_window_attention.gathered import PairBias
 from .positions import dispersed_rank, hashed_uniform, morton_order
 from .probes import Probes, correction, probe
-from .router import mean_query_logits
 
 __all__ = ["ROUTERS", "PretrainedRoutedAttention", "sample_tokens"]
 

@@ -18,6 +18,7 @@ from .checks import (
     token_count,
 )
 from .gates import METHODS, soft_gates
+from .mean_query import route_by_mean_query
 from .ops import route_topk, router_logits
 from .ops.autocast import without_autocast
 from .positions import dispersed_rank, hashed_uniform
@@ -65,29 +66,6 @@ def router_options(options: dict | None, num_routing_tokens: str, **defaults) ->
         if name in options:
             raise ValueError(f"router_kwargs[{name!r}]: {instead}")
     return options
-
-
-def mean_query_logits(query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """What the mean query attends to: ``log softmax_j(mean_i(q_i) · k_j · scale)`` of each head, in O(N).
-
-    Args:
-        query, key: (B, heads, N, head_dim).
-        mask: (B, N) bool, True = valid; masked tokens count in no mean and no softmax.
-        scale: factor of the logits, default head_dim ** -0.5.
-
-    Returns:
-        (B, heads, N), float32 (float64 for float64).
-    """
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if mask is None:
-        mean = query.to(wide).mean(2, keepdim=True)
-    else:
-        valid = mask[:, None, :, None]
-        mean = query.to(wide).masked_fill(~valid, 0).sum(2, keepdim=True) / valid.sum(2, keepdim=True).clamp_min(1)
-    logits = (mean @ key.to(wide).mT).squeeze(2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if mask is not None:
-        logits = logits.masked_fill(~mask.unsqueeze(1), torch.finfo(wide).min)
-    return logits.log_softmax(-1)
 
 
 def _compare(x: Tensor, directions: Tensor, normalize: bool) -> Tensor:
@@ -271,7 +249,7 @@ class CoordinateDescentRouter(nn.Module):
             return -torch.stack(ranks).float().expand(batch, -1, -1)  # exact up to 4096 x 4096 tokens
         with without_autocast(x.device.type):
             if self.router == "mean_query":
-                return self._mean_query_logits(x, query, key, mask)
+                return route_by_mean_query(x, query, key, routes, mask)
             return self._learned_logits(x, routing_tokens)
 
     def _learned_logits(self, x: Tensor, routing_tokens: Tensor | None) -> Tensor:
@@ -293,23 +271,6 @@ class CoordinateDescentRouter(nn.Module):
         if self.cosine_sim_scale is None:
             return tokens
         return self.cosine_sim_scale * nn.functional.normalize(tokens, dim=-1, eps=_TINY)
-
-    def _mean_query_logits(self, x: Tensor, query: Tensor | None, key: Tensor | None, mask: Tensor | None) -> Tensor:
-        """log sum_heads softmax_j(mean_i(q_i) · k_j / sqrt(d)), heads (B, h, N, d) split over the routes."""
-        if (query is None) != (key is None):
-            raise ValueError("query, key: expected both or neither")
-        if query is None:
-            query = key = nn.functional.rms_norm(x, (self.dim,), eps=1e-6).unsqueeze(1)
-            query = key = query.expand(-1, self.num_routing_tokens, -1, -1)
-        for name, tensor in (("query", query), ("key", key)):
-            check_float_tensor(name, tensor, ndim=4)
-            if tensor.shape[0] != x.shape[0] or tensor.shape[2] != x.shape[1] or tensor.shape != query.shape:
-                expected = f"({x.shape[0]}, heads, {x.shape[1]}, head_dim), the same for both"
-                raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
-        heads = query.shape[1]
-        if heads % self.num_routing_tokens:
-            raise ValueError(f"query: {heads} heads are not divisible by {self.num_routing_tokens} routes")
-        return mean_query_logits(query, key, mask).unflatten(1, (self.num_routing_tokens, -1)).logsumexp(2)
 
     def wants_soft_gates(self, logits: Tensor) -> bool:
         """Whether anyone will see the soft gates of ``logits``: straight through they are for a gradient only."""
