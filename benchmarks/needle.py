@@ -1,24 +1,30 @@
 """A task that needs the whole map: each white square must be labelled with the class of the one digit, far away.
 
-    python -m benchmarks.needle                                    # all variants, 3 seeds, 600 steps; 80 minutes on 2 cores
+    python -m benchmarks.needle                                    # all variants, 3 seeds, 600 steps; two hours on 2 cores
     python -m benchmarks.needle --resume                           # go on after an interruption, or add seeds and variants
     python -m benchmarks.needle --variants full sum-learned-eighth --seeds 0
-    python -m benchmarks.needle --canvas 384                       # a larger map, clutter and squares in proportion
+    python -m benchmarks.needle --canvas 384 --start 192 --steps 150      # larger maps, clutter and squares in proportion,
+    python -m benchmarks.needle --canvas 768 --start 384 --steps 60       # from the weights of the smaller ones
     python -m benchmarks.needle --quick                            # see that it runs: a minute, a few steps of each
 
 The digit touches no square's window, so windows alone cannot answer. "eighth" routes 1/8 of the map as keys, of which
 some fall into every window, where window attention has spread the digit; "few" routes 4 of 576 (9 of 2304, 36 of 9216),
 fewer than there are windows: the column of windows reached says how often a choice that does not look could know.
 "quarter" lets only 1/4 of the tokens query the routed keys. Routed attentions, random ones too, start with a larger share
-of the map (``--widest``) and narrow to their own between three and eight tenths of the steps (``RoutingSchedule``).
+of the map (``--widest``) and narrow to their own between a fifth and three fifths of the steps (``RoutingSchedule``).
+
+With ``--start`` a run goes on with the weights that the same variant and seed had after the smaller canvas (every run
+leaves them in ``--weights``), with its own keys from the first step; its curve begins before the first step.
 
 All variants of a seed see the same canvases in the same order. Every (variant, seed) is a process of its own and written
-at once to ``needle_cpu.jsonl``; ``needle_cpu.json``, ``.md`` and ``.png`` are made from it. Seconds are CPU seconds.
+at once to ``needle_cpu.jsonl``; ``needle_cpu.json``, ``.md`` and ``.png`` are made from it (``needle_384_cpu``, ...), and
+``needle_scale_cpu.png`` from all canvases there are. Seconds are CPU seconds.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -33,15 +39,15 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from benchmarks.needle_model import VARIANTS, SquareReader, Variant
-from benchmarks.needle_report import report
+from benchmarks.needle_report import draw_scale, report
 from benchmarks.needle_task import CELL, Batch, NeedleTask
 from colt5_vision.store import save_atomically
 from colt5_vision.visualize import record_routing
 from examples.command_line import UserError, at_least_one, exit_status, learning_rate
 from examples.measure import added_memory
 
-BATCH, PEAK_RATE, WEIGHT_DECAY, POINTS = 16, 1e-3, 0.02, 10  # points of a curve
-SETTINGS = ("canvas", "steps", "held_out", "widest")  # what the records of a study share
+BATCH, PEAK_RATE, WEIGHT_DECAY = 16, 1e-3, 0.02
+SETTINGS = ("canvas", "start", "steps", "held_out", "widest")  # what the records of a study share
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -72,9 +78,9 @@ def run(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> dic
     torch.manual_seed(seed)
     task, tokens = NeedleTask(args.canvas, seed), (args.canvas // CELL) ** 2
     model = SquareReader(variant, tokens)
-    schedule = variant.schedule(model, tokens, args.widest)
+    schedule = None if args.start else variant.schedule(model, tokens, args.widest)
     optimizer = torch.optim.AdamW(model.parameters(), PEAK_RATE, weight_decay=WEIGHT_DECAY)
-    every, curve, losses, keys, seconds = max(1, args.steps // POINTS), [], [], [], []
+    every, curve, losses, keys, seconds = max(1, args.steps // args.points), [], [], [], []
 
     def train(step: int) -> None:
         for group in optimizer.param_groups:
@@ -91,6 +97,9 @@ def run(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> dic
         seconds.append(time.process_time() - start)
         losses.append(loss.item())
 
+    if args.start:
+        model.load_state_dict(torch.load(weights_of(name, seed, args.start, args), weights_only=True))
+        curve.append((0, judge(model, task, args.held_out // 5)[0], 0.0))
     for step in (bar := tqdm(range(args.steps), f"{name}, seed {seed}", mininterval=5)):
         if step == 0:
             memory = added_memory(lambda: train(0))
@@ -104,10 +113,13 @@ def run(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> dic
     if schedule is not None:
         schedule.step(1.0)
     accuracy, reach = judge(model, task, args.held_out)
+    if args.weights:
+        save_atomically(weights_of(name, seed, args.canvas, args), lambda part: torch.save(model.state_dict(), part))
     return {
         "variant": name,
         "seed": seed,
         **{name: getattr(args, name) for name in SETTINGS},
+        "widest": None if schedule is None else args.widest,
         "tokens": tokens,
         "keys": variant.num_keys(tokens),
         "mean_keys": statistics.mean(keys),
@@ -122,6 +134,10 @@ def run(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> dic
     }
 
 
+def weights_of(name: str, seed: int, canvas: int, args: argparse.Namespace) -> Path:
+    return Path(args.weights) / str(canvas) / f"{name}-{seed}.pt"
+
+
 def read(path: Path, args: argparse.Namespace) -> list[dict]:
     """The finished runs of this study; a line cut short is none."""
     records = []
@@ -131,9 +147,9 @@ def read(path: Path, args: argparse.Namespace) -> list[dict]:
         except json.JSONDecodeError:
             continue
         for name in SETTINGS:
-            if record[name] != getattr(args, name):
-                given = getattr(args, name)
-                raise UserError(f"--{name.replace('_', '-')}: the runs in {path} have {record[name]}, got {given}")
+            given = getattr(args, name)
+            if record.get(name) != given and not (name == "widest" and record[name] is None):
+                raise UserError(f"--{name.replace('_', '-')}: the runs in {path} have {record.get(name)}, got {given}")
         records.append(record)
     return records
 
@@ -146,6 +162,14 @@ def records_of(variants: dict[str, Variant], args: argparse.Namespace, store: Pa
     yield records
     done = {(r["variant"], r["seed"]) for r in records}
     wanted = [(name, seed) for seed in args.seeds for name in args.variants if (name, seed) not in done]
+    for name, seed in wanted if args.start else ():
+        if not (path := weights_of(name, seed, args.start, args)).is_file():
+            how = f"python -m benchmarks.needle --canvas {args.start} --variants {name} --seeds {seed}"
+            raise UserError(f"--start: no weights {path}; run {how} first")
+    # Buffers of more than 32 MiB, as canvases of 768 need them, glibc fetches anew from the system every time, and clearing
+    # their pages took two thirds of a step.
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        os.environ.setdefault(name, str(1 << 40))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=context, max_tasks_per_child=1) as pool:
         futures = [pool.submit(run, name, variants[name], seed, args) for name, seed in wanted]
@@ -165,24 +189,26 @@ def study(args: argparse.Namespace) -> None:
     lines = []
     for records in records_of(VARIANTS, args, stem.with_suffix(".jsonl")):
         lines = report(records, stem, SETTINGS) if records else []
-    print(*lines, f"wrote {stem}.jsonl, .json, .md, .png", sep="\n")
+    print(*lines, f"wrote {stem}.jsonl, .json, .md, .png, {draw_scale(stem.parent)}", sep="\n")
 
 
 def parser_of(description: str, variants: dict[str, Variant]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", choices=variants, default=list(variants), metavar="VARIANT")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--canvas", type=int, choices=(192, 384, 768), default=192, help="side in pixels")
-    parser.add_argument("--widest", type=float, default=0.5, help="share of the map that is routed at first")
+    parser.add_argument("--widest", type=float, default=1.0, help="share of the map that is routed at first")
     parser.add_argument(
         "--held-out", type=int, default=1000, help="canvases to judge by, a fifth of them for the curve"
     )
+    parser.add_argument("--points", type=int, default=10, help="of the curve")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--workers", type=int, default=2, help="processes, one run each")
     parser.add_argument("--output", help="folder, default benchmarks/results, with --quick runs/needle")
     parser.add_argument("--resume", action="store_true", help="keep the finished runs in --output, do what is missing")
     parser.add_argument("--quick", action="store_true", help="a few steps, one seed")
+    parser.set_defaults(start=None, weights=None)
     return parser
 
 
@@ -190,15 +216,24 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     args = parser.parse_args(argv)
     if not 0 < args.widest <= 1:
         parser.error(f"--widest: expected a share in (0, 1], got {args.widest}")
+    if args.start and args.start >= args.canvas:
+        parser.error(f"--start: expected a canvas smaller than {args.canvas}, got {args.start}")
     if args.quick:
         args.steps, args.seeds, args.held_out = min(args.steps, 3), args.seeds[:1], 50
     args.output = args.output or ("runs/needle" if args.quick else "benchmarks/results")
-    at_least_one(parser, args, "steps", "held_out", "threads", "workers")
+    at_least_one(parser, args, "steps", "held_out", "points", "threads", "workers")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_status(study, parse(parser_of(__doc__, VARIANTS), argv))
+    parser = parser_of(__doc__, VARIANTS)
+    parser.add_argument("--start", type=int, choices=(192, 384), help="canvas whose weights to go on with")
+    parser.add_argument(
+        "--weights", help="folder to leave weights in, default runs/needle_weights, with --quick --output"
+    )
+    args = parse(parser, argv)
+    args.weights = args.weights or (args.output if args.quick else "runs/needle_weights")
+    return exit_status(study, args)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Variant(NamedTuple):
         keys = max(1, round(widest * tokens / self.num_keys(tokens)))
         queries = max(1, round(1 / (self.queries or 1)))
         times = (1 << (times - 1).bit_length() for times in (keys, queries))
-        return RoutingSchedule(model, *times, hold=0.3, until=0.8)
+        return RoutingSchedule(model, *times)
 
 
 VARIANTS = {"full": Variant("full"), "window": Variant("window")} | {

@@ -64,13 +64,18 @@ def accuracy_table(summary: list[dict], tokens: int) -> list[str]:
     return table(header, rows)
 
 
-def about(first: dict) -> str:
+def about(runs: list[dict]) -> str:
     """What the numbers of a study are."""
+    first, widest = runs[0], max(r["widest"] or 0 for r in runs)
+    if first["start"]:
+        begin = f"Runs go on with their weights after {first['start']}x{first['start']}. "
+    else:
+        begin = f"Routed at first: {widest:g} of the map, then narrowing. " if widest else ""
     return (
         f"Canvas {first['canvas']}x{first['canvas']}, {first['steps']} steps, squares on {first['held_out']} held-out "
         "canvases; chance is 0.1. Mean ± standard deviation over seeds. Digit's windows reached: share of the canvases "
-        f"in which a routed key lies in a window that the digit touches. Routed at first: {first['widest']:g} of the "
-        f"map, then narrowing. CPU seconds and memory of a process with one run, {machine()}.\n"
+        f"in which a routed key lies in a window that the digit touches. {begin}CPU seconds and memory of a process "
+        f"with one run, {machine()}.\n"
     )
 
 
@@ -82,14 +87,23 @@ def report(records: list[dict], stem: Path, settings: Sequence[str]) -> list[str
     """``stem``.json, .md and .png; the lines of the table."""
     groups, first = by_variant(records, list(VARIANTS)), records[0]
     summary, runs = summarize(groups), [run for group in groups.values() for run in group]
-    whole = {"machine": machine(), **{name: first[name] for name in settings}, "summary": summary, "runs": runs}
+    shared = {name: first[name] for name in settings if name != "widest"}
+    whole = {"machine": machine(), **shared, "summary": summary, "runs": runs}
     save_atomically(stem.with_suffix(".json"), lambda part: part.write_text(json.dumps(whole, indent=1) + "\n"))
     lines = accuracy_table(summary, first["tokens"])
     title = "# Each square is labelled with the class of the one digit, far away\n"
-    text = "\n".join([title, about(first), *lines, ""])
+    text = "\n".join([title, about(runs), *lines, ""])
     save_atomically(stem.with_suffix(".md"), lambda part: part.write_text(text))
     save_atomically(stem.with_suffix(".png"), lambda part: draw(groups, part))
     return lines
+
+
+def line_of(name: str) -> dict:
+    """Color and style of a variant, the same in every figure."""
+    styles, variant = {"learned": "-", "random": ":", "grid": "-."}, VARIANTS[name]
+    if variant.router is None:
+        return {"color": {"full": "k", "window": "0.6"}[name], "ls": "--"}
+    return {"color": f"C{list(VARIANTS).index(name) % 10}", "ls": styles[variant.router]}
 
 
 def draw(groups: dict[str, list[dict]], path: Path) -> None:
@@ -97,13 +111,12 @@ def draw(groups: dict[str, list[dict]], path: Path) -> None:
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     for axis, keys in zip(axes, ("eighth", "few", None)):
-        for number, (name, group) in enumerate(groups.items()):
+        for name, group in groups.items():
             variant = VARIANTS[name]
             if keys is not None and variant.keys not in (None, keys):
                 continue
             curves = torch.tensor([r["curve"] for r in group])
-            style = {"learned": "-", "random": ":", "grid": "-."}.get(variant.router, "--")
-            line = {"color": f"C{number % 10}" if variant.router else {"full": "k", "window": "0.6"}[name], "ls": style}
+            line = line_of(name)
             along = curves[0, :, 0] if keys else curves[..., 2].mean(0)
             axis.plot(along, curves[..., 1].mean(0), label=name, **line)
             if keys:
@@ -115,3 +128,31 @@ def draw(groups: dict[str, list[dict]], path: Path) -> None:
         axis.legend(fontsize=6)
     axes[0].set_ylabel("held-out accuracy (band: range over seeds)")
     figure.savefig(path, dpi=110, format="png")
+
+
+def draw_scale(folder: Path) -> Path:
+    """``needle_scale_cpu.png``: of each canvas studied, accuracy against CPU seconds and against memory."""
+    studies = [path for canvas in ("", "_384", "_768") if (path := folder / f"needle{canvas}_cpu.json").is_file()]
+    figure = Figure(figsize=(5 * len(studies), 8), layout="constrained")
+    axes = figure.subplots(2, len(studies), sharey=True, squeeze=False)
+    for column, path in zip(axes.T, studies):
+        study = json.loads(path.read_text())
+        for name, group in by_variant(study["runs"], list(VARIANTS)).items():
+            line = line_of(name)
+            curve = torch.tensor([r["curve"] for r in group]).mean(0)
+            column[0].plot(curve[:, 2], curve[:, 1], label=name, **line)
+            memory, accuracy = torch.tensor([(r["added_mib"], r["accuracy"]) for r in group]).T
+            column[1].scatter(
+                memory, accuracy, label=name, color=line["color"], marker={"--": "s", ":": "x"}.get(line["ls"], "o")
+            )
+        column[0].set(xlabel="CPU seconds, training", title=f"canvas {study['canvas']}, {study['steps']} steps")
+        column[1].set(xlabel="MiB added by the first step")
+        column[1].legend(fontsize=6)
+        for axis in column:
+            axis.set(ylim=(0, 1), xlim=(0, None))
+            axis.axhline(0.1, color="0.8", lw=0.8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("held-out accuracy")
+    path = folder / "needle_scale_cpu.png"
+    save_atomically(path, lambda part: figure.savefig(part, dpi=110, format="png"))
+    return path

@@ -38,7 +38,7 @@ class RoutingSchedule:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
-    def __init__(self, model: nn.Module, keys: int = 16, queries: int = 1, *, hold: float = 0.25, until: float = 0.6):
+    def __init__(self, model: nn.Module, keys: int = 16, queries: int = 1, *, hold: float = 0.2, until: float = 0.6):
         for name, times in (("keys", keys), ("queries", queries)):
             if check_int(name, times) & (times - 1):
                 raise ValueError(f"{name}: expected a power of 2, got {times}")
