@@ -3,8 +3,8 @@
     python -m benchmarks.needle                                    # all variants, 3 seeds, 600 steps; two hours on 2 cores
     python -m benchmarks.needle --resume                           # go on after an interruption, or add seeds and variants
     python -m benchmarks.needle --variants full sum-learned-eighth --seeds 0
-    python -m benchmarks.needle --canvas 384 --start 192 --steps 150      # larger maps, clutter and squares in proportion,
-    python -m benchmarks.needle --canvas 768 --start 384 --steps 60       # from the weights of the smaller ones
+    python -m benchmarks.needle --canvas 384 --start 192 --steps 60 --points 5 --held-out 500 --seeds 0 1
+    python -m benchmarks.needle --canvas 768 --start 384 --steps 12 --points 3 --held-out 200 --seeds 0
     python -m benchmarks.needle --quick                            # see that it runs: a minute, a few steps of each
 
 The digit touches no square's window, so windows alone cannot answer. "eighth" routes 1/8 of the map as keys, of which
@@ -13,8 +13,8 @@ fewer than there are windows: the column of windows reached says how often a cho
 "quarter" lets only 1/4 of the tokens query the routed keys. Routed attentions, random ones too, start with a larger share
 of the map (``--widest``) and narrow to their own between a fifth and three fifths of the steps (``RoutingSchedule``).
 
-With ``--start`` a run goes on with the weights that the same variant and seed had after the smaller canvas (every run
-leaves them in ``--weights``), with its own keys from the first step; its curve begins before the first step.
+On larger canvases clutter and squares grow in proportion. With ``--start`` a run goes on with the weights that the same variant and seed had after the smaller canvas (every run
+leaves them in ``--weights``), with its own keys and a third of the learning rate; its curve begins before the first step.
 
 All variants of a seed see the same canvases in the same order. Every (variant, seed) is a process of its own and written
 at once to ``needle_cpu.jsonl``; ``needle_cpu.json``, ``.md`` and ``.png`` are made from it (``needle_384_cpu``, ...), and
@@ -80,11 +80,12 @@ def run(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> dic
     model = SquareReader(variant, tokens)
     schedule = None if args.start else variant.schedule(model, tokens, args.widest)
     optimizer = torch.optim.AdamW(model.parameters(), PEAK_RATE, weight_decay=WEIGHT_DECAY)
+    peak = PEAK_RATE / 3 if args.start else PEAK_RATE
     every, curve, losses, keys, seconds = max(1, args.steps // args.points), [], [], [], []
 
     def train(step: int) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, PEAK_RATE, floor=0.01)
+            group["lr"] = learning_rate(step, args.steps, peak, floor=0.01)
         if schedule is not None:
             schedule.step(step / args.steps)
         keys.append(min(tokens, getattr(model.attentions[0], "num_heavy_tokens_kv", variant.num_keys(tokens))))
