@@ -1,6 +1,6 @@
 """A task that needs the whole map: each white square must be labelled with the class of the one digit, far away.
 
-    python -m benchmarks.needle                                    # all variants, 3 seeds, 600 steps; two hours on 2 cores
+    python -m benchmarks.needle                                    # all variants, 3 seeds, 1200 steps; 2 hours on 2 cores
     python -m benchmarks.needle --resume                           # go on after an interruption, or add seeds and variants
     python -m benchmarks.needle --variants full sum-learned-eighth --seeds 0
     python -m benchmarks.needle --canvas 384 --start 192 --steps 60 --points 5 --held-out 500 --seeds 0 1
@@ -10,11 +10,13 @@
 The digit touches no square's window, so windows alone cannot answer. "eighth" routes 1/8 of the map as keys, of which
 some fall into every window, where window attention has spread the digit; "few" routes 4 of 576 (9 of 2304, 36 of 9216),
 fewer than there are windows: the column of windows reached says how often a choice that does not look could know.
-"quarter" lets only 1/4 of the tokens query the routed keys. Routed attentions, random ones too, start with a larger share
-of the map (``--widest``) and narrow to their own between a fifth and three fifths of the steps (``RoutingSchedule``).
+"quarter" lets only 1/4 of the tokens query the routed keys; "eps0.3" is the temperature of the gates. Routed attentions,
+random ones too, start with a larger share of the map (``--widest``) and narrow to their own between a fifth and three
+fifths of the steps (``RoutingSchedule``).
 
-On larger canvases clutter and squares grow in proportion. With ``--start`` a run goes on with the weights that the same variant and seed had after the smaller canvas (every run
-leaves them in ``--weights``), with its own keys and a third of the learning rate; its curve begins before the first step.
+On larger canvases clutter and squares grow in proportion. With ``--start`` a run goes on with the weights that the same
+variant and seed had after the smaller canvas (every run leaves them in ``--weights``), with its own keys and a third of
+the learning rate; its curve begins before the first step.
 
 All variants of a seed see the same canvases in the same order. Every (variant, seed) is a process of its own and written
 at once to ``needle_cpu.jsonl``; ``needle_cpu.json``, ``.md`` and ``.png`` are made from it (``needle_384_cpu``, ...), and

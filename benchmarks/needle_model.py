@@ -75,6 +75,7 @@ VARIANTS = {"full": Variant("full"), "window": Variant("window")} | {
     for router in ("learned", "random", "grid")
 }
 VARIANTS |= {f"{f}-learned-eighth-quarter": Variant(f, "learned", "eighth", 0.25) for f in ("softmax", "sum")}
+VARIANTS["sum-learned-eighth-eps0.3"] = Variant("sum", "learned", "eighth", options={"router_kwargs": {"eps": 0.3}})
 
 
 class DenseAttention(nn.Module):
