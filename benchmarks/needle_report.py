@@ -124,8 +124,9 @@ def draw(groups: dict[str, list[dict]], path: Path) -> None:
                     along, curves[..., 1].amin(0), curves[..., 1].amax(0), alpha=0.12, color=line["color"]
                 )
         axis.set(xlabel="steps" if keys else "CPU seconds", ylim=(0, 1), title=f"keys: {keys}" if keys else "time")
+        if axis.lines:
+            axis.legend(fontsize=6)
         axis.axhline(0.1, color="0.8", lw=0.8)
-        axis.legend(fontsize=6)
     axes[0].set_ylabel("held-out accuracy (band: range over seeds)")
     figure.savefig(path, dpi=110, format="png")
 
