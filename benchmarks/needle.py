@@ -4,7 +4,7 @@
     python -m benchmarks.needle --resume                           # go on after an interruption, or add seeds and variants
     python -m benchmarks.needle --variants full sum-learned-eighth --seeds 0
     python -m benchmarks.needle --canvas 384 --start 192 --steps 60 --points 5 --held-out 500 --seeds 0 1
-    python -m benchmarks.needle --canvas 768 --start 384 --steps 12 --points 3 --held-out 200 --seeds 0
+    python -m benchmarks.needle --canvas 768 --start 192 --steps 4 --points 1 --held-out 100 --seeds 0
     python -m benchmarks.needle --quick                            # see that it runs: a minute, a few steps of each
 
 The digit touches no square's window, so windows alone cannot answer. "eighth" routes 1/8 of the map as keys, of which
@@ -24,6 +24,7 @@ at once to ``needle_cpu.jsonl``; ``needle_cpu.json``, ``.md`` and ``.png`` are m
 """
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -100,14 +101,18 @@ def run(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> dic
         seconds.append(time.process_time() - start)
         losses.append(loss.item())
 
+    def first_step() -> None:
+        twin = copy.deepcopy(model)  # what is measured leaves no trace in the training
+        loss_of(twin, task.train(0, BATCH)).backward()
+
+    if schedule is not None:
+        schedule.step(0.0)
+    memory = added_memory(first_step)  # before anything larger has run
     if args.start:
         model.load_state_dict(torch.load(weights_of(name, seed, args.start, args), weights_only=True))
         curve.append((0, judge(model, task, args.held_out // 5)[0], 0.0))
     for step in (bar := tqdm(range(args.steps), f"{name}, seed {seed}", mininterval=5)):
-        if step == 0:
-            memory = added_memory(lambda: train(0))
-        else:
-            train(step)
+        train(step)
         if (step + 1) % every == 0:
             if schedule is not None:
                 schedule.step(1.0)  # judged with the keys it will be used with
