@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from benchmarks.needle_model import VARIANTS
@@ -103,7 +104,7 @@ def line_of(name: str) -> dict:
     styles, variant = {"learned": "-", "random": ":", "grid": "-."}, VARIANTS[name]
     if variant.router is None:
         return {"color": {"full": "k", "window": "0.6"}[name], "ls": "--"}
-    return {"color": f"C{list(VARIANTS).index(name) % 10}", "ls": styles[variant.router]}
+    return {"color": colormaps["tab20"].colors[list(VARIANTS).index(name)], "ls": styles[variant.router]}
 
 
 def draw(groups: dict[str, list[dict]], path: Path) -> None:
