@@ -3,16 +3,15 @@
     python -m benchmarks.needle                                    # all variants, 3 seeds, 1200 steps; 2 hours on 2 cores
     python -m benchmarks.needle --resume                           # go on after an interruption, or add seeds and variants
     python -m benchmarks.needle --variants full sum-learned-eighth --seeds 0
-    python -m benchmarks.needle --canvas 384 --start 192 --steps 60 --points 5 --held-out 500 --seeds 0 1
+    python -m benchmarks.needle --canvas 384 --start 192 --steps 60 --points 5 --held-out 500 --seeds 0
     python -m benchmarks.needle --canvas 768 --start 192 --steps 4 --points 1 --held-out 100 --seeds 0
     python -m benchmarks.needle --quick                            # see that it runs: a minute, a few steps of each
 
 The digit touches no square's window, so windows alone cannot answer. "eighth" routes 1/8 of the map as keys, of which
 some fall into every window, where window attention has spread the digit; "few" routes 4 of 576 (9 of 2304, 36 of 9216),
 fewer than there are windows: the column of windows reached says how often a choice that does not look could know.
-"quarter" lets only 1/4 of the tokens query the routed keys; "eps0.3" is the temperature of the gates. Routed attentions,
-random ones too, start with a larger share of the map (``--widest``) and narrow to their own between a fifth and three
-fifths of the steps (``RoutingSchedule``).
+"quarter" lets only 1/4 of the tokens query the routed keys. Routed attentions, random ones too, start with a larger share
+of the map (``--widest``) and narrow to their own (``RoutingSchedule``), those of "sum" later than those of "softmax".
 
 On larger canvases clutter and squares grow in proportion. With ``--start`` a run goes on with the weights that the same
 variant and seed had after the smaller canvas (every run leaves them in ``--weights``), with its own keys and a third of
@@ -128,6 +127,7 @@ def run(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> dic
         "seed": seed,
         **{name: getattr(args, name) for name in SETTINGS},
         "widest": None if schedule is None else args.widest,
+        "narrowing": None if schedule is None else variant.narrowing,
         "tokens": tokens,
         "keys": variant.num_keys(tokens),
         "mean_keys": statistics.mean(keys),
@@ -146,7 +146,7 @@ def weights_of(name: str, seed: int, canvas: int, args: argparse.Namespace) -> P
     return Path(args.weights) / str(canvas) / f"{name}-{seed}.pt"
 
 
-def read(path: Path, args: argparse.Namespace) -> list[dict]:
+def read(path: Path, variants: dict[str, Variant], args: argparse.Namespace) -> list[dict]:
     """The finished runs of this study; a line cut short is none."""
     records = []
     for line in path.read_text().splitlines() if path.is_file() else ():
@@ -158,13 +158,21 @@ def read(path: Path, args: argparse.Namespace) -> list[dict]:
             given = getattr(args, name)
             if record.get(name) != given and not (name == "widest" and record[name] is None):
                 raise UserError(f"--{name.replace('_', '-')}: the runs in {path} have {record.get(name)}, got {given}")
+        name, narrowed = record["variant"], record.get("narrowing")
+        if name not in variants:
+            raise UserError(f"--resume: {path} has runs of {name}, expected one of {', '.join(variants)}")
+        now = None if args.start else variants[name].narrowing
+        if (narrowed and tuple(narrowed)) != now:
+            raise UserError(
+                f"--resume: {name} in {path} narrowed its keys in {narrowed}, now in {now}: remove the line"
+            )
         records.append(record)
     return records
 
 
 def records_of(variants: dict[str, Variant], args: argparse.Namespace, store: Path) -> Iterator[list[dict]]:
     """Yield all records known so far, first those of ``store``, then as runs finish and are written there."""
-    records = read(store, args) if args.resume else []
+    records = read(store, variants, args) if args.resume else []
     lines = "".join(json.dumps(record) + "\n" for record in records)  # without one that was cut short
     save_atomically(store, lambda part: part.write_text(lines))
     yield records

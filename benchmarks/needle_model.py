@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.needle_task import WINDOW
 from colt5_vision import ConditionalRoutedImageAttention, RoutingSchedule
 from colt5_vision.ops import window_attention
+from colt5_vision.schedule import NARROWING
 
 DIM, HEADS, DEPTH, STEM = 64, 2, 2, (16, 32)
 
@@ -59,8 +60,13 @@ class Variant(NamedTuple):
             attention.light_attn.to_out.weight.data.mul_(self.light_gain)
         return attention
 
+    @property
+    def narrowing(self) -> tuple[float, float] | None:
+        """Shares of the training between which its keys are narrowed."""
+        return NARROWING[self.kind] if self.router is not None and self.wide else None
+
     def schedule(self, model: nn.Module, tokens: int, widest: float) -> RoutingSchedule | None:
-        if self.router is None or not self.wide:
+        if self.narrowing is None:
             return None
         keys = max(1, round(widest * tokens / self.num_keys(tokens)))
         queries = max(1, round(1 / (self.queries or 1)))
@@ -75,7 +81,6 @@ VARIANTS = {"full": Variant("full"), "window": Variant("window")} | {
     for router in ("learned", "random", "grid")
 }
 VARIANTS |= {f"{f}-learned-eighth-quarter": Variant(f, "learned", "eighth", 0.25) for f in ("softmax", "sum")}
-VARIANTS["sum-learned-eighth-eps0.3"] = Variant("sum", "learned", "eighth", options={"router_kwargs": {"eps": 0.3}})
 
 
 class DenseAttention(nn.Module):

@@ -151,7 +151,7 @@ def draw_scale(folder: Path) -> Path:
         column[1].set(xlabel="MiB added by the first step")
         column[1].legend(fontsize=6)
         for axis in column:
-            axis.set(ylim=(0, 1), xlim=(0, None))
+            axis.set(ylim=(0, 1), xlim=(0, 1.05 * axis.dataLim.xmax))
             axis.axhline(0.1, color="0.8", lw=0.8)
     for axis in axes[:, 0]:
         axis.set_ylabel("held-out accuracy")

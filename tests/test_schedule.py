@@ -39,6 +39,17 @@ def test_hold_and_until_at_once_are_one_step_down():
     assert seen == [32, 32, 4, 4]
 
 
+def test_sum_narrows_later_than_softmax_by_default():
+    modules = nn.ModuleList(image(num_heavy_tokens_kv=4, fusion=fusion) for fusion in ("softmax", "sum"))
+    modules.append(ConditionalRoutedAttention(16, light_window_size=4, **COUNTS))
+    schedule, seen = RoutingSchedule(modules, keys=4), []
+    for progress in (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
+        schedule.step(progress)
+        seen.append([module.num_heavy_tokens_kv // 4 for module in modules])
+    softmax, *others = zip(*seen)
+    assert softmax == (4, 4, 4, 2, 2, 1, 1) and others == [(4, 4, 4, 4, 4, 2, 1)] * 2
+
+
 def test_every_attention_of_a_model_keeps_its_own_count():
     model = nn.Sequential(
         image(num_heavy_tokens_q=0.25, num_heavy_tokens_kv=0.125),
@@ -84,8 +95,9 @@ def test_the_forward_uses_as_many_keys_and_more_than_all_are_all(fusion):
         ("keys", lambda m: RoutingSchedule(m, keys=3)),
         ("queries", lambda m: RoutingSchedule(m, queries=0)),
         ("keys", lambda m: RoutingSchedule(m, keys=2.0)),
-        ("hold, until", lambda m: RoutingSchedule(m, hold=0.7)),
-        ("hold, until", lambda m: RoutingSchedule(m, until=float("nan"))),
+        ("hold, until: expected both or none", lambda m: RoutingSchedule(m, hold=0.7)),
+        ("hold, until: expected 0", lambda m: RoutingSchedule(m, hold=0.7, until=0.6)),
+        ("hold, until: expected 0", lambda m: RoutingSchedule(m, hold=0.0, until=float("nan"))),
         ("model", lambda m: RoutingSchedule(nn.Linear(2, 2))),
         ("progress", lambda m: RoutingSchedule(m).step(1.2)),
         ("progress", lambda m: RoutingSchedule(m).step(float("nan"))),
