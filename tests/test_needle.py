@@ -164,9 +164,9 @@ def test_attention_narrows_as_it_trains():
     args = needle.parse(needle.parser_of("", VARIANTS), ["--quick"])
     args.steps = 10
     narrowed = (5 * 576 + 256 + 32 + 3 * 4) / 10  # the whole map for four tenths, 4 keys from the seventh on
-    for name, mean in (("sum-learned-few", narrowed), ("full", 576), ("window", 0)):
+    for name, keys, mean in (("sum-learned-few", 4, narrowed), ("full", 576, 576), ("window", 0, 0)):
         record = needle.run(name, VARIANTS[name], 0, args)
-        assert record["mean_keys"] == mean
+        assert (record["keys"], record["mean_keys"]) == (keys, mean)
         assert len(record["curve"]) == 10
         spent = [seconds for _, _, seconds in record["curve"]]
         assert spent == sorted(spent) and spent[-1] == record["seconds"] > 0
