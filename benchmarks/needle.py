@@ -10,8 +10,8 @@
 The digit touches no square's window, so windows alone cannot answer. "eighth" routes 1/8 of the map as keys, of which
 some fall into every window, where window attention has spread the digit; "few" routes 4 of 576 (9 of 2304, 36 of 9216),
 fewer than there are windows: the column of windows reached says how often a choice that does not look could know.
-"quarter" lets only 1/4 of the tokens query the routed keys. Routed attentions, random ones too, start with a larger share
-of the map (``--widest``) and narrow to their own (``RoutingSchedule``), those of "sum" later than those of "softmax".
+Routed attentions, random ones too, start with a larger share of the map (``--widest``) and narrow to their own
+(``RoutingSchedule``), those of "softmax" in turns with steps that have it all, those of "sum" late.
 
 On larger canvases clutter and squares grow in proportion. With ``--start`` a run goes on with the weights that the same
 variant and seed had after the smaller canvas (every run leaves them in ``--weights``), with its own keys and a third of
@@ -164,7 +164,7 @@ def read(path: Path, variants: dict[str, Variant], args: argparse.Namespace) -> 
         now = None if args.start else variants[name].narrowing
         if (narrowed and tuple(narrowed)) != now:
             raise UserError(
-                f"--resume: {name} in {path} narrowed its keys in {narrowed}, now in {now}: remove the line"
+                f"--resume: {name} in {path} narrowed its keys by {narrowed}, now by {now}: remove the line"
             )
         records.append(record)
     return records

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.needle_task import WINDOW
 from colt5_vision import ConditionalRoutedImageAttention, RoutingSchedule
 from colt5_vision.ops import window_attention
-from colt5_vision.schedule import NARROWING
+from colt5_vision.schedule import NARROWING, Narrowing
 
 DIM, HEADS, DEPTH, STEM = 64, 2, 2, (16, 32)
 
@@ -61,8 +61,8 @@ class Variant(NamedTuple):
         return attention
 
     @property
-    def narrowing(self) -> tuple[float, float] | None:
-        """Shares of the training between which its keys are narrowed."""
+    def narrowing(self) -> Narrowing | None:
+        """How its keys are narrowed in training."""
         return NARROWING[self.kind] if self.router is not None and self.wide else None
 
     def schedule(self, model: nn.Module, tokens: int, widest: float) -> RoutingSchedule | None:
@@ -80,7 +80,6 @@ VARIANTS = {"full": Variant("full"), "window": Variant("window")} | {
     for fusion in ("softmax", "sum")
     for router in ("learned", "random", "grid")
 }
-VARIANTS |= {f"{f}-learned-eighth-quarter": Variant(f, "learned", "eighth", 0.25) for f in ("softmax", "sum")}
 
 
 class DenseAttention(nn.Module):

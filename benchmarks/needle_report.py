@@ -22,10 +22,11 @@ def by_variant(records: list[dict], order: Sequence[str]) -> dict[str, list[dict
 
 
 def summarize(groups: dict[str, list[dict]]) -> list[dict]:
-    """One entry of each variant, over its seeds."""
-    summary = []
+    """One entry of each variant, over its seeds; its gain on the first one, in points, over the seeds of both."""
+    summary, first = [], {r["seed"]: r["accuracy"] for r in next(iter(groups.values()))}
     for name, group in groups.items():
         scores = [r["accuracy"] for r in group]
+        gains = [100 * (r["accuracy"] - first[r["seed"]]) for r in group if r["seed"] in first]
         summary.append(
             {
                 "variant": name,
@@ -33,6 +34,8 @@ def summarize(groups: dict[str, list[dict]]) -> list[dict]:
                 "mean_keys": group[0]["mean_keys"],
                 "mean": statistics.mean(scores),
                 "spread": statistics.stdev(scores) if len(scores) > 1 else None,
+                "gain": statistics.mean(gains) if gains else None,
+                "gain_error": statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None,
                 "seeds": {r["seed"]: r["accuracy"] for r in group},
                 "reach": None if group[0]["reach"] is None else statistics.mean(r["reach"] for r in group),
                 "seconds": statistics.median(r["seconds"] for r in group),
@@ -46,13 +49,20 @@ def summarize(groups: dict[str, list[dict]]) -> list[dict]:
 
 def accuracy_table(summary: list[dict], tokens: int) -> list[str]:
     """Lines of the table of a study."""
-    header = ["attention", "keys (mean in training)", "accuracy", "seeds", "digit's windows reached"]
+    header = [
+        "attention",
+        "keys (mean in training)",
+        "accuracy",
+        f"points against {summary[0]['variant'].split(':')[0]}",
+    ]
+    header += ["seeds", "digit's windows reached"]
     header += ["CPU s, training", "CPU s a step at last", "MiB added by the first step", "parameters"]
     rows = [
         [
             s["variant"],
             f"{s['keys']} of {tokens} ({s['mean_keys']:.0f})",
-            f"{s['mean']:.3f}" + ("" if s["spread"] is None else f" ± {s['spread']:.3f}"),
+            _with_error(s["mean"], s["spread"], ".3f"),
+            "–" if s["gain"] is None or s is summary[0] else _with_error(s["gain"], s["gain_error"], "+.1f"),
             ", ".join(f"{value:.3f}" for value in s["seeds"].values()),
             "–" if s["reach"] is None else f"{s['reach']:.2f}",
             f"{s['seconds']:.0f}",
@@ -65,6 +75,10 @@ def accuracy_table(summary: list[dict], tokens: int) -> list[str]:
     return table(header, rows)
 
 
+def _with_error(value: float, error: float | None, form: str) -> str:
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+
+
 def about(runs: list[dict]) -> str:
     """What the numbers of a study are."""
     first, widest = runs[0], max(r["widest"] or 0 for r in runs)
@@ -74,8 +88,9 @@ def about(runs: list[dict]) -> str:
         begin = f"Routed at first: {widest:g} of the map, then narrowing. " if widest else ""
     return (
         f"Canvas {first['canvas']}x{first['canvas']}, {first['steps']} steps, squares on {first['held_out']} held-out "
-        "canvases; chance is 0.1. Mean ± standard deviation over seeds. Digit's windows reached: share of the canvases "
-        f"in which a routed key lies in a window that the digit touches. {begin}CPU seconds and memory of a process "
+        "canvases; chance is 0.1. Mean ± standard deviation over seeds; points against the first row over the seeds of "
+        "both, ± the standard error of their mean. Digit's windows reached: share of the canvases in which a routed "
+        f"key lies in a window that the digit touches. {begin}CPU seconds and memory of a process "
         f"with one run, {machine()}.\n"
     )
 

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import ablations, needle
 from benchmarks.needle_model import DIM, VARIANTS, SquareReader
+from benchmarks.needle_report import accuracy_table, by_variant, summarize
 from benchmarks.needle_task import CELL, WINDOW, NeedleTask
 
 
@@ -116,7 +117,7 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path, capsys):
     store = tmp_path / "needle_cpu.jsonl"
     record = json.loads(store.read_text())
     for changes, complaint in (
-        ({"narrowing": [0.3, 0.9]}, r"narrowed its keys in [0.3, 0.9], now in (0.2, 0.6)"),
+        ({"narrowing": [0.3, 0.9, True]}, r"narrowed its keys by [0.3, 0.9, True], now by Narrowing(hold=0.1,"),
         ({"variant": "tiny"}, "has runs of tiny, expected one of full, window,"),
     ):
         store.write_text(json.dumps(record | changes) + "\n")
@@ -124,6 +125,23 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path, capsys):
         assert complaint in capsys.readouterr().err
     with pytest.raises(ValueError, match="^size: expected a multiple of 64"):
         NeedleTask(200)
+
+
+def test_the_gap_to_the_first_row_is_taken_seed_by_seed():
+    def runs(name, scores):
+        fields = dict.fromkeys(
+            ("keys", "mean_keys", "seconds", "seconds_per_step_at_last", "added_mib", "parameters"), 1
+        )
+        return [fields | {"variant": name, "seed": s, "accuracy": a, "reach": None} for s, a in scores.items()]
+
+    records = runs("window", {1: 0.85, 0: 0.83, 7: 0.1}) + runs("full", {0: 0.9, 1: 0.94, 2: 0.5})
+    full, window = summarize(by_variant(records, ["full", "window"]))
+    assert full["mean"] == pytest.approx(0.78) and full["gain"] == 0
+    assert window["gain"] == pytest.approx(-8) and window["gain_error"] == pytest.approx(1)  # -7 and -9; no other seed
+    lines = accuracy_table([full, window], 576)
+    assert "| points against full |" in lines[0] and "| -8.0 ± 1.0 |" in lines[3] and "-8.0" not in lines[2]
+    alone = summarize(by_variant(runs("full", {0: 0.9}) + runs("window", {3: 0.1}), ["full", "window"]))[1]
+    assert alone["gain"] is None and alone["gain_error"] is None
 
 
 def test_ablations_are_the_default_but_for_what_they_say(tmp_path):
@@ -163,8 +181,10 @@ def test_ablations_are_the_default_but_for_what_they_say(tmp_path):
 def test_attention_narrows_as_it_trains():
     args = needle.parse(needle.parser_of("", VARIANTS), ["--quick"])
     args.steps = 10
-    narrowed = (5 * 576 + 256 + 32 + 3 * 4) / 10  # the whole map for four tenths, 4 keys from the seventh on
-    for name, keys, mean in (("sum-learned-few", 4, narrowed), ("full", 576, 576), ("window", 0, 0)):
+    halved = (5 * 576 + 256 + 32 + 3 * 4) / 10  # the whole map for four tenths, 4 keys from the seventh on
+    in_turn = (5 * 576 + 5 * 4) / 10  # the whole map for one tenth, 4 keys from the seventh on
+    means = {"sum-learned-few": (4, halved), "softmax-learned-few": (4, in_turn), "full": (576, 576), "window": (0, 0)}
+    for name, (keys, mean) in means.items():
         record = needle.run(name, VARIANTS[name], 0, args)
         assert (record["keys"], record["mean_keys"]) == (keys, mean)
         assert len(record["curve"]) == 10

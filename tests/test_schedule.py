@@ -39,15 +39,38 @@ def test_hold_and_until_at_once_are_one_step_down():
     assert seen == [32, 32, 4, 4]
 
 
-def test_sum_narrows_later_than_softmax_by_default():
+def test_alternating_steps_have_the_first_counts_and_the_modules_own_in_turn():
+    module = image(num_heavy_tokens_kv=4)
+    schedule, seen = RoutingSchedule(module, keys=16, hold=0.25, until=0.75, alternate=True), []
+    for step in range(33):
+        schedule.step(step / 32)
+        seen.append(module.num_heavy_tokens_kv)
+    assert seen[:9] == [64] * 9 and seen[24:] == [4] * 9
+    assert set(seen[9:24:2]) ^ set(seen[10:24:2]) == {4, 64}
+
+
+def test_an_evaluation_takes_no_training_steps_turn():
+    module = image(num_heavy_tokens_kv=4)
+    schedule, seen = RoutingSchedule(module, keys=16, hold=0, until=1, alternate=True), []
+    for step in range(1, 7):
+        schedule.step(step / 8)
+        seen.append(module.num_heavy_tokens_kv)
+        schedule.step(1.0)
+        assert module.num_heavy_tokens_kv == 4
+    assert set(seen[::2]) ^ set(seen[1::2]) == {4, 64}
+
+
+def test_softmax_alternates_and_sum_narrows_late_by_default():
     modules = nn.ModuleList(image(num_heavy_tokens_kv=4, fusion=fusion) for fusion in ("softmax", "sum"))
     modules.append(ConditionalRoutedAttention(16, light_window_size=4, **COUNTS))
-    schedule, seen = RoutingSchedule(modules, keys=4), []
-    for progress in (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
-        schedule.step(progress)
-        seen.append([module.num_heavy_tokens_kv // 4 for module in modules])
-    softmax, *others = zip(*seen)
-    assert softmax == (4, 4, 4, 2, 2, 1, 1) and others == [(4, 4, 4, 4, 4, 2, 1)] * 2
+    for given in ({}, {"alternate": False}):
+        schedule, seen = RoutingSchedule(modules, keys=4, **given), []
+        for progress in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
+            schedule.step(progress)
+            seen.append([module.num_heavy_tokens_kv // 4 for module in modules])
+        softmax, *others = zip(*seen)
+        assert softmax == ((4, 4, 4, 4, 2, 2, 2, 1) if given else (4, 4, 1, 4, 1, 4, 1, 1))
+        assert others == [(4, 4, 4, 4, 4, 4, 2, 1)] * 2
 
 
 def test_every_attention_of_a_model_keeps_its_own_count():
@@ -81,7 +104,7 @@ def test_the_forward_uses_as_many_keys_and_more_than_all_are_all(fusion):
     module, x = image(num_heavy_tokens_kv=2, fusion=fusion), torch.randn(2, 16, 6, 7)
     routed = []
     module.kv_router.register_forward_hook(lambda m, args, routing: routed.append(routing.indices.shape[-1]))
-    schedule = RoutingSchedule(module, keys=32, hold=0.0, until=1.0)
+    schedule = RoutingSchedule(module, keys=32, hold=0.0, until=1.0, alternate=False)
     for progress in (0.0, 0.2, 1.0):
         schedule.step(progress)
         module(x).sum().backward()
@@ -97,6 +120,7 @@ def test_the_forward_uses_as_many_keys_and_more_than_all_are_all(fusion):
         ("keys", lambda m: RoutingSchedule(m, keys=2.0)),
         ("hold, until: expected both or none", lambda m: RoutingSchedule(m, hold=0.7)),
         ("hold, until: expected 0", lambda m: RoutingSchedule(m, hold=0.7, until=0.6)),
+        ("alternate", lambda m: RoutingSchedule(m, alternate=1)),
         ("hold, until: expected 0", lambda m: RoutingSchedule(m, hold=0.0, until=float("nan"))),
         ("model", lambda m: RoutingSchedule(nn.Linear(2, 2))),
         ("progress", lambda m: RoutingSchedule(m).step(1.2)),
