@@ -49,14 +49,10 @@ def summarize(groups: dict[str, list[dict]]) -> list[dict]:
 
 def accuracy_table(summary: list[dict], tokens: int) -> list[str]:
     """Lines of the table of a study."""
-    header = [
-        "attention",
-        "keys (mean in training)",
-        "accuracy",
-        f"points against {summary[0]['variant'].split(':')[0]}",
-    ]
-    header += ["seeds", "digit's windows reached"]
-    header += ["CPU s, training", "CPU s a step at last", "MiB added by the first step", "parameters"]
+    first = summary[0]["variant"].split(":")[0]
+    header = ["attention", "keys (mean in training)", "accuracy", f"points against {first}"]
+    header += ["seeds", "digit's windows reached", "CPU s, training", "CPU s a step at last"]
+    header += ["MiB added by the first step", "parameters"]
     rows = [
         [
             s["variant"],
