@@ -33,6 +33,7 @@ from examples.command_line import exit_status
 from examples.measure import table
 
 _BASE = Variant("sum", "learned", "eighth")
+_STRAIGHT = {"router_straight_through": True}
 
 
 def _router(**options) -> dict:
@@ -47,8 +48,8 @@ ABLATIONS = {
     "eps 3": _BASE._replace(options=_router(eps=3.0)),
     "20 iterations, eps 1": _BASE._replace(options=_router(n_iters=20)),
     "50 iterations, eps 0.1": _BASE._replace(options=_router(n_iters=50, eps=0.1)),
-    "gradient of the gates, not of their logarithm": _BASE._replace(options=_router(log_gradient=False)),
-    "soft gates": _BASE._replace(options={"router_straight_through": False}),
+    "straight-through gates, gradient of their logarithm": _BASE._replace(options=_STRAIGHT),
+    "straight-through gates, gradient of the gates": _BASE._replace(options=_STRAIGHT | _router(log_gradient=False)),
     "light branch at full scale at first": _BASE._replace(light_gain=5.0),
     "window 4": _BASE._replace(window=4),
     "window 16": _BASE._replace(window=16),

@@ -62,7 +62,8 @@ class ConditionalRoutedImageAttention(RoutedBranches):
         light_dim_head, light_heads, light_window_size: head width, heads and window side (int or (height, width)) of
             the light branch.
         heavy_dim_head, heavy_heads: of the heavy branch. ``fusion="softmax"`` has one set of heads: both must agree.
-        router_straight_through: gates of exactly 1 in forward, with the gradient of their logarithm (``log_gradient``).
+        router_straight_through: gates of exactly 1 in forward, with the gradient of their logarithm (``log_gradient``);
+            False: the soft gates themselves. None: True for ``"softmax"``, False for ``"sum"``.
         router_kwargs: further arguments of both routers, see :class:`CoordinateDescentRouter`.
         multiply_keys_by_score, multiply_queries_by_score: ``sum`` only: gates scale the keys (queries) too, not only
             the values.
@@ -96,7 +97,7 @@ class ConditionalRoutedImageAttention(RoutedBranches):
         light_window_size: int | tuple[int, int] = 16,
         heavy_dim_head: int = 64,
         heavy_heads: int = 8,
-        router_straight_through: bool = True,
+        router_straight_through: bool | None = None,
         router_kwargs: dict | None = None,
         multiply_keys_by_score: bool = False,
         multiply_queries_by_score: bool = False,
@@ -124,8 +125,7 @@ class ConditionalRoutedImageAttention(RoutedBranches):
         self.set_counts(q_count, num_heavy_tokens_kv, heavy_heads, heavy_dim_head, num_routed_kv, multiple)
         self.window_size = check_pair("light_window_size", light_window_size)
 
-        own = {"straight_through": router_straight_through, "router": router, **factory}
-        self.make_routers(dim, num_routed_kv, router_kwargs, **own)
+        self.make_routers(dim, num_routed_kv, router_kwargs, router_straight_through, router=router, **factory)
 
         self.null_q_token = None
         if fusion == "softmax":

@@ -59,7 +59,8 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         light_window_size: height and width of the window of the light branch in a map (default 16), the tokens that it
             sees in a sequence (default 128).
         light_ff_mult, heavy_ff_mult: hidden widths of the feed-forward over ``dim``.
-        router_straight_through, router, router_kwargs, use_triton, channel_first, device, dtype: for both.
+        router_straight_through, router, router_kwargs, use_triton, channel_first, device, dtype: for both; None for the
+            first: each its own default.
         **attention: further arguments of the attention. ``fusion="softmax"`` is for maps.
 
     Raises:
@@ -78,7 +79,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         light_window_size: int | tuple[int, int] | None = None,
         light_ff_mult: float = 0.5,
         heavy_ff_mult: float = 4,
-        router_straight_through: bool = True,
+        router_straight_through: bool | None = None,
         router: str = "learned",
         router_kwargs: dict | None = None,
         use_triton: bool | None = None,

@@ -258,6 +258,7 @@ class RoutedBranches(nn.Module):
         kv_router: of the keys.
         light_attn: :class:`LightBranch` or None.
         heavy_attn: :class:`RoutedAttention`.
+        router_straight_through: as given, None for the default, which is soft gates.
         null_q_token: (C,), what a token that is not routed gets in place of a heavy output; None: 0.
         multiply_queries_by_score: gates scale the queries.
     """
@@ -280,10 +281,17 @@ class RoutedBranches(nn.Module):
         if check_int("heavy_dim_head", heavy_dim_head) % (rotary_multiple or 1):
             raise ValueError(f"heavy_dim_head: rotary_emb needs a multiple of {rotary_multiple}, got {heavy_dim_head}")
 
-    def make_routers(self, dim: int, num_routed_kv: int, router_kwargs: dict | None, **own) -> None:
+    def make_routers(
+        self, dim: int, num_routed_kv: int, router_kwargs: dict | None, straight_through: bool | None, **own
+    ) -> None:
         """The router of queries, where their number is given, and that of keys; ``own`` goes before ``router_kwargs``."""
-        default = {"log_gradient": own["straight_through"]}
+        self.router_straight_through = straight_through
+        if straight_through is None:
+            # measured, see docs/results.md: straight through, "sum" forgets what it has learned in one training of six
+            straight_through = getattr(self, "fusion", "sum") == "softmax"
+        default = {"log_gradient": straight_through}
         route = {**router_options(router_kwargs, "give num_routed_kv instead", **default), **own}
+        route["straight_through"] = straight_through
         self.q_router = None if self.num_heavy_tokens_q is None else CoordinateDescentRouter(dim, **route)
         self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **route)
 

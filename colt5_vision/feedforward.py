@@ -37,7 +37,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         dim: width C.
         num_heavy_tokens: tokens that get the heavy branch, an int >= 1 or a share in (0, 1].
         light_ff_mult, heavy_ff_mult: hidden width over ``dim``.
-        router_straight_through: gates of exactly 1 in forward.
+        router_straight_through: gates of exactly 1 in forward; False: the soft gates themselves. None: True.
         router: kind of router, see :class:`CoordinateDescentRouter`.
         router_kwargs: further arguments of the router.
         use_triton: of the predecessor: None or True, kernels are used wherever they can run.
@@ -57,7 +57,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         num_heavy_tokens: TokenCount,
         light_ff_mult: float = 0.5,
         heavy_ff_mult: float = 4,
-        router_straight_through: bool = True,
+        router_straight_through: bool | None = None,
         router: str = "learned",
         router_kwargs: dict | None = None,
         use_triton: bool | None = None,
@@ -72,7 +72,8 @@ class ConditionalRoutedFeedForward(nn.Module):
         self.num_heavy_tokens = check_token_count("num_heavy_tokens", num_heavy_tokens)
         self.channel_first = channel_first
         options = router_options(router_kwargs, "the feed-forward has one route")
-        self.router = CoordinateDescentRouter(dim, router_straight_through, router=router, **options, **factory)
+        straight_through = True if router_straight_through is None else router_straight_through
+        self.router = CoordinateDescentRouter(dim, straight_through, router=router, **options, **factory)
         self.light_ff = feed_forward(dim, check_positive("light_ff_mult", light_ff_mult), **factory)
         self.heavy_ff = feed_forward(dim, check_positive("heavy_ff_mult", heavy_ff_mult), **factory)
 

@@ -98,7 +98,8 @@ class ConditionalRoutedAttention(RoutedBranches):
         light_dim_head, light_heads: head width and heads of the light branch.
         light_window_size: tokens that the light branch sees, half of them on either side.
         heavy_dim_head, heavy_heads: of the heavy branch.
-        router_straight_through: gates of exactly 1 in forward, with the gradient of their logarithm (``log_gradient``).
+        router_straight_through: gates of exactly 1 in forward, with the gradient of their logarithm (``log_gradient``);
+            False, or None: the soft gates themselves.
         router_kwargs: further arguments of both routers, see :class:`CoordinateDescentRouter`; ``cell_size`` (1, c)
             stratifies over stretches of c tokens.
         multiply_keys_by_score, multiply_queries_by_score: gates scale the keys (queries) too, not only the values.
@@ -127,7 +128,7 @@ class ConditionalRoutedAttention(RoutedBranches):
         light_window_size: int = 128,
         heavy_dim_head: int = 64,
         heavy_heads: int = 8,
-        router_straight_through: bool = True,
+        router_straight_through: bool | None = None,
         router_kwargs: dict | None = None,
         multiply_keys_by_score: bool = False,
         multiply_queries_by_score: bool = False,
@@ -161,8 +162,7 @@ class ConditionalRoutedAttention(RoutedBranches):
         self.null_q_token = None
         if q_count is not None and use_null_q_tokens is not False:
             self.null_q_token = nn.Parameter(torch.zeros(dim, **factory))
-        own = {"straight_through": router_straight_through, "router": router, **factory}
-        self.make_routers(dim, num_routed_kv, router_kwargs, **own)
+        self.make_routers(dim, num_routed_kv, router_kwargs, router_straight_through, router=router, **factory)
         self.heavy_attn = RoutedAttention(dim, heavy_heads, heavy_dim_head, multiply_keys_by_score, **factory)
 
     def extra_repr(self) -> str:

@@ -31,7 +31,7 @@ class ConditionalRoutedViT(nn.Module):
         ff_num_heavy_tokens, ff_heavy_mult, ff_light_mult: of the feed-forward, see
             :class:`ConditionalRoutedFeedForward`.
         channels: of the images.
-        router_straight_through, router, router_kwargs: of all routers.
+        router_straight_through, router, router_kwargs: of all routers; None for the first: each its module's default.
         router_use_triton, flash_attn: of the predecessor: None or True, kernels are used wherever they can run.
         attn_num_routed_kv: sets of routed keys, the heads split over them.
         default_coor_descent_eps: temperature of the gates unless ``router_kwargs`` has an ``eps``.
@@ -62,7 +62,7 @@ class ConditionalRoutedViT(nn.Module):
         ff_heavy_mult: float,
         ff_light_mult: float,
         channels: int = 3,
-        router_straight_through: bool = True,
+        router_straight_through: bool | None = None,
         router_kwargs: dict | None = None,
         router_use_triton: bool | None = None,
         flash_attn: bool | None = None,

@@ -338,6 +338,8 @@ def test_state_dict_round_trip():
         ("route_block_size", {"route_block_size": 0}),
         ("route_block_size", {"route_block_size": 4, "cell_size": 4}),
         ("log_gradient", {"straight_through": False, "log_gradient": True}),
+        ("straight_through", {"straight_through": None}),
+        ("straight_through", {"straight_through": "no"}),
         ("use_triton", {"use_triton": False}),
         ("triton_checkpoint_segments", {"triton_checkpoint_segments": 4}),
         ("dim", {"dim": 0}),
