@@ -258,7 +258,7 @@ class RoutedBranches(nn.Module):
         kv_router: of the keys.
         light_attn: :class:`LightBranch` or None.
         heavy_attn: :class:`RoutedAttention`.
-        router_straight_through: as given, None for the default, which is soft gates.
+        router_straight_through: as given; None stands for soft gates, in one softmax for straight-through ones.
         null_q_token: (C,), what a token that is not routed gets in place of a heavy output; None: 0.
         multiply_queries_by_score: gates scale the queries.
     """

@@ -173,7 +173,9 @@ class CoordinateDescentRouter(nn.Module):
                 raise ValueError("route_block_size: there is a cell_size already, expected one of the two")
             cell_size = (1, check_int("route_block_size", route_block_size))
         if not isinstance(straight_through, bool):
-            raise TypeError(f"straight_through: expected True or False, got {straight_through!r}")
+            raise TypeError(
+                f"straight_through, router_straight_through: expected True or False, got {straight_through!r}"
+            )
         if log_gradient and not straight_through:
             raise ValueError("log_gradient: only used with straight_through=True")
         self.dim = check_int("dim", dim)

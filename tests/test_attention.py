@@ -305,6 +305,7 @@ def test_memory_grows_linearly(fusion):
         ("use_null_q_tokens", {"use_null_q_tokens": True}),
         ("use_null_q_tokens", {"fusion": "softmax", "use_null_q_tokens": True}),
         ("has_light_attn", {"fusion": "softmax", "has_light_attn": False}),
+        ("router_straight_through", {"router_straight_through": "no"}),
         ("use_triton", {"use_triton": False}),
         ("use_flash_attn", {"use_flash_attn": False}),
         ("num_routing_tokens", {"router_kwargs": {"num_routing_tokens": 2}}),
