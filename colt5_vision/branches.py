@@ -258,7 +258,8 @@ class RoutedBranches(nn.Module):
         kv_router: of the keys.
         light_attn: :class:`LightBranch` or None.
         heavy_attn: :class:`RoutedAttention`.
-        router_straight_through: as given; None stands for soft gates, in one softmax for straight-through ones.
+        router_straight_through: as given; None stands for soft gates; for straight-through ones in one softmax, and with
+            converted weights.
         null_q_token: (C,), what a token that is not routed gets in place of a heavy output; None: 0.
         multiply_queries_by_score: gates scale the queries.
     """
@@ -287,7 +288,7 @@ class RoutedBranches(nn.Module):
         """The router of queries, where their number is given, and that of keys; ``own`` goes before ``router_kwargs``."""
         self.router_straight_through = straight_through
         if straight_through is None:
-            # measured, see docs/results.md: straight through, "sum" forgets what it has learned in one training of six
+            # measured over maps, see docs/results.md: straight through, one training of "sum" in six forgot what it knew
             straight_through = getattr(self, "fusion", "sum") == "softmax"
         default = {"log_gradient": straight_through}
         route = {**router_options(router_kwargs, "give num_routed_kv instead", **default), **own}

@@ -84,11 +84,12 @@ class CoordinateDescentRouter(nn.Module):
 
     The selection is a top-k on the logits. What makes it trainable are the gates: a soft top-k of the logits, by
     default passed straight through (1 in forward, the soft gates' gradient in backward; without gradients it is never
-    computed).
+    computed). Attentions of CoLT5's sum over maps and sequences use the soft gates themselves.
 
     Args:
         dim: width C of the tokens.
-        straight_through: gates of exactly 1 with the gradient of the soft gates; False: the soft gates themselves.
+        straight_through: gates of exactly 1 with the gradient of the soft gates; False: the soft gates themselves (those
+            of ``"random"`` and ``"grid"`` are always 1).
         log_gradient: straight-through gates have the gradient of the logarithm of the soft gates: what passes as 1
             changes by as much in proportion. Soft gates of few among many tokens are small, and so is their gradient.
         n_iters: None for exact gates (:func:`~colt5_vision.ops.soft_topk`), or the number of coordinate-descent
@@ -177,7 +178,9 @@ class CoordinateDescentRouter(nn.Module):
                 f"straight_through, router_straight_through: expected True or False, got {straight_through!r}"
             )
         if log_gradient and not straight_through:
-            raise ValueError("log_gradient: only used with straight_through=True")
+            raise ValueError(
+                "log_gradient: only used with straight_through=True (of a module: router_straight_through)"
+            )
         self.dim = check_int("dim", dim)
         self.straight_through, self.log_gradient = straight_through, log_gradient
         self.n_iters = None if n_iters is None else check_int("n_iters", n_iters)

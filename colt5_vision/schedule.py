@@ -28,8 +28,8 @@ class Narrowing(NamedTuple):
 
 # What each fusion learned best with in 1,200 steps of ``benchmarks.needle`` (in 600, "softmax" did better halving). The
 # heavy branch of "sum" has weights of its own, and must have learned before it may lose a key: with straight-through
-# gates, narrowed from .2 to .6 one seed of three forgot all, as here one of six (with soft gates none of six), and
-# alternating cost it (docs/results.md).
+# gates, narrowed from .2 to .6 one seed of three forgot all, as here one of six a part, and alternating cost it. With
+# soft gates, as here, none of six forgot; other times were not tried (docs/results.md).
 NARROWING = {"softmax": Narrowing(0.1, 0.7, True), "sum": Narrowing(0.4, 0.7, False)}
 
 
