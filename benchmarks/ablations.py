@@ -1,6 +1,6 @@
 """One choice at a time: which settings of the routed attention are worth having, and so are its defaults.
 
-    python -m benchmarks.ablations                # 17 settings x 2 seeds, 600 steps: an hour on 2 cores
+    python -m benchmarks.ablations                # 18 settings x 2 seeds, 600 steps: an hour on 2 cores
     python -m benchmarks.ablations --resume       # go on after an interruption, or add seeds
     python -m benchmarks.ablations --gates        # the gates alone: seconds
     python -m benchmarks.ablations --quick        # see that it runs
@@ -56,6 +56,7 @@ ABLATIONS = {
     "a route for each head": _BASE._replace(options={"num_routed_kv": 2}),
     "RoPE": _BASE._replace(options={"rotary_emb": True}),
     "1/4 of the tokens queries": _BASE._replace(queries=0.25),
+    "1/4 of the tokens queries, soft gates": _BASE._replace(queries=0.25, options={"router_straight_through": False}),
     "1/4 of the tokens queries, no null token": _BASE._replace(queries=0.25, options={"use_null_q_tokens": False}),
     "1/8 of the keys from the start": _BASE._replace(wide=False),
 }

@@ -63,7 +63,7 @@ class ConditionalRoutedImageAttention(RoutedBranches):
             the light branch.
         heavy_dim_head, heavy_heads: of the heavy branch. ``fusion="softmax"`` has one set of heads: both must agree.
         router_straight_through: gates of exactly 1 in forward, with the gradient of their logarithm (``log_gradient``);
-            False: the soft gates themselves. None: True for ``"softmax"``, False for ``"sum"``.
+            False: the soft gates themselves. None: False for ``"sum"`` where every token queries, else True.
         router_kwargs: further arguments of both routers, see :class:`CoordinateDescentRouter`.
         multiply_keys_by_score, multiply_queries_by_score: ``sum`` only: gates scale the keys (queries) too, not only
             the values.

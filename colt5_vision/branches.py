@@ -258,8 +258,6 @@ class RoutedBranches(nn.Module):
         kv_router: of the keys.
         light_attn: :class:`LightBranch` or None.
         heavy_attn: :class:`RoutedAttention`.
-        router_straight_through: as given; None stands for soft gates; for straight-through ones in one softmax, and with
-            converted weights.
         null_q_token: (C,), what a token that is not routed gets in place of a heavy output; None: 0.
         multiply_queries_by_score: gates scale the queries.
     """
@@ -286,10 +284,10 @@ class RoutedBranches(nn.Module):
         self, dim: int, num_routed_kv: int, router_kwargs: dict | None, straight_through: bool | None, **own
     ) -> None:
         """The router of queries, where their number is given, and that of keys; ``own`` goes before ``router_kwargs``."""
-        self.router_straight_through = straight_through
         if straight_through is None:
-            # measured over maps, see docs/results.md: straight through, one training of "sum" in six forgot what it knew
-            straight_through = getattr(self, "fusion", "sum") == "softmax"
+            # measured over maps, see docs/results.md: straight through, one training of "sum" in six forgot what it
+            # knew; where queries are routed, too, soft gates did worse
+            straight_through = self.num_heavy_tokens_q is not None or getattr(self, "fusion", "sum") == "softmax"
         default = {"log_gradient": straight_through}
         route = {**router_options(router_kwargs, "give num_routed_kv instead", **default), **own}
         route["straight_through"] = straight_through

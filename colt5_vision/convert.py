@@ -28,12 +28,11 @@ def convert_colt5_attention_state_dict(state_dict: Mapping[str, Tensor], module:
 
         module.load_state_dict(convert_colt5_attention_state_dict(original.state_dict(), module))
 
-    **Prepares** ``module`` **to compute as the original did**, in three things that a state dict does not hold. Its
+    **Prepares** ``module`` **to compute as the original did**, in two things that a state dict does not hold. Its
     routers compare raw tokens, ``x · w``, by which long tokens win (``normalize=False``; here tokens are divided by
-    their norm first). Its gates are 1, passed straight through, where ``router_straight_through`` was not given. And
-    its norms have no eps that would show. A module that loads a saved state dict later needs
-    ``router_kwargs={"normalize": False}`` and ``router_straight_through=True``. To train on, give ``eps``, too: raw
-    logits have a spread of ``dim ** 0.5``, and at the default, 1, gates saturate.
+    their norm first), and its norms have no eps that would show. A module that loads a saved state dict later needs
+    ``router_kwargs={"normalize": False}``. To train on, give ``eps`` there, too: raw logits have a spread of
+    ``dim ** 0.5``, and at the default, 1, gates saturate.
 
     Args:
         state_dict: of any of its modules: feed-forward, the four attentions, block, ViT, router; or of a network that
@@ -72,8 +71,6 @@ def convert_colt5_attention_state_dict(state_dict: Mapping[str, Tensor], module:
         if isinstance(router, CoordinateDescentRouter) and (not name or _holds(parent, norms)):
             router.normalize = router.cosine_sim_scale is not None or router.routing_token is None
             router.log_gradient = False
-            if getattr(module.get_submodule(parent), "router_straight_through", False) is None:
-                router.straight_through = True
     return converted
 
 

@@ -99,7 +99,7 @@ class ConditionalRoutedAttention(RoutedBranches):
         light_window_size: tokens that the light branch sees, half of them on either side.
         heavy_dim_head, heavy_heads: of the heavy branch.
         router_straight_through: gates of exactly 1 in forward, with the gradient of their logarithm (``log_gradient``);
-            False, or None: the soft gates themselves.
+            False: the soft gates themselves. None: False where every token queries, else True.
         router_kwargs: further arguments of both routers, see :class:`CoordinateDescentRouter`; ``cell_size`` (1, c)
             stratifies over stretches of c tokens.
         multiply_keys_by_score, multiply_queries_by_score: gates scale the keys (queries) too, not only the values.

@@ -55,8 +55,9 @@ CASES = {
     "sum": Case(functools.partial(Attention)),
     "sum-q": Case(functools.partial(Attention, num_heavy_tokens_q=6, multiply_queries_by_score=True)),
     "sum-2-rotary": Case(functools.partial(Attention, num_routed_kv=2, rotary_emb=True, channel_first=False), "last"),
-    "sum-q-straight": Case(
-        functools.partial(Attention, num_heavy_tokens_q=7, router_straight_through=True, multiply_keys_by_score=True)
+    "sum-straight": Case(functools.partial(Attention, router_straight_through=True)),
+    "sum-q-soft": Case(
+        functools.partial(Attention, num_heavy_tokens_q=7, router_straight_through=False, multiply_keys_by_score=True)
     ),
     "sum-heavy": Case(functools.partial(Attention, num_heavy_tokens_q=6, has_light_attn=False)),
     "softmax": Case(functools.partial(Attention, fusion="softmax")),
@@ -78,12 +79,12 @@ CASES = {
     "sequence-q-rotary": Case(
         functools.partial(Sequence, num_heavy_tokens_q=6, rotary_emb=True, multiply_queries_by_score=True), "tokens"
     ),
-    "sequence-2-straight": Case(
+    "sequence-2-soft": Case(
         functools.partial(
             Sequence,
             num_heavy_tokens_q=6,
             num_routed_kv=2,
-            router_straight_through=True,
+            router_straight_through=False,
             multiply_keys_by_score=True,
             router_kwargs={"cell_size": (1, 10)},
         ),

@@ -180,9 +180,7 @@ def test_gates_are_exact_unless_iterations_are_asked_for():
     assert (gates.sum(-1) > 20).all()
 
 
-def test_attention_has_soft_gates_unless_asked_for():
-    """There, and here where one softmax joins the branches, gates are 1; in CoLT5's sum they are what they are."""
-
+def test_gates_are_soft_only_where_every_token_queries():
     def straight(module):
         kinds = (predecessor.CoordinateDescentRouter, colt5_vision.CoordinateDescentRouter)
         found = {part.straight_through for part in module.modules() if isinstance(part, kinds)}
@@ -191,25 +189,27 @@ def test_attention_has_soft_gates_unless_asked_for():
     layer = {**COUNTS, **SHAPE}
     block = {f"num_heavy_attn_{name[10:]}": count for name, count in COUNTS.items()}
     block |= {"num_heavy_ff_tokens": 4, **SHAPE}
-    for name, kwargs, default in (
-        ("ConditionalRoutedAttention", layer, False),
-        ("ConditionalRoutedImageAttention", layer, False),
-        ("ConditionalRoutedTransformerBlock", block, {False, True}),  # attention and feed-forward
-        ("ConditionalRoutedAutoregressiveAttention", layer, True),
-        ("ConditionalRoutedFeedForward", {"num_heavy_tokens": 4}, True),
+    for name, kwargs in (
+        ("ConditionalRoutedAttention", layer),
+        ("ConditionalRoutedImageAttention", layer),
+        ("ConditionalRoutedTransformerBlock", block),
+        ("ConditionalRoutedAutoregressiveAttention", layer),
+        ("ConditionalRoutedFeedForward", {"num_heavy_tokens": 4}),
     ):
         theirs, ours = both(name, DIM, **kwargs)
-        assert straight(theirs) is True and straight(ours) == default
+        assert straight(theirs) is True and straight(ours) is True
         for given in (True, False):
             assert straight(getattr(colt5_vision, name)(DIM, router_straight_through=given, **kwargs)) is given
-        converted = colt5_vision.convert_colt5_attention_state_dict(theirs.state_dict(), ours)
-        assert straight(ours) is True and converted, "converted weights keep the gates they were trained with"
-        soft = getattr(colt5_vision, name)(DIM, router_straight_through=False, **kwargs)
-        colt5_vision.convert_colt5_attention_state_dict(theirs.state_dict(), soft)
-        assert straight(soft) is False
-    cross = colt5_vision.ConditionalRoutedCrossAttention(DIM, num_tokens_q=4, num_tokens_kv=4)
-    joined = colt5_vision.ConditionalRoutedImageAttention(DIM, fusion="softmax", num_heavy_tokens_kv=4, **SHAPE)
-    assert straight(cross) is True and straight(joined) is True
+    layer, block = (
+        {key: value for key, value in kwargs.items() if not key.endswith("tokens_q")} for kwargs in (layer, block)
+    )
+    assert straight(colt5_vision.ConditionalRoutedAttention(DIM, **layer)) is False
+    assert straight(colt5_vision.ConditionalRoutedImageAttention(DIM, **layer)) is False
+    assert straight(colt5_vision.ConditionalRoutedImageAttention(DIM, **layer, fusion="softmax")) is True
+    block = colt5_vision.ConditionalRoutedTransformerBlock(DIM, **block)
+    assert straight(block.conditional_attn) is False and straight(block.conditional_ff) is True
+    assert straight(colt5_vision.ConditionalRoutedCrossAttention(DIM, num_tokens_kv=4)) is True
+    assert straight(colt5_vision.ConditionalRoutedAutoregressiveAttention(DIM, **layer)) is True
 
 
 def test_the_scale_of_cosine_routing():

@@ -53,7 +53,7 @@ def test_compile_with_dynamic_shapes(name, dynamic):
         assert_same(gradients(case, module, x, None, fast), gradients(case, module, x), atol=1e-5, rtol=1e-4)
 
 
-@some("sum-q", "softmax-q", "sequence-2-straight")
+@some("sum-q", "softmax-q", "sequence-2-soft")
 def test_inductor_gives_the_same(case):
     module, fast = compiled(case, "inductor")
     x, mask = image(), some_mask()

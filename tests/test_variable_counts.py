@@ -32,7 +32,7 @@ NAMES = {
     "sum": ["num_heavy_tokens_kv"],
     "sum-q": ["num_heavy_tokens_q", "num_heavy_tokens_kv"],
     "sum-2-rotary": ["num_heavy_tokens_kv"],
-    "sum-q-straight": ["num_heavy_tokens_q", "num_heavy_tokens_kv"],
+    "sum-q-soft": ["num_heavy_tokens_q", "num_heavy_tokens_kv"],
     "softmax": ["num_heavy_tokens_kv"],
     "softmax-q": ["num_heavy_tokens_q", "num_heavy_tokens_kv"],
     "softmax-2-rotary": ["num_heavy_tokens_kv"],
