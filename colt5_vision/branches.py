@@ -286,7 +286,7 @@ class RoutedBranches(nn.Module):
         """The router of queries, where their number is given, and that of keys; ``own`` goes before ``router_kwargs``."""
         if straight_through is None:
             # measured over maps, see docs/results.md: straight through, one training of "sum" in six forgot what it
-            # knew; where queries are routed, too, soft gates did worse
+            # knew; where queries are routed, too, soft gates may fail in a short training
             straight_through = self.num_heavy_tokens_q is not None or getattr(self, "fusion", "sum") == "softmax"
         default = {"log_gradient": straight_through}
         route = {**router_options(router_kwargs, "give num_routed_kv instead", **default), **own}
