@@ -289,8 +289,8 @@ class RoutedBranches(nn.Module):
             # knew; where queries are routed, too, soft gates may fail in a short training
             straight_through = self.num_heavy_tokens_q is not None or getattr(self, "fusion", "sum") == "softmax"
         default = {"log_gradient": straight_through}
-        route = {**router_options(router_kwargs, "give num_routed_kv instead", **default), **own}
-        route["straight_through"] = straight_through
+        options = router_options(router_kwargs, "give num_routed_kv instead", **default)
+        route = {**options, **own, "straight_through": straight_through}
         self.q_router = None if self.num_heavy_tokens_q is None else CoordinateDescentRouter(dim, **route)
         self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **route)
 

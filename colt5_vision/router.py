@@ -84,8 +84,7 @@ class CoordinateDescentRouter(nn.Module):
 
     The selection is a top-k on the logits. What makes it trainable are the gates: a soft top-k of the logits, by
     default passed straight through (1 in forward, the soft gates' gradient in backward; without gradients it is never
-    computed). Attentions of CoLT5's sum in which every token queries use the soft gates
-    themselves.
+    computed). Attentions of CoLT5's sum in which every token queries use the soft gates themselves.
 
     Args:
         dim: width C of the tokens.
