@@ -4,7 +4,11 @@ from contextlib import nullcontext
 
 import torch
 
+from .._torch_internals import has_autocast
+
 
 def without_autocast(device_type: str):
     """A context without autocast, also on a device that has none (meta)."""
-    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+    if has_autocast(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -1,4 +1,5 @@
-"""Which implementation an operator runs: plain torch (``eager``) or its Triton kernels. Importing needs no Triton."""
+"""Which implementation an operator runs: plain torch (``eager``) or its Triton kernels. Importing
+needs no Triton."""
 
 import functools
 import importlib.util
@@ -8,11 +9,14 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from .._torch_internals import in_onnx_export, is_transformed
+
 BACKENDS = ("auto", "eager", "triton")
 VARIABLE = "COLT5_VISION_BACKEND"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Kernels run on the CPU by Triton's interpreter: slow, for tests. Triton itself reads this when it is imported."""
+"""Kernels run on the CPU by Triton's interpreter: slow, for tests. Triton itself reads this when it
+is imported."""
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -24,7 +28,8 @@ def check_backend(backend: str | None, name: str = "backend") -> None:
 
 
 def requested_backend(backend: str | None = None) -> str:
-    """What was asked for: by the call, else by the environment variable ``COLT5_VISION_BACKEND``, else ``"auto"``."""
+    """What was asked for: by the call, else by the environment variable ``COLT5_VISION_BACKEND``,
+    else ``"auto"``."""
     if backend:
         check_backend(backend)
         return backend
@@ -37,7 +42,9 @@ def requested_backend(backend: str | None = None) -> str:
 def _why_not_device(index: int) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
         major, minor = torch.cuda.get_device_capability(index)
-        return f"needs compute capability 8.0, {torch.cuda.get_device_name(index)} has {major}.{minor}"
+        return (
+            f"needs compute capability 8.0, {torch.cuda.get_device_name(index)} has {major}.{minor}"
+        )
     return None
 
 
@@ -46,7 +53,9 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def why_not_triton(x: Tensor, dtypes: tuple[torch.dtype, ...] = (*HALVES, torch.float32)) -> str | None:
+def why_not_triton(
+    x: Tensor, dtypes: tuple[torch.dtype, ...] = (*HALVES, torch.float32)
+) -> str | None:
     """Why an operator cannot run its Triton kernels on ``x``; None if it can.
 
     Args:
@@ -56,7 +65,10 @@ def why_not_triton(x: Tensor, dtypes: tuple[torch.dtype, ...] = (*HALVES, torch.
     if not _has_triton():
         return "Triton is not installed (pip install triton)"
     if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
-        return f"needs a CUDA or ROCm device (or TRITON_INTERPRET=1 in the environment), got {x.device}"
+        return (
+            "needs a CUDA or ROCm device (or TRITON_INTERPRET=1 in the environment), got "
+            f"{x.device}"
+        )
     if INTERPRETED:
         dtypes = (*dtypes, torch.float32)
     if x.dtype not in dtypes:
@@ -84,18 +96,45 @@ def use_triton(operator: str, backend: str | None, why_not: str | None) -> bool:
 
 
 def needs_operator(x: Tensor) -> bool:
-    """Whether ``x`` may meet a kernel, so that a registered operator must stand where plain torch would do."""
+    """Whether ``x`` may meet a kernel, so that a registered operator must stand where plain torch
+    would do."""
     return x.device.type == "cuda" or INTERPRETED
 
 
-def takes_operator(operator: str, backend: str | None, x: Tensor) -> bool:
-    """Whether a call goes through the registered operator, which then chooses, or is plain torch that compilers see.
+def takes_transform(operator: str, backend: str | None, *tensors: Tensor | None) -> bool:
+    """Whether a transform rides on a call, which then must be plain torch: ``torch.func``'s, or
+    forward-mode AD.
 
     Raises:
-        ValueError, RuntimeError: ``backend`` is an unknown word, or ``"triton"`` where it cannot run.
+        NotImplementedError: ``"triton"`` was asked for.
+    """
+    if not is_transformed(*tensors):
+        return False
+    if backend == "triton":
+        raise NotImplementedError(
+            f"{operator}: the kernels do not run within torch.func or forward-mode AD; "
+            "use backend='eager'"
+        )
+    return True
+
+
+def takes_operator(operator: str, backend: str | None, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call goes through the registered operator, which then chooses, or is plain torch
+    that compilers see.
+
+    Args:
+        operator: its name, for errors.
+        backend: as asked for in the call.
+        x: the tensor that decides on device and dtype.
+        others: further differentiable inputs.
+
+    Raises:
+        ValueError, RuntimeError: ``backend`` is an unknown word, or ``"triton"`` where it cannot
+            run.
+        NotImplementedError: ``"triton"`` within such a transform.
     """
     check_backend(backend)
-    if torch.onnx.is_in_onnx_export():  # an ONNX file knows no custom operators
+    if in_onnx_export(x) or takes_transform(operator, backend, x, *others):
         return False
     if backend == "triton" and not needs_operator(x):
         use_triton(operator, backend, why_not_triton(x))  # says why not
@@ -103,13 +142,23 @@ def takes_operator(operator: str, backend: str | None, x: Tensor) -> bool:
 
 
 def architecture(device: torch.device) -> int:
-    """What kernels choose their tiles by: compute capability as 80, 90, 100; 942 for ROCm; 0 for the interpreter."""
+    """What kernels choose their tiles by: compute capability as 80, 90, 100; 942 for ROCm; 0 for
+    the interpreter."""
     if device.type != "cuda":
         return 0
     if torch.version.hip is not None:
         return 942
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def no_spills(device: torch.device) -> dict[str, int]:
+    """Launch option: ptxas takes the registers that a kernel needs, for up to 8 warps.
+
+    By itself it spills a few where one more block then fits on a processor.
+    AMD's compiler does not, and knows no such option.
+    """
+    return {"maxnreg": 255} if 0 < architecture(device) < 200 else {}
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:

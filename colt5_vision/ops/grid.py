@@ -5,14 +5,17 @@ from torch import Tensor
 
 
 def cell_slots(height: int, width: int, cell: tuple[int, int], device) -> tuple[Tensor, Tensor]:
-    """Cut a map into cells of ``cell`` from its top left; cells at the border are what is left of them.
+    """Cut a map into cells of ``cell`` from its top left; cells at the border are what is left of
+    them.
 
     Returns:
-        (index, inside), both (cells, slots): the raster index in each slot of each cell (some valid index where the
-        slot lies outside the map), and a bool, True inside. A map smaller than a cell is one cell of its own size.
+        (index, inside), both (cells, slots): the raster index in each slot of each cell (some valid
+        index where the slot lies outside the map), and a bool, True inside. A map smaller than a
+        cell is one cell of its own size.
     """
     ch, cw = min(cell[0], height), min(cell[1], width)
-    rows, cols = -(-height // ch), -(-width // cw)
+    # rounded up; of positive numbers: ONNX divides towards 0
+    rows, cols = (height + ch - 1) // ch, (width + cw - 1) // cw
     y = torch.arange(rows * ch, device=device).view(rows, 1, ch, 1)
     x = torch.arange(cols * cw, device=device).view(1, cols, 1, cw)
     inside = (y < height) & (x < width)
@@ -23,10 +26,12 @@ def cell_slots(height: int, width: int, cell: tuple[int, int], device) -> tuple[
 def slot_of_token(height: int, width: int, cell: tuple[int, int], device) -> Tensor:
     """(N,), the slot of each token in raster order: the inverse of the flattened ``cell_slots``."""
     ch, cw = min(cell[0], height), min(cell[1], width)
-    cols = -(-width // cw)
+    cols = (width + cw - 1) // cw
     y = torch.arange(height, device=device).unsqueeze(1)
     x = torch.arange(width, device=device).unsqueeze(0)
-    slot = ((y // ch) * cols + x // cw) * (ch * cw) + (y % ch) * cw + x % cw
+    row, col = y // ch, x // cw
+    # no remainder: ONNX has none by a size that is not fixed
+    slot = (row * cols + col) * (ch * cw) + (y - row * ch) * cw + x - col * cw
     return slot.reshape(-1)
 
 

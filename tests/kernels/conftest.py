@@ -1,4 +1,5 @@
-"""The Triton kernels against their plain-torch twins: on a GPU, or by Triton's interpreter with TRITON_INTERPRET=1."""
+"""The Triton kernels against their plain-torch twins: on a GPU, or by Triton's interpreter with
+TRITON_INTERPRET=1."""
 
 import pytest
 import torch
@@ -15,27 +16,31 @@ if backend.INTERPRETED:
     _convert_float = interpreter._convert_float
 
     def _rounded(x, source, target, mode):
-        """Triton 3.9's interpreter cuts float32 to bfloat16; chips round to the nearest."""
+        """Triton's interpreter (3.6, 3.8) cuts float32 to bfloat16; chips round to the nearest."""
         if source == tl.float32 and target == tl.bfloat16:
             x = torch.from_numpy(np.array(x, dtype=np.float32)).bfloat16()
             return x.view(torch.int16).numpy().view(np.uint16)
         return _convert_float(x, source, target, mode)
 
     def _create_dot(self, a, b, d, *_):
-        """Triton 3.9's interpreter multiplies the bits of bfloat16 numbers as if they were integers."""
+        """Triton's interpreter (3.6, 3.8) multiplies bits of bfloat16 as if they were integers."""
         a, b = (
-            _convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32) if x.dtype.scalar == tl.bfloat16
+            _convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
+            if x.dtype.scalar == tl.bfloat16
             else x.data
             for x in (a, b)
         )  # fmt: skip
-        return interpreter.TensorHandle(np.matmul(a, b, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+        return interpreter.TensorHandle(
+            np.matmul(a, b, dtype=d.data.dtype) + d.data, d.dtype.scalar
+        )
 
     interpreter._convert_float = _rounded
     interpreter.InterpreterBuilder.create_dot = _create_dot
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without a GPU and without the interpreter nothing here can run: `make test` runs it by itself, interpreted."""
+    """Without a GPU and without the interpreter nothing here can run: `make test` runs it by
+    itself, interpreted."""
     if DEVICE == "cpu" and not backend.INTERPRETED:
         here = [item for item in items if "kernels" in item.path.parts]
         config.hook.pytest_deselected(items=here)
@@ -49,14 +54,17 @@ def device():
 
 @pytest.fixture(autouse=True)
 def kernels_only(monkeypatch):
-    """Nothing here may fall back to plain torch unnoticed; twins call ``reference.py`` or say backend="eager"."""
+    """Nothing here may fall back to plain torch unnoticed; twins call ``eager.py`` or say
+    backend="eager"."""
     monkeypatch.setenv(backend.VARIABLE, "triton")
 
 
 @pytest.fixture
 def randn(device):
     def make(*shape, seed=0, std=1.0):
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul(std).to(device)
+        return (
+            torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul(std).to(device)
+        )
 
     return make
 

@@ -1,14 +1,22 @@
-"""The window ∪ routed kernels: against dense attention in float64, with the eager error as the budget of the halves."""
+"""The window ∪ routed kernels: against dense attention in float64, with the eager error as the
+budget of the halves."""
 
 from functools import partial
 
 import pytest
 import torch
-from attention_cases import dense, distinct, leaves, operator, out_and_grads, randn
 
 from colt5_vision import ConditionalRoutedImageAttention
 from colt5_vision.ops import backend, routed_window_attention, window_attention
 from colt5_vision.ops.routed_window_attention import triton as kernels
+from tests.support.attention_cases import (
+    dense,
+    distinct,
+    leaves,
+    operator,
+    out_and_grads,
+    randn,
+)
 
 # a GPU takes the halves only, and goes through every case with them
 DTYPE = torch.float32 if backend.INTERPRETED else torch.float16
@@ -19,8 +27,21 @@ INF, NAN = float("inf"), float("nan")
 # tokens 63, 111 and 576 + 1; every width of head; window pairs and windows larger than the map
 CASES = {
     "plain": {"grid_size": (7, 9), "window_size": 4, "head_dim": 40, "keys": 8},
-    "weights": {"grid_size": (7, 9), "window_size": (3, 5), "head_dim": 32, "keys": 8, "weights": True},
-    "beyond": {"grid_size": (7, 9), "window_size": 4, "head_dim": 96, "keys": 8, "weights": True, "own": False},
+    "weights": {
+        "grid_size": (7, 9),
+        "window_size": (3, 5),
+        "head_dim": 32,
+        "keys": 8,
+        "weights": True,
+    },
+    "beyond": {
+        "grid_size": (7, 9),
+        "window_size": 4,
+        "head_dim": 96,
+        "keys": 8,
+        "weights": True,
+        "own": False,
+    },
     "routes": {
         "grid_size": (37, 3),
         "window_size": (16, 2),
@@ -44,7 +65,14 @@ CASES = {
         "mask": True,
         "batch": 2,
     },
-    "prefix": {"grid_size": (24, 24), "window_size": 8, "head_dim": 40, "keys": 36, "prefix": 1, "weights": True},
+    "prefix": {
+        "grid_size": (24, 24),
+        "window_size": 8,
+        "head_dim": 40,
+        "keys": 36,
+        "prefix": 1,
+        "weights": True,
+    },
     "queries": {
         "grid_size": (7, 9),
         "window_size": 4,
@@ -58,21 +86,51 @@ CASES = {
         "batch": 2,
     },
     "few queries": {"grid_size": (3, 5), "window_size": 2, "head_dim": 40, "keys": 5, "queries": 2},
-    "window alone": {"grid_size": (5, 6), "window_size": 4, "head_dim": 40, "mask": True, "batch": 2},
-    "window and prefix": {"grid_size": (5, 6), "window_size": 4, "head_dim": 40, "prefix": 2, "mask": True},
-    "one window": {"grid_size": (5, 6), "window_size": 40, "head_dim": 24, "keys": 5, "weights": True},
-    "wide head": {"grid_size": (6, 5), "window_size": 4, "head_dim": 256, "keys": 4, "weights": True, "prefix": 1},
+    "window alone": {
+        "grid_size": (5, 6),
+        "window_size": 4,
+        "head_dim": 40,
+        "mask": True,
+        "batch": 2,
+    },
+    "window and prefix": {
+        "grid_size": (5, 6),
+        "window_size": 4,
+        "head_dim": 40,
+        "prefix": 2,
+        "mask": True,
+    },
+    "one window": {
+        "grid_size": (5, 6),
+        "window_size": 40,
+        "head_dim": 24,
+        "keys": 5,
+        "weights": True,
+    },
+    "wide head": {
+        "grid_size": (6, 5),
+        "window_size": 4,
+        "head_dim": 256,
+        "keys": 4,
+        "weights": True,
+        "prefix": 1,
+    },
     "narrow head": {"grid_size": (1, 9), "window_size": 4, "head_dim": 7, "keys": 2, "heads": 1},
 }
 
 
 def case(name, device, dtype=DTYPE):
-    """Leaves [q, k, v, log weights or None] in ``dtype`` and the same in float64, and the keywords of the call."""
+    """Leaves [q, k, v, log weights or None] in ``dtype`` and the same in float64, and the keywords
+    of the call."""
     spec = {"batch": 1, "heads": 2, "routes": 1, "prefix": 0, "keys": 0, "own": True} | CASES[name]
     tokens = spec["grid_size"][0] * spec["grid_size"][1]
     batch, length = spec["batch"], spec["prefix"] + tokens
     inputs = leaves(batch, spec["heads"], length, spec["head_dim"], dtype=dtype)
-    call = {"grid_size": spec["grid_size"], "window_size": spec["window_size"], "num_prefix_tokens": spec["prefix"]}
+    call = {
+        "grid_size": spec["grid_size"],
+        "window_size": spec["window_size"],
+        "num_prefix_tokens": spec["prefix"],
+    }
     weights = None
     if spec["keys"]:
         routed = distinct((batch, spec["routes"]), spec["keys"], tokens, seed=5)
@@ -92,14 +150,20 @@ def case(name, device, dtype=DTYPE):
 
 
 def on_cpu(call):
-    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+    return {
+        name: value.cpu() if isinstance(value, torch.Tensor) else value
+        for name, value in call.items()
+    }
 
 
 def errors(found, exact):
     """Root mean square error of each, relative to the root mean square of the exact one."""
     pairs = [(a.detach().cpu().double(), b) for a, b in zip(found, exact, strict=True)]
     assert all(a.isfinite().all() for a, _ in pairs)
-    return [float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp_min(1e-6)) for a, b in pairs]
+    return [
+        float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp_min(1e-6))
+        for a, b in pairs
+    ]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,7 +177,8 @@ def test_equals_dense_attention(name, device):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_halves_are_no_worse_than_eager(dtype, device):
-    """Errors of out and of each gradient, over several cases: the few log weights of one case are mere chance."""
+    """Errors of out and of each gradient, over several cases: the few log weights of one case are
+    mere chance."""
     found, budget = [], []
     for name in ("weights", "beyond", "routes", "queries"):
         given, exact, call = case(name, device, dtype)
@@ -129,7 +194,9 @@ def test_no_key_of_another_piece_is_lost(device, monkeypatch):
     given, exact, call = case("prefix", device)
     monkeypatch.setattr(kernels, "_PIECE", 16)
     found = out_and_grads(operator(**call), given)
-    assert max(errors(found, out_and_grads(dense(**on_cpu(call)), exact))) < (2e-6 if torch.float32 == DTYPE else 4e-3)
+    assert max(errors(found, out_and_grads(dense(**on_cpu(call)), exact))) < (
+        2e-6 if torch.float32 == DTYPE else 4e-3
+    )
 
 
 def test_everything_routed_is_full_attention(device):
@@ -147,7 +214,11 @@ def test_masked_keys_are_never_read(device):
     given, _, call = case("small", device)
     want = out_and_grads(operator(**call), given)
     off = ~call["key_mask"][:, None, :, None]
-    poisoned = [given[0], *(x.detach().masked_fill(off, NAN).requires_grad_() for x in given[1:3]), given[3]]
+    poisoned = [
+        given[0],
+        *(x.detach().masked_fill(off, NAN).requires_grad_() for x in given[1:3]),
+        given[3],
+    ]
     for a, b in zip(out_and_grads(operator(**call), poisoned), want, strict=True):
         assert torch.equal(a, b)
     for grad in want[2:4]:
@@ -170,7 +241,10 @@ def test_samples_do_not_mix(device):
         given[1][0, 1, 4] = INF
         assert torch.equal(operator(**call)(*given)[1], want[1])
         for sample in range(2):
-            one = {n: x[sample : sample + 1] if isinstance(x, torch.Tensor) else x for n, x in call.items()}
+            one = {
+                n: x[sample : sample + 1] if isinstance(x, torch.Tensor) else x
+                for n, x in call.items()
+            }
             alone = operator(**one)(*(x[sample : sample + 1] for x in given))
             if sample:
                 assert torch.equal(alone, want[1:])
@@ -178,7 +252,9 @@ def test_samples_do_not_mix(device):
 
 def test_a_run_repeats_bit_by_bit(device):
     given, _, call = case("prefix", device)
-    for a, b in zip(out_and_grads(operator(**call), given), out_and_grads(operator(**call), given), strict=True):
+    for a, b in zip(
+        out_and_grads(operator(**call), given), out_and_grads(operator(**call), given), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -213,9 +289,22 @@ def test_opcheck(name, device):
     nothing = torch.empty(len(given[0]), 1, 0, dtype=torch.int64, device=device)
     routed = call.get("routed_indices", nothing)
     height, width = call["grid_size"]
-    window = call["window_size"] if isinstance(call["window_size"], tuple) else (call["window_size"],) * 2
+    window = (
+        call["window_size"]
+        if isinstance(call["window_size"], tuple)
+        else (call["window_size"],) * 2
+    )
     grid = [call["num_prefix_tokens"], height, width, *window, 1]
-    args = (*given[:3], routed, given[3], call.get("key_mask"), call.get("query_indices"), grid, 0.3, "triton")
+    args = (
+        *given[:3],
+        routed,
+        given[3],
+        call.get("key_mask"),
+        call.get("query_indices"),
+        grid,
+        0.3,
+        "triton",
+    )
     operator = torch.ops.colt5_vision.routed_window_attention.default
     torch.library.opcheck(operator, args, rtol=1e-2, atol=1e-2)
 
@@ -223,16 +312,27 @@ def test_opcheck(name, device):
 def test_compiles_once_for_all_sizes(device):
     def attend(routed, height, width, q, k, v):
         return routed_window_attention(
-            q, k, v, grid_size=(height, width), window_size=4, routed_indices=routed, backend="triton"
+            q,
+            k,
+            v,
+            grid_size=(height, width),
+            window_size=4,
+            routed_indices=routed,
+            backend="triton",
         )
 
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(attend, backend=counter, fullgraph=True, dynamic=True)
     for height, width in ((5, 7), (6, 9), (8, 11)):
-        inputs = [x.detach().to(device).requires_grad_() for x in leaves(2, 2, height * width, 16, dtype=DTYPE)]
+        inputs = [
+            x.detach().to(device).requires_grad_()
+            for x in leaves(2, 2, height * width, 16, dtype=DTYPE)
+        ]
         routed = distinct((2,), 3, height * width).to(device)
-        found, wanted = (out_and_grads(partial(f, routed, height, width), inputs) for f in (compiled, attend))
+        found, wanted = (
+            out_and_grads(partial(f, routed, height, width), inputs) for f in (compiled, attend)
+        )
         for a, b in zip(found, wanted, strict=True):
             assert torch.equal(a, b)
     assert counter.frame_count == 1
@@ -242,7 +342,9 @@ def test_window_attention_is_the_same_kernel(device):
     inputs = [x.detach().to(device).requires_grad_() for x in leaves(1, 2, 63, 40, dtype=DTYPE)]
     call = {"grid_size": (7, 9), "window_size": 4}
     found = out_and_grads(lambda *x: window_attention(*x, **call), inputs)
-    for a, b in zip(found, out_and_grads(lambda *x: routed_window_attention(*x, **call), inputs), strict=True):
+    for a, b in zip(
+        found, out_and_grads(lambda *x: routed_window_attention(*x, **call), inputs), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -251,9 +353,14 @@ def test_module_equals_eager(fusion, device, monkeypatch):
     torch.manual_seed(0)
     heads = {"light_heads": 2, "heavy_heads": 2, "light_dim_head": 16, "heavy_dim_head": 16}
     counts = {"num_heavy_tokens_q": 12, "num_heavy_tokens_kv": 8, "num_routed_kv": 2}
-    module = ConditionalRoutedImageAttention(24, **heads, **counts, light_window_size=4, fusion=fusion, rotary_emb=True)
+    module = ConditionalRoutedImageAttention(
+        24, **heads, **counts, light_window_size=4, fusion=fusion, rotary_emb=True
+    )
     module = module.to(device, DTYPE)
-    x, mask = randn(2, 24, 7, 9, dtype=DTYPE).to(device).requires_grad_(), (randn(2, 7, 9, seed=4) > -1).to(device)
+    x, mask = (
+        randn(2, 24, 7, 9, dtype=DTYPE).to(device).requires_grad_(),
+        (randn(2, 7, 9, seed=4) > -1).to(device),
+    )
 
     def run():
         module.zero_grad()
@@ -281,7 +388,9 @@ def test_indices_out_of_range_are_empty_slots(device):
     routed[:, :, 0] = 20  # N
     grid = [1, 4, 5, 3, 3, 1]
     args = (q, k, v, routed, weights, call["key_mask"], None, grid, 16**-0.5, "triton")
-    found = out_and_grads(lambda *_: torch.ops.colt5_vision.routed_window_attention(*args)[0], given)
+    found = out_and_grads(
+        lambda *_: torch.ops.colt5_vision.routed_window_attention(*args)[0], given
+    )
     for a, b in zip(found, want, strict=True):
         assert torch.equal(a, b)
 
@@ -291,7 +400,11 @@ def test_indices_out_of_range_are_empty_slots(device):
 def test_nothing_to_route_or_nobody_to_ask(keys, queries, device):
     inputs = [x.detach().to(device).requires_grad_() for x in leaves(1, 2, 12, 16, dtype=DTYPE)]
     weights = torch.zeros(1, keys, device=device, requires_grad=True)
-    call = {"grid_size": (3, 4), "window_size": 2, "routed_indices": distinct((1,), keys, 12).to(device)}
+    call = {
+        "grid_size": (3, 4),
+        "window_size": 2,
+        "routed_indices": distinct((1,), keys, 12).to(device),
+    }
     if queries is not None:
         call["query_indices"] = torch.empty(1, 0, dtype=torch.int64, device=device)
     out = routed_window_attention(*inputs, log_weights=weights, **call)

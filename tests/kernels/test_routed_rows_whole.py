@@ -1,39 +1,13 @@
-"""Routed rows in place of plain torch: autograd, registration, torch.compile, torch.export, a module's heavy branch."""
+"""Routed rows in place of plain torch: autograd, registration, torch.compile, torch.export, a
+module's heavy branch."""
 
 import pytest
 import torch
-from rows_cases import distinct, randn, scatter_inputs, some_map
 
 from colt5_vision import ConditionalRoutedImageAttention
-from colt5_vision.ops import backend, gated_scatter_add_, gather_normalize
+from colt5_vision.ops import backend, gather_normalize, join
 from colt5_vision.ops.routed_rows import kernels, triton
-
-
-def test_in_place_autograd(device):
-    """The version moves, also without gradients; leaves are refused; what is not asked for is not computed."""
-    out, rows, indices, gates, _ = scatter_inputs("last", 2, 63, 40, 9, device=device)
-    version = out._version
-    with torch.no_grad():
-        gated_scatter_add_(out, rows, indices)
-    assert out._version > version and out.grad_fn is None
-    x = out.clone().requires_grad_()
-    with pytest.raises(RuntimeError, match="leaf"):
-        gated_scatter_add_(x, rows, indices)
-    needs_output = x.exp()
-    gated_scatter_add_(needs_output, rows, indices)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        needs_output.sum().backward()
-    fresh = x * 1
-    gated_scatter_add_(fresh, rows, indices, gates=gates)
-    (grad,) = torch.autograd.grad(fresh.sum(), x)
-    assert torch.equal(grad, torch.ones_like(x))
-    frozen = out.clone()
-    gated_scatter_add_(frozen, rows, indices, gates=gates.requires_grad_())
-    (grad,) = torch.autograd.grad(frozen.sum(), gates)
-    torch.testing.assert_close(grad, rows.sum(-1))
-    inside = (x * 1).unflatten(1, (9, 7)).flatten(1, 2)  # a view: its base gets the history
-    gated_scatter_add_(inside, rows, indices, gates=gates)
-    torch.testing.assert_close(torch.autograd.grad(inside.sum(), (x, gates))[1], rows.sum(-1))
+from tests.support.rows_cases import distinct, filled, randn, scatter_inputs, some_map
 
 
 def test_twice_differentiable(device):
@@ -43,15 +17,23 @@ def test_twice_differentiable(device):
     def penalty(inputs, **call):
         out, rows, gates, null = inputs
         y = gather_normalize(out.sin(), indices, null, **call) * rows
-        y = gated_scatter_add_(out * 1, y, indices, gates=gates, null=null, **call).sin().sum()
+        y = join(out, y, filled(indices, gates), null, **call).sin().sum()
         grads = torch.autograd.grad(y, inputs, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
 
     index = indices.unsqueeze(-1).expand(-1, -1, 5)
     wide = [t.detach().double().requires_grad_() for t in inputs]
     x = wide[0].sin().gather(1, index)
-    y = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * wide[3] * wide[1] * wide[2].unsqueeze(-1) - wide[3]
-    grads = torch.autograd.grad(wide[0].scatter_add(1, index, y).sin().sum(), wide, create_graph=True)
+    y = (
+        x
+        / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        * wide[3]
+        * wide[1]
+        * wide[2].unsqueeze(-1)
+        - wide[3]
+    )
+    base = wide[0] + wide[3]
+    grads = torch.autograd.grad(base.scatter_add(1, index, y).sin().sum(), wide, create_graph=True)
     want = torch.autograd.grad(sum(g.square().sum() for g in grads), wide)
     for a, b in zip(penalty(inputs), want):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
@@ -60,46 +42,45 @@ def test_twice_differentiable(device):
 @pytest.mark.parametrize("layout", ["last", "first"])
 def test_opcheck(device, layout):
     ops = torch.ops.colt5_vision
-    out, rows, indices, gates, null = scatter_inputs(layout, 2, 33, 24, 5, device=device)
     x, weight = some_map(layout, 2, 33, 24, device=device), randn(24, seed=1, device=device)
     routes = distinct(2, 2, 5, limit=33, device=device)
     args = (x.requires_grad_(), routes, weight.requires_grad_(), 1e-6, torch.float32, None)
     torch.library.opcheck(ops.gather_normalize, args)
-    y, scale = triton.gather_normalize_forward(x.detach(), routes, weight.detach(), 1e-6, torch.float32)
+    y, scale = triton.gather_normalize_forward(
+        x.detach(), routes, weight.detach(), 1e-6, torch.float32
+    )
     for asked in ((True, True), (False, True), (True, False)):
         args = (y, x.detach(), routes, weight.detach(), scale, *asked, None)
         torch.library.opcheck(ops.gather_normalize_backward, args)
-    # "test_aot_dispatch" wants inputs that it can mutate twice: leaves of a graph are not
-    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.gated_scatter_add_, (out, rows, indices, gates, null, None))
-    grads = (out, rows.requires_grad_(), indices, gates.requires_grad_(), null.requires_grad_(), None)
-    torch.library.opcheck(ops.gated_scatter_add_, grads, test_utils=utils)
-    for chosen, with_null in ((gates.detach(), True), (None, True), (gates.detach(), False)):
-        args = (some_map(layout, 2, 33, 24, device=device), rows.detach(), indices, chosen, with_null, None)
-        torch.library.opcheck(ops.gated_scatter_add_backward, args)
 
 
 @pytest.fixture
 def launched(monkeypatch):
     seen, real = [], backend.launch
     monkeypatch.setattr(
-        backend, "launch", lambda kernel, *args, **options: (seen.append(kernel), real(kernel, *args, **options))
+        backend,
+        "launch",
+        lambda kernel, *args, **options: (seen.append(kernel), real(kernel, *args, **options)),
     )
     return seen
 
 
 def layer(x, matrix, indices, weight, gates, null, **call):
-    """The heavy branch in small: gather and normalise, a matmul, scatter into a fresh Linear's output."""
+    """The heavy branch in small: gather and normalise, a matmul, joined with a Linear's output."""
     rows = gather_normalize(x, indices, weight, **call) @ matrix
-    out = torch.nn.functional.linear(x, matrix, null)
-    return gated_scatter_add_(out, rows, indices, gates=gates, null=null, **call).sin()
+    out = torch.nn.functional.linear(x, matrix)
+    return join(out, rows, filled(indices, gates), null, **call).sin()
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_whole_over_two_sizes(device, launched, compiler):
     torch.compiler.reset()
     fast = torch.compile(layer, fullgraph=True, dynamic=True, backend=compiler)
-    shared = [randn(40, 40, seed=1, device=device), randn(40, seed=2, device=device), randn(40, seed=4, device=device)]
+    shared = [
+        randn(40, 40, seed=1, device=device),
+        randn(40, seed=2, device=device),
+        randn(40, seed=4, device=device),
+    ]
     matrix, weight, null = (t.requires_grad_() for t in shared)
     for batch, num, slots in ((2, 63, 9), (3, 111, 20)):
         x = some_map("last", batch, num, 40, device=device).requires_grad_()
@@ -130,7 +111,14 @@ def test_export(device, launched, train):
 
     x = some_map("last", 2, 63, 40, device=device)
     matrix, weight, null = (randn(*s, seed=1, device=device) for s in ((40, 40), (40,), (40,)))
-    args = (x, matrix, distinct(2, 9, limit=63, device=device), weight, randn(2, 9, seed=6, device=device), null)
+    args = (
+        x,
+        matrix,
+        distinct(2, 9, limit=63, device=device),
+        weight,
+        randn(2, 9, seed=6, device=device),
+        null,
+    )
     with torch.set_grad_enabled(train):
         program = torch.export.export(Layer(), args)
         launched.clear()
@@ -142,22 +130,37 @@ def test_export(device, launched, train):
 
 def test_float64_has_no_kernel(device):
     out, rows, indices, _, null = (
-        t.double() if t.is_floating_point() else t for t in scatter_inputs("last", 2, 9, 8, 3, device=device)
+        t.double() if t.is_floating_point() else t
+        for t in scatter_inputs("last", 2, 9, 8, 3, device=device)
     )
     assert gather_normalize(out, indices, null, backend="auto").dtype == torch.float64
-    with pytest.raises(RuntimeError, match="gather_normalize: backend 'triton' cannot run: .*float64"):
+    with pytest.raises(
+        RuntimeError, match="gather_normalize: backend 'triton' cannot run: .*float64"
+    ):
         gather_normalize(out, indices, null)
-    with pytest.raises(RuntimeError, match="gated_scatter_add_: backend 'triton' cannot run: .*float64"):
-        gated_scatter_add_(out, rows, indices)
+    with pytest.raises(RuntimeError, match="join: backend 'triton' cannot run: .*float64"):
+        join(out, rows, filled(indices))
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_heavy_branch_of_a_module(device, launched, monkeypatch, masked):
-    """Output and gradients of the sum fusion through these kernels equal plain torch's; others' operators run eagerly."""
-    heads = {"light_dim_head": 8, "light_heads": 2, "heavy_dim_head": 8, "heavy_heads": 2, "light_window_size": 4}
+    """Output and gradients of the sum fusion through these kernels equal plain torch's; others'
+    operators run eagerly."""
+    heads = {
+        "light_dim_head": 8,
+        "light_heads": 2,
+        "heavy_dim_head": 8,
+        "heavy_heads": 2,
+        "light_window_size": 4,
+    }
     torch.manual_seed(0)
     module = ConditionalRoutedImageAttention(
-        16, num_heavy_tokens_q=6, num_heavy_tokens_kv=5, num_routed_kv=2, router_straight_through=False, **heads
+        16,
+        num_heavy_tokens_q=6,
+        num_heavy_tokens_kv=5,
+        num_routed_kv=2,
+        router_straight_through=False,
+        **heads,
     ).to(device)
     for parameter in module.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)

@@ -1,13 +1,12 @@
-"""The kernels of router_logits against its formula in float64, with plain torch's error as the budget."""
+"""The kernels of router_logits against its formula in float64, with plain torch's error as the
+budget."""
 
 import pytest
 import torch
-from rows_cases import randn, some_map
 
-from colt5_vision import ConditionalRoutedImageAttention
-from colt5_vision.branches import shared_logits
 from colt5_vision.ops import backend, router_logits
 from colt5_vision.ops.router_logits import triton as kernels
+from tests.support.rows_cases import randn, some_map
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -16,16 +15,22 @@ def run(x, tokens, weight, choice=None, dtype=None):
     """Logits and gradients, or those of the formula in ``dtype``."""
     x, tokens = (t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, tokens))
     out = router_logits(x, tokens, backend=choice)
-    return [t.double() for t in (out.detach(), *torch.autograd.grad(out, (x, tokens), weight.to(out.dtype)))]
+    return [
+        t.double()
+        for t in (out.detach(), *torch.autograd.grad(out, (x, tokens), weight.to(out.dtype)))
+    ]
 
 
 def check(x, tokens):
     shape = (x.shape[0], tokens.shape[-2], x.shape[1])
     weight = randn(*shape, seed=5, device=x.device)
     exact = run(x, tokens, weight, "eager", torch.float64)
-    for got, plain, want in zip(run(x, tokens, weight), run(x, tokens, weight, "eager"), exact, strict=True):
+    for got, plain, want in zip(
+        run(x, tokens, weight), run(x, tokens, weight, "eager"), exact, strict=True
+    ):
         assert got.shape == want.shape
-        # not twice but three times plain torch's error: the interpreter cuts bfloat16 off instead of rounding it
+        # not twice but three times plain torch's error: the interpreter cuts bfloat16 off instead
+        # of rounding it
         budget = (plain - want).abs().max() * 1.5 + 2e-6 * want.abs().max()
         assert (got - want).abs().max() <= budget
 
@@ -54,14 +59,18 @@ def test_more_channels_than_a_block_holds(device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_tokens_of_another_dtype(device, dtype):
-    x, tokens = some_map("last", 1, 63, 40, device=device), randn(2, 40, seed=1, dtype=dtype, device=device)
+    x, tokens = (
+        some_map("last", 1, 63, 40, device=device),
+        randn(2, 40, seed=1, dtype=dtype, device=device),
+    )
     assert router_logits(x, tokens).dtype == torch.float32
     torch.testing.assert_close(router_logits(x, tokens), router_logits(x, tokens, backend="eager"))
     check(x, tokens.float())
 
 
 def test_rows_of_nothing(device):
-    """|x| = 0, and |x| below the least norm: the gradient is that of the clamped norm, and finite."""
+    """|x| = 0, and |x| below the least norm: the gradient is that of the clamped norm, and
+    finite."""
     x = some_map("last", 2, 63, 40, device=device)
     x[0, 3], x[1, 60:] = 0, 0
     x[0, 5] *= 5e-7 / x[0, 5].norm()
@@ -92,14 +101,19 @@ def test_a_batch_gives_what_its_samples_give(device):
 
 
 def test_the_same_in_every_run_and_no_more_than_was_asked(device, monkeypatch):
-    x, tokens = some_map("last", 2, 111, 40, device=device), randn(2, 40, seed=1, device=device).requires_grad_()
+    x, tokens = (
+        some_map("last", 2, 111, 40, device=device),
+        randn(2, 40, seed=1, device=device).requires_grad_(),
+    )
     weight = randn(2, 2, 111, seed=5, device=device)
     (first,) = torch.autograd.grad(router_logits(x, tokens), tokens, weight)
     (again,) = torch.autograd.grad(router_logits(x, tokens), tokens, weight)
     assert torch.equal(first, again)
     seen = []
     real = backend.launch
-    monkeypatch.setattr(backend, "launch", lambda *args, **options: (seen.append(options), real(*args, **options)))
+    monkeypatch.setattr(
+        backend, "launch", lambda *args, **options: (seen.append(options), real(*args, **options))
+    )
     torch.autograd.grad(router_logits(x, tokens), tokens, weight)
     torch.autograd.grad(router_logits(x.requires_grad_(), tokens.detach()), x, weight)
     asked = [(o["WITH_X"], o["WITH_TOKENS"]) for o in seen if "WITH_X" in o]
@@ -122,7 +136,9 @@ def test_nothing_to_do(device, batch, num):
 def test_opcheck(device, layout):
     x = some_map(layout, 2, 33, 24, device=device).requires_grad_()
     for tokens in (randn(2, 24, seed=1, device=device), randn(2, 3, 24, seed=1, device=device)):
-        torch.library.opcheck(torch.ops.colt5_vision.router_logits, (x, tokens.requires_grad_(), 1e-6, None))
+        torch.library.opcheck(
+            torch.ops.colt5_vision.router_logits, (x, tokens.requires_grad_(), 1e-6, None)
+        )
         inputs = [t.detach() for t in (x, tokens)]
         logits, norm = kernels.forward(*inputs, 1e-6)
         for with_x, with_tokens in ((True, True), (False, True), (True, False)):
@@ -134,11 +150,16 @@ def test_compiled_whole_over_two_sizes(device, monkeypatch):
     seen = []
     real = backend.launch
     monkeypatch.setattr(
-        backend, "launch", lambda kernel, *args, **options: (seen.append(kernel), real(kernel, *args, **options))
+        backend,
+        "launch",
+        lambda kernel, *args, **options: (seen.append(kernel), real(kernel, *args, **options)),
     )
     torch.compiler.reset()
     fast = torch.compile(
-        lambda x, tokens: router_logits(x, tokens).sin(), fullgraph=True, dynamic=True, backend="aot_eager"
+        lambda x, tokens: router_logits(x, tokens).sin(),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
     )
     tokens = randn(2, 40, seed=1, device=device).requires_grad_()
     for batch, num in ((2, 63), (3, 111)):
@@ -146,15 +167,22 @@ def test_compiled_whole_over_two_sizes(device, monkeypatch):
         seen.clear()
         got = torch.autograd.grad(fast(x, tokens).sum(), (x, tokens))
         assert seen == [kernels.router_logits_kernel, kernels.router_logits_backward_kernel]
-        want = torch.autograd.grad(router_logits(x, tokens, backend="eager").sin().sum(), (x, tokens))
+        want = torch.autograd.grad(
+            router_logits(x, tokens, backend="eager").sin().sum(), (x, tokens)
+        )
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_twice_differentiable(device):
-    x, tokens = randn(1, 4, 5, device=device).requires_grad_(), randn(2, 5, seed=1, device=device).requires_grad_()
+    x, tokens = (
+        randn(1, 4, 5, device=device).requires_grad_(),
+        randn(2, 5, seed=1, device=device).requires_grad_(),
+    )
 
     def penalty(**call):
-        grads = torch.autograd.grad(router_logits(x, tokens, **call).sin().sum(), (x, tokens), create_graph=True)
+        grads = torch.autograd.grad(
+            router_logits(x, tokens, **call).sin().sum(), (x, tokens), create_graph=True
+        )
         return torch.autograd.grad(sum(g.square().sum() for g in grads), (x, tokens))
 
     x64, tokens64 = (t.detach().double().requires_grad_() for t in (x, tokens))
@@ -178,23 +206,3 @@ def test_float64_has_no_kernel(device):
     assert router_logits(x, tokens, backend="auto").dtype == torch.float64
     with pytest.raises(RuntimeError, match="router_logits: backend 'triton' cannot run: .*float64"):
         router_logits(x, tokens, backend="triton")
-
-
-@pytest.mark.parametrize("fusion", ["sum", "softmax"])
-def test_one_read_for_both_routers(device, fusion, monkeypatch):
-    """A module launches the kernel once for queries and keys, and routes as its routers alone do."""
-    heads = {"light_dim_head": 8, "light_heads": 2, "heavy_dim_head": 8, "heavy_heads": 2, "light_window_size": 4}
-    torch.manual_seed(0)
-    module = ConditionalRoutedImageAttention(
-        16, num_heavy_tokens_q=6, num_heavy_tokens_kv=5, num_routed_kv=2, fusion=fusion, **heads
-    ).to(device)
-    x = randn(2, 63, 16, device=device)
-    alone = [router.logits(x) for router in (module.q_router, module.kv_router)]
-    seen = []
-    real = backend.launch
-    monkeypatch.setattr(
-        backend, "launch", lambda kernel, *args, **options: (seen.append(kernel), real(kernel, *args, **options))
-    )
-    shared = [given["logits"] for given in shared_logits(module.q_router, module.kv_router, x)]
-    assert seen == [kernels.router_logits_kernel]
-    assert all(torch.equal(a, b) for a, b in zip(shared, alone))

@@ -25,19 +25,27 @@ def with_gradients(function, scores, k, grad, wide=False, **options):
     """Gates, and the gradients of the scores and of k."""
     dtype = torch.float64 if wide else torch.float32
     scores = scores.detach().clone().to(dtype).requires_grad_()
-    k = torch.as_tensor(k, dtype=dtype, device=scores.device).expand(scores.shape[:-1]).clone().requires_grad_()
+    k = (
+        torch.as_tensor(k, dtype=dtype, device=scores.device)
+        .expand(scores.shape[:-1])
+        .clone()
+        .requires_grad_()
+    )
     gates = function(scores, k, **options)
     return gates.detach(), *torch.autograd.grad(gates, (scores, k), grad.to(dtype))
 
 
 def compare(function, scores, k, grad, eps, floor=2e-6, **options):
-    """Kernel errors are at most twice those of eager float32, and a floor in units of what enters the gradient."""
+    """Kernel errors are at most twice those of eager float32, and a floor in units of what enters
+    the gradient."""
     options["eps"] = eps
     found = with_gradients(function, scores, k, grad, **options)
     eager = with_gradients(function, scores, k, grad, backend="eager", **options)
     exact = with_gradients(function, scores, k, grad, backend="eager", wide=True, **options)
     size = grad.abs().max().item()
-    for name, f, e, x, unit in zip(("gates", "scores", "k"), found, eager, exact, (1, size / eps, size), strict=True):
+    for name, f, e, x, unit in zip(
+        ("gates", "scores", "k"), found, eager, exact, (1, size / eps, size), strict=True
+    ):
         budget = 2 * (e - x).abs().max() + floor * unit
         error = (f.double() - x).abs().max()
         assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
@@ -53,7 +61,8 @@ def assert_sums(gates, k):
 
 @pytest.mark.parametrize("eps", [0.003, 0.03, 0.1, 1.0])
 @pytest.mark.parametrize(
-    ("n", "spread"), [(1, False), (63, False), (577, False), (2500, False), (111, True), (577, True)]
+    ("n", "spread"),
+    [(1, False), (63, False), (577, False), (2500, False), (111, True), (577, True)],
 )
 def test_lengths(randn, request, n, spread, eps):
     if spread:
@@ -67,7 +76,11 @@ def test_a_long_row(randn, launches):
     assert triton.split(20_011)[0] > 1
     gates = compare(soft_topk, randn(1, 20_011), 2501.0, randn(1, 20_011, seed=1), eps=0.03)
     assert_sums(gates, 2501.0)
-    assert launches == ["search_kernel"] * 8 + ["gates_kernel", "gradient_sums_kernel", "gradient_kernel"]
+    assert launches == ["search_kernel"] * 8 + [
+        "gates_kernel",
+        "gradient_sums_kernel",
+        "gradient_kernel",
+    ]
 
 
 def test_any_length_takes_a_bounded_number_of_programs():
@@ -102,7 +115,8 @@ SHAPED = {
 
 @pytest.mark.parametrize("name", SHAPED)
 @pytest.mark.parametrize(
-    ("k", "eps", "spread"), [(0.25, 0.1, False), (72, 0.003, True), (72.5, 1.0, False), (110.9, 0.03, False)]
+    ("k", "eps", "spread"),
+    [(0.25, 0.1, False), (72, 0.003, True), (72.5, 1.0, False), (110.9, 0.03, False)],
 )
 def test_awkward_scores(randn, request, name, k, eps, spread):
     if spread:
@@ -124,7 +138,9 @@ def test_masks_and_k_per_row(randn, function):
     if function is soft_topk:
         assert_sums(gates, k)
     for row in range(3):
-        alone = with_gradients(function, scores[row], k[row], grad[row], **options | {"mask": mask[row]})
+        alone = with_gradients(
+            function, scores[row], k[row], grad[row], **options | {"mask": mask[row]}
+        )
         for one, all_rows in zip(alone, found, strict=True):
             assert torch.equal(one, all_rows[row])
 
@@ -132,7 +148,9 @@ def test_masks_and_k_per_row(randn, function):
 @pytest.mark.usefixtures("several_programs")
 def test_k_of_at_least_the_valid_entries_gives_ones(randn):
     scores, mask = randn(3, 60), torch.arange(60, device=randn(1).device).expand(3, 60) < 40
-    gates, grad, _ = with_gradients(soft_topk, scores, [40.0, 41, INF], randn(3, 60, seed=1), mask=mask)
+    gates, grad, _ = with_gradients(
+        soft_topk, scores, [40.0, 41, INF], randn(3, 60, seed=1), mask=mask
+    )
     assert torch.equal(gates, mask.float()) and (grad == 0).all()
 
 
@@ -142,7 +160,9 @@ def test_a_wholly_masked_row(randn, function):
     options = {} if function is soft_topk else {"n_iters": 5}
     scores, mask = randn(3, 50), torch.ones(3, 50, dtype=torch.bool, device=randn(1).device)
     mask[1] = False
-    gates, grad, grad_k = with_gradients(function, scores, 4.0, randn(3, 50, seed=1), eps=0.5, mask=mask, **options)
+    gates, grad, grad_k = with_gradients(
+        function, scores, 4.0, randn(3, 50, seed=1), eps=0.5, mask=mask, **options
+    )
     assert (gates[1] == 0).all() and (grad[1] == 0).all() and (grad[0] != 0).any()
     assert grad.isfinite().all() and grad_k.isfinite().all()
 
@@ -179,7 +199,10 @@ def test_dtypes_layouts_and_a_batch_of_0(randn, function):
 @pytest.mark.usefixtures("several_programs")
 def test_two_runs_are_equal(randn, function):
     options = {} if function is soft_topk else {"n_iters": 8}
-    first, second = (with_gradients(function, randn(2, 150), 30.0, randn(2, 150, seed=1), **options) for _ in range(2))
+    first, second = (
+        with_gradients(function, randn(2, 150), 30.0, randn(2, 150, seed=1), **options)
+        for _ in range(2)
+    )
     assert all(map(torch.equal, first, second))
 
 
@@ -196,29 +219,62 @@ SCHEDULES = [
 @pytest.mark.parametrize("n", [63, 2500])
 def test_coordinate_descent(randn, schedule, n):
     # iterates carry float32's rounding through all iterations, in eager and here
-    compare(coordinate_descent, randn(2, n), [n / 8, 0.4 * n], randn(2, n, seed=1), floor=1e-5, **schedule)
+    compare(
+        coordinate_descent,
+        randn(2, n),
+        [n / 8, 0.4 * n],
+        randn(2, n, seed=1),
+        floor=1e-5,
+        **schedule,
+    )
 
 
 # a launch an iteration: 50 of them would be slow in the interpreter, and no other than 20
 @pytest.mark.parametrize("schedule", [how for how in SCHEDULES if how["n_iters"] <= 20])
 @pytest.mark.usefixtures("several_programs")
 def test_coordinate_descent_by_several_programs(randn, schedule):
-    compare(coordinate_descent, randn(2, 111), [111 / 8, 44.4], randn(2, 111, seed=1), floor=1e-5, **schedule)
+    compare(
+        coordinate_descent,
+        randn(2, 111),
+        [111 / 8, 44.4],
+        randn(2, 111, seed=1),
+        floor=1e-5,
+        **schedule,
+    )
 
 
 def test_coordinate_descent_of_a_long_row(randn, launches):
-    compare(coordinate_descent, randn(1, 20_011), 2501.0, randn(1, 20_011, seed=1), floor=1e-5, n_iters=4, eps=0.3)
+    compare(
+        coordinate_descent,
+        randn(1, 20_011),
+        2501.0,
+        randn(1, 20_011, seed=1),
+        floor=1e-5,
+        n_iters=4,
+        eps=0.3,
+    )
     assert launches[:4] == ["descend_kernel"] * 3 + ["descent_gates_kernel"] and len(launches) == 7
 
 
 def test_scores_that_equal_a_bound(randn):
     # k = n: the first iterate is 0, and a score of 0 is not above it
-    compare(coordinate_descent, randn(2, 40).round(), 40.0, randn(2, 40, seed=1), eps=0.5, floor=1e-5, n_iters=3)
+    compare(
+        coordinate_descent,
+        randn(2, 40).round(),
+        40.0,
+        randn(2, 40, seed=1),
+        eps=0.5,
+        floor=1e-5,
+        n_iters=3,
+    )
 
 
 def test_iterates_equal_the_reference(randn, device):
     scores, schedule = randn(2, 111), [2.0, 1.0, 0.5, 0.5, 0.5, 0.5]
-    k, num_valid = torch.tensor([[9.0], [30.5]], device=device), torch.full((2, 1), 111, device=device)
+    k, num_valid = (
+        torch.tensor([[9.0], [30.5]], device=device),
+        torch.full((2, 1), 111, device=device),
+    )
     found = triton_descent.forward(scores, k, num_valid, schedule)
     expected = OPS.coordinate_descent(scores.double(), k.double(), num_valid, schedule, "eager")
     for f, e in zip(found, expected, strict=True):
@@ -226,11 +282,18 @@ def test_iterates_equal_the_reference(randn, device):
 
 
 def test_opcheck(randn, device):
-    scores, k = randn(3, 10).requires_grad_(), torch.tensor([[1.0], [2.5], [12.0]], device=device, requires_grad=True)
+    scores, k = (
+        randn(3, 10).requires_grad_(),
+        torch.tensor([[1.0], [2.5], [12.0]], device=device, requires_grad=True),
+    )
     num_valid = torch.tensor([[10], [8], [10]], device=device)
     torch.library.opcheck(OPS.soft_topk.default, (scores, k, num_valid, 0.5, 10, "triton"))
-    torch.library.opcheck(OPS.soft_topk_backward.default, (scores.detach(), scores.detach().sigmoid(), 0.5, "triton"))
-    torch.library.opcheck(OPS.coordinate_descent.default, (scores, k, num_valid, [4.0, 2.0, 1.0, 1.0], "triton"))
+    torch.library.opcheck(
+        OPS.soft_topk_backward.default, (scores.detach(), scores.detach().sigmoid(), 0.5, "triton")
+    )
+    torch.library.opcheck(
+        OPS.coordinate_descent.default, (scores, k, num_valid, [4.0, 2.0, 1.0, 1.0], "triton")
+    )
     transposed = scores.detach().T.contiguous().T.requires_grad_()
     torch.library.opcheck(OPS.soft_topk.default, (transposed, k, num_valid, 0.5, 10, "triton"))
 
@@ -243,7 +306,10 @@ def three_iterations(scores, k, **options):
 def test_compile_without_recompilation(randn, launches, function):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
-        lambda s, m: function(s, 9, eps=0.5, mask=m).square(), backend=counter, fullgraph=True, dynamic=True
+        lambda s, m: function(s, 9, eps=0.5, mask=m).square(),
+        backend=counter,
+        fullgraph=True,
+        dynamic=True,
     )
     counts = []
     for n in (40, 111):

@@ -1,4 +1,4 @@
-"""Hard selection of the tokens to route: checks and dispatch around ``reference.py``."""
+"""Hard selection of the tokens to route: checks and dispatch around ``eager.py``."""
 
 import math
 import numbers
@@ -6,15 +6,19 @@ import numbers
 import torch
 from torch import Tensor
 
+from ..._torch_internals import has_values, in_onnx_export, is_traced, is_transformed
 from ...checks import check_float_tensor, check_int, check_mask, check_pair
 from ..backend import (
     check_backend,
     needs_operator,
     requested_backend,
+    takes_transform,
     use_triton,
     why_not_triton,
 )
-from . import reference
+from ..dtypes import wide_dtype
+from ..registration import count_flops, no_flops, overridable
+from . import eager
 
 
 @torch.library.custom_op("colt5_vision::top_indices", mutates_args=())
@@ -25,7 +29,7 @@ def _top_indices(scores: Tensor, k: int, backend: str) -> Tensor:
         from . import triton
 
         return triton.top_indices(scores, k)
-    return reference.top_indices(scores, k).contiguous()
+    return eager.top_indices(scores, k).contiguous()
 
 
 @_top_indices.register_fake
@@ -33,17 +37,22 @@ def _(scores, k, backend):
     return scores.new_empty((*scores.shape[:-1], k), dtype=torch.int64)
 
 
+count_flops("top_indices", no_flops)
+
+
 def _select(scores: Tensor, k: int, backend: str | None) -> Tensor:
-    """Indices (..., k); through the registered operator only where it may find the kernels asked for."""
-    if torch.onnx.is_in_onnx_export():  # an ONNX file knows no custom operators
-        return reference.top_indices(scores, k)
-    if backend is None and not torch.compiler.is_compiling():  # a compiled graph asks when it runs
+    """Indices (..., k); through the registered operator only where it may find the kernels asked
+    for."""
+    if in_onnx_export(scores) or takes_transform("route_topk", backend, scores):
+        return eager.top_indices(scores, k)
+    if backend is None and not is_traced(scores):  # a graph asks when it runs
         backend = requested_backend()
     if backend == "triton" or (backend is None and needs_operator(scores)):
         return _top_indices(scores, k, backend or "")
-    return reference.top_indices(scores, k)
+    return eager.top_indices(scores, k)
 
 
+@overridable
 def route_topk(
     scores: Tensor,
     k: int | Tensor,
@@ -56,30 +65,33 @@ def route_topk(
 ) -> tuple[Tensor, Tensor]:
     """Indices of the ``k`` largest scores of each row, a total order: ties go to the lower index.
 
-    Masked tokens are never taken while a valid one is left. With ``cell_size`` the selection is stratified: the map is
-    cut into cells and each gets its share of ``k`` (in proportion to its valid tokens, rounded up or down by largest
-    remainder), the best of the cell; cells at the border are smaller, nothing is dropped.
+    Masked tokens are never taken while a valid one is left. With ``cell_size`` the selection is
+    stratified: the map is cut into cells and each gets its share of ``k`` (in proportion to its
+    valid tokens, rounded up or down by largest remainder), the best of the cell; cells at the
+    border are smaller, nothing is dropped.
 
     Args:
-        scores: (..., n) logits. Their values are only compared, so gates saturated at 1 are never ranked.
-        k: tokens to take, an int >= 1 (above n: every token) or an integer tensor (...), one count a row.
+        scores: (..., n) logits. Their values are only compared, so gates saturated at 1 are never
+            ranked.
+        k: tokens to take, an int >= 1 (above n: every token) or an integer tensor (...), one count
+            a row.
         mask: (..., n) bool, True = valid.
-        num_slots: width of the result for a tensor ``k`` (default: its largest entry, which reads the tensor;
-            give it under ``torch.compile``). Larger entries of ``k`` are cut to it.
+        num_slots: width of the result for a tensor ``k`` (default: its largest entry, which reads
+            the tensor; give it under ``torch.compile``). Larger entries of ``k`` are cut to it.
         grid_size: (H, W) with H * W = n in raster order; needed by ``cell_size``.
         cell_size: height and width of the cells of a stratified selection.
-        backend: ``"eager"`` and ``"auto"`` run ``torch.topk``; ``"triton"`` a radix select that spreads a long row over
-            the GPU (float32 and narrower, CUDA or ROCm), the same result. Default: the environment variable
-            ``COLT5_VISION_BACKEND``, else ``"auto"``.
+        backend: ``"eager"`` and ``"auto"`` run ``torch.topk``; ``"triton"`` a radix select that
+            spreads a long row over the GPU (float32 and narrower, CUDA or ROCm), the same result.
+            Default: the environment variable ``COLT5_VISION_BACKEND``, else ``"auto"``.
 
     Returns:
-        ``(indices, valid)``, both (..., K), K = min(k, n): int64 indices in falling order of score, and a bool that
-        is False where a slot is empty (fewer valid tokens than slots, or beyond a row's own ``k``). Indices of empty
-        slots are in range.
+        ``(indices, valid)``, both (..., K), K = min(k, n): int64 indices in falling order of score,
+        and a bool that is False where a slot is empty (fewer valid tokens than slots, or beyond a
+        row's own ``k``). Indices of empty slots are in range.
 
     Raises:
-        TypeError, ValueError: on a wrong dtype or shape, ``k`` < 1, a grid that does not match n, an unknown
-            ``backend``.
+        TypeError, ValueError: on a wrong dtype or shape, ``k`` < 1, a grid that does not match n,
+            an unknown ``backend``.
         RuntimeError: ``"triton"`` was asked for and cannot run; it says why.
     """
     check_backend(backend)
@@ -88,15 +100,19 @@ def route_topk(
         raise ValueError(f"scores: expected shape (..., n) with n >= 1, got {tuple(scores.shape)}")
     check_mask("mask", mask, scores.shape)
     n = scores.shape[-1]
-    scores = scores.detach().to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    scores = scores.detach().to(wide_dtype(scores))
     if isinstance(k, Tensor):
         if k.is_floating_point() or k.dtype == torch.bool or k.shape != scores.shape[:-1]:
             raise ValueError(
                 f"k: expected an int or an integer tensor of shape {tuple(scores.shape[:-1])}, "
                 f"got {k.dtype} of shape {tuple(k.shape)}"
             )
-        if k.device.type == "cpu" and not torch.compiler.is_compiling() and bool((k < 1).any()):
+        if has_values(k) and bool((k < 1).any()):
             raise ValueError(f"k: expected every entry >= 1, got {k.tolist()}")
+        if num_slots is None and (k.is_meta or is_traced(k) or is_transformed()):
+            raise ValueError(
+                "num_slots: needed with a tensor k whose values cannot be read, got None"
+            )
         if num_slots is None:
             num_slots = int(k.max()) if k.numel() else 1
         slots = min(check_int("num_slots", num_slots), n)
@@ -104,7 +120,9 @@ def route_topk(
         raise ValueError("num_slots: only used with a tensor k, got an int k")
     else:
         if not isinstance(k, (numbers.Integral, torch.SymInt)) or isinstance(k, bool):
-            raise TypeError(f"k: expected an int or an integer tensor, got {k!r} ({type(k).__name__})")
+            raise TypeError(
+                f"k: expected an int or an integer tensor, got {k!r} ({type(k).__name__})"
+            )
         slots = min(check_int("k", k), n)
 
     if mask is not None or cell_size is not None:
@@ -120,7 +138,7 @@ def route_topk(
         if height * width != n:
             raise ValueError(f"grid_size: expected H * W = {n}, got {height} * {width}")
         count = k.unsqueeze(-1) if isinstance(k, Tensor) else slots
-        scores = reference.stratified_scores(scores, count, (height, width), cell)
+        scores = eager.stratified_scores(scores, count, (height, width), cell)
     elif grid_size is not None:
         raise ValueError("grid_size: only used with cell_size, got no cell_size")
 

@@ -1,9 +1,10 @@
-"""Hard top-k with a total order in Triton kernels: a radix select, spread over as many programs as a row asks for.
+"""Hard top-k with a total order in Triton kernels: a radix select, spread over as many programs as
+a row asks for.
 
-A score becomes an integer whose order is that of the scores, upside down, so that the smallest is the best. Four passes
-fix its 8-bit digits from the top: each counts the digits of what is still in question, in integers, so that the order of
-the atomic additions does not matter. Two more passes write the k taken entries, ties by the lower index, and a sort of
-those k puts them in order.
+A score becomes an integer whose order is that of the scores, upside down, so that the smallest is
+the best. Four passes fix its 8-bit digits from the top: each counts the digits of what is still in
+question, in integers, so that the order of the atomic additions does not matter. Two more passes
+write the k taken entries, ties by the lower index, and a sort of those k puts them in order.
 """
 
 import torch
@@ -21,7 +22,8 @@ MOST_PROGRAMS = 256
 
 @triton.jit
 def ranks_of(scores):
-    """int64 in [1, 2**32): smaller for a higher score, equal for 0.0 and -0.0. NaN as in ``reference.ordered_keys``."""
+    """int64 in [1, 2**32): smaller for a higher score, equal for 0.0 and -0.0. NaN as in
+    ``eager.ordered_keys``."""
     bits = scores.to(tl.int32, bitcast=True)
     magnitude = (bits & 0x7FFFFFFF).to(tl.int64)
     return (1 << 31) + tl.where(bits < 0, magnitude, -magnitude)
@@ -29,7 +31,8 @@ def ranks_of(scores):
 
 @triton.jit
 def threshold(histograms, row, rows, passes, k):
-    """The digits found by the ``passes`` before, as one number, and how many entries with these digits are taken."""
+    """The digits found by the ``passes`` before, as one number, and how many entries with these
+    digits are taken."""
     digits = tl.zeros((), tl.int64)
     left = tl.zeros((), tl.int32) + k
     for earlier in range(passes):
@@ -43,7 +46,8 @@ def threshold(histograms, row, rows, passes, k):
 
 @triton.jit(do_not_specialize=["n", "rows", "programs", "chunk", "k", "level"])
 def histogram_kernel(scores, histograms, n, rows, programs, chunk, k, level, TILE: tl.constexpr):
-    """Count digit ``level`` of the entries whose higher digits are those of the k-th; histograms (4, rows, 256)."""
+    """Count digit ``level`` of the entries whose higher digits are those of the k-th; histograms
+    (4, rows, 256)."""
     row = (tl.program_id(0) // programs).to(tl.int64)
     begin = (tl.program_id(0) % programs) * chunk
     end = tl.minimum(begin + chunk, n)
@@ -57,12 +61,18 @@ def histogram_kernel(scores, histograms, n, rows, programs, chunk, k, level, TIL
         # the others fall into a bin of their own
         count += tl.histogram(tl.where(inside, (rank >> shift) & 255, 256).to(tl.int32), 512)
     bins = tl.arange(0, 512)
-    tl.atomic_add(histograms + (level * rows + row) * 256 + bins, count, mask=(bins < 256) & (count > 0), sem="relaxed")
+    tl.atomic_add(
+        histograms + (level * rows + row) * 256 + bins,
+        count,
+        mask=(bins < 256) & (count > 0),
+        sem="relaxed",
+    )
 
 
 @triton.jit(do_not_specialize=["n", "rows", "programs", "chunk", "k"])
 def count_kernel(scores, histograms, counts, n, rows, programs, chunk, k, TILE: tl.constexpr):
-    """How many entries of one program's part are better than the k-th, and how many tie with it; counts (2, rows, programs)."""
+    """How many entries of one program's part are better than the k-th, and how many tie with it;
+    counts (2, rows, programs)."""
     row = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
     begin = program * chunk
@@ -91,9 +101,20 @@ def sum_before(counts, program, GATHER: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "rows", "programs", "chunk", "k"])
 def take_kernel(
-    scores, histograms, counts, taken, n, rows, programs, chunk, k, TILE: tl.constexpr, GATHER: tl.constexpr
+    scores,
+    histograms,
+    counts,
+    taken,
+    n,
+    rows,
+    programs,
+    chunk,
+    k,
+    TILE: tl.constexpr,
+    GATHER: tl.constexpr,
 ):
-    """Write the k taken entries: first the better ones, then the ties of lowest index; taken (rows, k)."""
+    """Write the k taken entries: first the better ones, then the ties of lowest index; taken (rows,
+    k)."""
     row = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
     begin = program * chunk
@@ -106,7 +127,10 @@ def take_kernel(
         rank = ranks_of(tl.load(scores + row * n + at, mask=at < end, other=0.0))
         better = ((at < end) & (rank < kth)).to(tl.int32)
         tie = ((at < end) & (rank == kth)).to(tl.int32)
-        place = tl.where(better > 0, num_better + tl.cumsum(better, 0), tie_place + tl.cumsum(tie, 0)) - 1
+        place = (
+            tl.where(better > 0, num_better + tl.cumsum(better, 0), tie_place + tl.cumsum(tie, 0))
+            - 1
+        )
         # rank and index in one number: its order is the total order
         entry = ((rank - (1 << 31)) << 32) + at
         tl.store(taken + row * k + place, entry, mask=(better > 0) | ((tie > 0) & (place < k)))
@@ -115,7 +139,7 @@ def take_kernel(
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
-    """Indices as :func:`.reference.top_indices`, for float32 scores."""
+    """Indices as :func:`.eager.top_indices`, for float32 scores."""
     *shape, n = scores.shape
     scores = scores.reshape(-1, n).contiguous()
     rows, chunk = scores.shape[0], CHUNK * triton.cdiv(n, CHUNK * MOST_PROGRAMS)
@@ -125,7 +149,20 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     taken = torch.empty(rows, k, dtype=torch.int64, device=scores.device)
     grid, sizes = (rows * programs,), (n, rows, programs, chunk, k)
     for level in range(4):
-        backend.launch(histogram_kernel, grid, scores, histograms, *sizes, level, TILE=1024, num_warps=4)
+        backend.launch(
+            histogram_kernel, grid, scores, histograms, *sizes, level, TILE=1024, num_warps=4
+        )
     backend.launch(count_kernel, grid, scores, histograms, counts, *sizes, TILE=1024, num_warps=4)
-    backend.launch(take_kernel, grid, scores, histograms, counts, taken, *sizes, TILE=1024, GATHER=256, num_warps=4)
+    backend.launch(
+        take_kernel,
+        grid,
+        scores,
+        histograms,
+        counts,
+        taken,
+        *sizes,
+        TILE=1024,
+        GATHER=256,
+        num_warps=4,
+    )
     return taken.sort(dim=-1).values.bitwise_and_(0xFFFFFFFF).reshape(*shape, k)

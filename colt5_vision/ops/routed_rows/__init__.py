@@ -1,3 +1,3 @@
-from .api import gated_scatter_add_, gather_normalize
+from .api import gather_normalize
 
-__all__ = ["gated_scatter_add_", "gather_normalize"]
+__all__ = ["gather_normalize"]

@@ -22,7 +22,8 @@ def gather_normalize_kernel(
     BLOCK_C: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """A block of a sample's Q rows a program. ``WHOLE``: BLOCK_C covers C, and rows stay in registers."""
+    """A block of a sample's Q rows a program. ``WHOLE``: BLOCK_C covers C, and rows stay in
+    registers."""
     blocks = tl.cdiv(Q, BLOCK_Q)
     program = tl.program_id(0).to(tl.int64)
     b = program // blocks
@@ -35,29 +36,44 @@ def gather_normalize_kernel(
     out_ptr += (b * Q + q[:, None]) * C
 
     if WHOLE:
-        x = tl.load(x_ptr + c[None, :] * stride_xc, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        x = tl.load(
+            x_ptr + c[None, :] * stride_xc, mask=inside[:, None] & (c < C)[None, :], other=0.0
+        ).to(tl.float32)
         square = tl.sum(x * x, 1)
     else:
         square = tl.zeros([BLOCK_Q], tl.float32)
         for start in range(0, C, BLOCK_C):
             at = start + c
-            x = tl.load(x_ptr + at[None, :] * stride_xc, mask=inside[:, None] & (at < C)[None, :], other=0.0)
+            x = tl.load(
+                x_ptr + at[None, :] * stride_xc, mask=inside[:, None] & (at < C)[None, :], other=0.0
+            )
             square += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
-    # nothing lies at an index out of range: NaN, where plain torch raises, and no read beyond the map
+    # nothing lies at an index out of range: NaN, where plain torch raises, and no read beyond the
+    # map
     scale = tl.where(known, 1.0 / tl.sqrt_rn(square / C + eps), float("nan"))
     tl.store(scale_ptr + b * Q + q, scale, mask=q < Q)
 
     if WHOLE:
         weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
         y = x * scale[:, None] * weight[None, :]
-        tl.store(out_ptr + c[None, :], y.to(out_ptr.dtype.element_ty), mask=(q < Q)[:, None] & (c < C)[None, :])
+        tl.store(
+            out_ptr + c[None, :],
+            y.to(out_ptr.dtype.element_ty),
+            mask=(q < Q)[:, None] & (c < C)[None, :],
+        )
     else:
         for start in range(0, C, BLOCK_C):  # rows come from the cache
             at = start + c
-            x = tl.load(x_ptr + at[None, :] * stride_xc, mask=inside[:, None] & (at < C)[None, :], other=0.0)
+            x = tl.load(
+                x_ptr + at[None, :] * stride_xc, mask=inside[:, None] & (at < C)[None, :], other=0.0
+            )
             weight = tl.load(weight_ptr + at, mask=at < C, other=0.0).to(tl.float32)
             y = x.to(tl.float32) * scale[:, None] * weight[None, :]
-            tl.store(out_ptr + at[None, :], y.to(out_ptr.dtype.element_ty), mask=(q < Q)[:, None] & (at < C)[None, :])
+            tl.store(
+                out_ptr + at[None, :],
+                y.to(out_ptr.dtype.element_ty),
+                mask=(q < Q)[:, None] & (at < C)[None, :],
+            )
 
 
 @triton.jit(do_not_specialize=["N", "K", "R", "route"])
@@ -86,7 +102,8 @@ def gather_normalize_backward_kernel(
     WITH_X: tl.constexpr,
     WITH_WEIGHT: tl.constexpr,
 ):
-    """A block of the K rows of one route a program. ``FIRST``: the map of gradients is still zero."""
+    """A block of the K rows of one route a program. ``FIRST``: the map of gradients is still
+    zero."""
     blocks = tl.cdiv(K, BLOCK_K)
     program = tl.program_id(0).to(tl.int64)
     b = program // blocks
@@ -155,7 +172,9 @@ def gated_scatter_add_kernel(
     index = tl.load(index_ptr + b * K + k, mask=k < K, other=0)
     inside = (k < K) & (index >= 0) & (index < N)
     mask = inside[:, None] & (c < C)[None, :]
-    add = tl.load(rows_ptr + (b * K + k[:, None]) * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    add = tl.load(rows_ptr + (b * K + k[:, None]) * C + c[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
     if gates_ptr is not None:
         add *= tl.load(gates_ptr + b * K + k, mask=inside, other=0.0).to(tl.float32)[:, None]
     if null_ptr is not None:
@@ -183,7 +202,8 @@ def gated_scatter_add_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A block of a sample's K rows a program; ``partial_ptr`` gets the null token's gradient of each."""
+    """A block of a sample's K rows a program; ``partial_ptr`` gets the null token's gradient of
+    each."""
     blocks = tl.cdiv(K, BLOCK_K)
     program = tl.program_id(0).to(tl.int64)
     b = program // blocks
@@ -197,12 +217,16 @@ def gated_scatter_add_backward_kernel(
     for start in range(0, C, BLOCK_C):
         at = start + c
         mask = (k < K)[:, None] & (at < C)[None, :]
-        grad = tl.load(grad_ptr + at[None, :] * stride_gc, mask=inside[:, None] & mask, other=0.0).to(tl.float32)
+        grad = tl.load(
+            grad_ptr + at[None, :] * stride_gc, mask=inside[:, None] & mask, other=0.0
+        ).to(tl.float32)
         if partial_ptr is not None:
             tl.store(partial_ptr + program * C + at, -tl.sum(grad, 0), mask=at < C)
         grad_rows = grad
         if gates_ptr is not None:
-            rows = tl.load(rows_ptr + slot[:, None] * C + at[None, :], mask=mask, other=0.0).to(tl.float32)
+            rows = tl.load(rows_ptr + slot[:, None] * C + at[None, :], mask=mask, other=0.0).to(
+                tl.float32
+            )
             grad_gate += tl.sum(grad * rows, 1)
             grad_rows *= tl.load(gates_ptr + slot, mask=k < K, other=0.0).to(tl.float32)[:, None]
         place = grad_rows_ptr + slot[:, None] * C + at[None, :]

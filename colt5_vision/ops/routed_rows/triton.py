@@ -1,8 +1,10 @@
-"""Reading and writing routed rows of a map as Triton kernels: a row is read once, and only routed rows are touched.
+"""Reading and writing routed rows of a map as Triton kernels: a row is read once, and only routed
+rows are touched.
 
-Nothing is added atomically. Indices are distinct within a route, so the rows of one route are added by one launch, the
-next route's by the next: a token that several routes picked gets its sum in a fixed order. An inverse index of the map
-would save those launches, a few, and cost a pass over all tokens.
+Nothing is added atomically. Indices are distinct within a route, so the rows of one route are added
+by one launch, the next route's by the next: a token that several routes picked gets its sum in a
+fixed order. An inverse index of the map would save those launches, a few, and cost a pass over all
+tokens.
 """
 
 import torch
@@ -17,11 +19,12 @@ from .kernels import (
     gather_normalize_kernel,
 )
 
-TILE = 4096  # elements of a map that a program holds
+TILE = 2048  # elements of a map that a program holds
 
 
 def _tile(dim: int, widest: int) -> tuple[int, int]:
-    """Rows and channels of a program: all channels of a row where they fit, so that a row stays in registers."""
+    """Rows and channels of a program: all channels of a row where they fit, so that a row stays in
+    registers."""
     block_c = min(triton.next_power_of_2(dim), widest)
     return min(32, max(1, TILE // block_c)), block_c
 
@@ -29,7 +32,7 @@ def _tile(dim: int, widest: int) -> tuple[int, int]:
 def gather_normalize_forward(
     x: Tensor, indices: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """As ``reference.gather_normalize_forward``."""
+    """As ``eager.gather_normalize_forward``."""
     batch, num_tokens, dim = x.shape
     slots = indices.shape[1] * indices.shape[2]
     out = x.new_empty(*indices.shape, dim, dtype=dtype)
@@ -52,6 +55,7 @@ def gather_normalize_forward(
         BLOCK_C=block_c,
         WHOLE=dim <= block_c,
         num_warps=4,
+        **backend.no_spills(x.device),
     )
     return out, scale
 
@@ -65,7 +69,7 @@ def gather_normalize_backward(
     with_x: bool = True,
     with_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As ``reference.gather_normalize_backward``; None for what is not asked for."""
+    """As ``eager.gather_normalize_backward``; None for what is not asked for."""
     batch, num_tokens, dim = x.shape
     _, routes, slots = indices.shape
     grad, indices, weight = grad.contiguous(), indices.contiguous(), weight.contiguous()
@@ -97,12 +101,15 @@ def gather_normalize_backward(
             WITH_X=with_x,
             WITH_WEIGHT=with_weight,
             num_warps=8,
+            **backend.no_spills(x.device),
         )
     return grad_x, partial.sum(0).to(weight.dtype) if with_weight else None
 
 
-def gated_scatter_add_(out: Tensor, rows: Tensor, indices: Tensor, gates: Tensor | None, null: Tensor | None) -> None:
-    """As ``reference.gated_scatter_add_``."""
+def gated_scatter_add_(
+    out: Tensor, rows: Tensor, indices: Tensor, gates: Tensor | None, null: Tensor | None
+) -> None:
+    """``out[indices] += gates * rows - null`` in place; an index out of range is passed over."""
     batch, num_tokens, dim = out.shape
     slots = indices.shape[1]
     block_k, block_c = 8, min(triton.next_power_of_2(dim), 256)
@@ -120,14 +127,15 @@ def gated_scatter_add_(out: Tensor, rows: Tensor, indices: Tensor, gates: Tensor
         *out.stride(),
         BLOCK_K=block_k,
         BLOCK_C=block_c,
-        num_warps=4,
+        num_warps=8,
+        **backend.no_spills(out.device),
     )
 
 
 def gated_scatter_add_backward(
     grad: Tensor, rows: Tensor, indices: Tensor, gates: Tensor | None, with_null: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As ``reference.gated_scatter_add_backward``; None for what is not asked for."""
+    """Gradients of ``rows``, ``gates`` and ``null`` (float32); None for what is not asked for."""
     batch, num_tokens, dim = grad.shape
     slots = indices.shape[1]
     block, block_c = _tile(dim, 1024)
@@ -153,5 +161,6 @@ def gated_scatter_add_backward(
         BLOCK_K=block,
         BLOCK_C=block_c,
         num_warps=8,
+        **backend.no_spills(grad.device),
     )
     return grad_rows, grad_gates, partial.sum(0) if with_null else None

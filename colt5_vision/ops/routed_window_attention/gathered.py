@@ -1,22 +1,29 @@
-"""Window ∪ routed attention by gathering each window's keys: for biases of (query, key) pairs, and for ONNX.
+"""Window ∪ routed attention by gathering each window's keys: for biases of (query, key) pairs, and
+for ONNX.
 
-Unlike ``reference.py`` it is made of public differentiable operations only, so a bias gets its gradient and an exporter
-finds nothing unknown. The price: logits are held, O(N (w² + K)) of them, a few windows at a time.
+Unlike ``eager.py`` it is made of public differentiable operations only, so a bias gets its
+gradient and an exporter finds nothing unknown. The price: logits are held, O(N (w² + K)) of them, a
+    few windows at a time.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..._torch_internals import is_transformed
+from ..dtypes import wide_dtype
 from ..grid import cell_slots, slot_of_token, window_of_token
-from .reference import Geometry, free_keys
+from .geometry import Geometry, free_keys
 
 PairBias = Callable[[Tensor, Tensor], Tensor]
 
 _LOGITS = 1 << 25  # held at once
-_OFF = -1e30  # bias of a key that must not be read; finite, so that a query without any key stays free of NaN
+_OFF = (
+    -1e30
+)  # bias of a key that must not be read; finite, so that a query without any key stays free of NaN
 
 
 def _attend(
@@ -30,26 +37,30 @@ def _attend(
     pair_bias: PairBias | None,
     scale: float,
 ) -> Tensor:
-    """Queries ``rows`` (G, L) against their group's keys (B, heads or 1, G, S): (B, heads, G, L, D)."""
+    """Queries ``rows`` (G, L) against their group's keys (B, heads or 1, G, S): (B, heads, G, L,
+    D)."""
     batch, heads, _, head_dim = q.shape
     groups, length = rows.shape
     index = keys.expand(batch, heads, -1, -1).flatten(2).unsqueeze(-1).expand(-1, -1, -1, head_dim)
+
+    # gather; a masked key is never read
     query = q[:, :, rows.flatten()].unflatten(2, (groups, length))
     off = ~valid.unsqueeze(-1)
-    key = k.gather(2, index).unflatten(2, (groups, -1)).masked_fill(off, 0)  # a masked key is never read
+    key = k.gather(2, index).unflatten(2, (groups, -1)).masked_fill(off, 0)
     value = v.gather(2, index).unflatten(2, (groups, -1)).masked_fill(off, 0)
-    bias = torch.zeros((), dtype=q.dtype, device=q.device)
+
+    # what is added to the logits, and which pairs there are
+    bias = torch.zeros((), dtype=wide_dtype(q), device=q.device)
     if pair_bias is not None:
         bias = pair_bias(rows[None, None, :, :, None], keys.unsqueeze(-2))
     if log_weights is not None:
         bias = bias + log_weights.unsqueeze(-2)
     seen = valid.unsqueeze(-2) & (bias > float("-inf"))
-    bias = torch.where(seen, bias.to(q.dtype), max(_OFF, torch.finfo(q.dtype).min))
-    merge = (batch * groups, heads, -1)
-    query, key, value = (x.transpose(1, 2).reshape(*merge, head_dim) for x in (query, key, value))
-    bias = bias.expand(batch, heads, groups, length, -1).transpose(1, 2).reshape(*merge, bias.shape[-1])
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-    out = out.unflatten(0, (batch, groups)).transpose(1, 2)
+
+    # written out: the fused kernels know neither forward-mode AD nor a second derivative
+    logits = (query @ key.mT).to(wide_dtype(q)) * scale + bias
+    weights = logits.masked_fill(~seen, _OFF).softmax(-1).to(value.dtype)
+    out = weights @ value  # (B, heads, G, L, D)
     return out.masked_fill(~seen.any(-1, keepdim=True), 0)
 
 
@@ -65,14 +76,15 @@ def gathered_attention(
     *,
     whole: bool = False,
 ) -> Tensor:
-    """(B, heads, P + N, D): every token to its window ∪ prefix ∪ routed keys, the prefix tokens to everything.
+    """(B, heads, P + N, D): every token to its window ∪ prefix ∪ routed keys, the prefix tokens to
+    everything.
 
     Args:
         q, k, v: (B, heads, P + N, D).
         routed, log_weights: (B, R, K), see ``api.py``; -1 is an empty slot.
         key_mask: (B, P + N).
-        pair_bias: maps positions of queries (1, 1, G, L, 1) and of keys (B or 1, heads or 1, G, 1, S), in [0, P + N),
-            to a bias of their logits, broadcastable to (B, heads, G, L, S).
+        pair_bias: maps positions of queries (1, 1, G, L, 1) and of keys (B or 1, heads or 1, G, 1,
+            S), in [0, P + N), to a bias of their logits, broadcastable to (B, heads, G, L, S).
         whole: one step for all windows, for exporters.
     """
     batch, heads, length = q.shape[:3]
@@ -87,7 +99,9 @@ def gathered_attention(
     # every query sees these: prefix tokens and routed keys, (B, R, P + K)
     seen = torch.cat([prefix.expand(batch, routes, -1), routed.clamp_min(0) + geo.prefix], -1)
     seen_valid = key_mask.unsqueeze(1).expand(-1, routes, -1).gather(-1, seen)
-    seen_valid = torch.cat([seen_valid[..., : geo.prefix], seen_valid[..., geo.prefix :] & (routed >= 0)], -1)
+    seen_valid = torch.cat(
+        [seen_valid[..., : geo.prefix], seen_valid[..., geo.prefix :] & (routed >= 0)], -1
+    )
     weight = None
     if log_weights is not None:
         weight = torch.nn.functional.pad(log_weights, (geo.prefix, 0))
@@ -114,17 +128,22 @@ def gathered_attention(
             weights = with_seen(weight.new_zeros(batch, routes, groups, area), weight.unsqueeze(2))
         return _attend(q, k, v, rows, keys, valid, weights, pair_bias, geo.scale)
 
-    per_window = batch * heads * slots.shape[1] * (slots.shape[1] + seen.shape[-1])
-    step = slots.shape[0] if whole else max(1, _LOGITS // max(1, per_window))
-    several = step < slots.shape[0] and torch.is_grad_enabled()
-    parts = []
-    for rows, within in zip(slots.split(step), inside.split(step)):
-        # recomputed in backward: the logits of one step are alive at a time
-        parts.append(checkpoint(windows, rows, within, use_reentrant=False) if several else windows(rows, within))
+    # all windows, a few at a time; backward computes each step again, so that its logits alone
+    # live
+    if whole:
+        parts = [windows(slots, inside)]
+    else:
+        per_window = batch * heads * slots.shape[1] * (slots.shape[1] + seen.shape[-1])
+        step = max(1, _LOGITS // max(1, per_window))
+        several = step < slots.shape[0] and torch.is_grad_enabled() and not is_transformed()
+        run = functools.partial(checkpoint, windows, use_reentrant=False) if several else windows
+        parts = [run(*part) for part in zip(slots.split(step), inside.split(step))]
     out = torch.cat(parts, 2).flatten(2, 3)
     out = out[:, :, slot_of_token(geo.height, geo.width, geo.window, q.device)]
     if geo.prefix:
         every = torch.arange(length, device=q.device)[None, None, None]
-        own = _attend(q, k, v, prefix[None], every, key_mask[:, None, None], None, pair_bias, geo.scale)
+        own = _attend(
+            q, k, v, prefix[None], every, key_mask[:, None, None], None, pair_bias, geo.scale
+        )
         out = torch.cat([own.squeeze(2), out], 2)
     return out

@@ -1,15 +1,17 @@
 """What the Triton kernels of window ∪ routed attention share, and the forward ones.
 
-A query tile lies within one window. It walks the keys of that window and then those that every query sees, the prefix
-tokens and the routed keys, in one online softmax; a routed key in the query's own window is skipped the second time.
-Both stand in *lists* of positions and biases, a few bytes a token, that :func:`list_kernel` and :func:`window_kernel`
-write. q, k and v are read in place: nothing is copied or padded. Their strides come in units of ALIGN elements, so that
-the compiler sees that rows can be read 16 bytes at a time; by itself it looks for strides of 16, which heads of 40 have
-not.
+A query tile lies within one window. It walks the keys of that window and then those that every
+query sees, the prefix tokens and the routed keys, in one online softmax; a routed key in the
+query's own window is skipped the second time. Both stand in *lists* of positions and biases, a few
+bytes a token, that :func:`list_kernel` and :func:`window_kernel` write. q, k and v are read in
+place: nothing is copied or padded. Their strides come in units of ALIGN elements, so that the
+compiler sees that rows can be read 16 bytes at a time; by itself it looks for strides of 16, which
+heads of 40 have not.
 
 Lists, one row for each sample and route, both parts side by side, (B * R, N + P + K):
-    keys: position in [0, P + N) as int32, or ``~position`` for one that must not be read. First all N tokens in window
-        order (the windows one after the other, each in raster order), then prefix tokens and routed keys.
+    keys: position in [0, P + N) as int32, or ``~position`` for one that must not be read. First all
+        N tokens in window order (the windows one after the other, each in raster order), then
+        prefix tokens and routed keys.
     biases: what is added to the logits, in base 2.
 """
 
@@ -52,7 +54,9 @@ SIZES = (
 
 
 @triton.jit
-def load_rows(base, index, valid, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
+def load_rows(
+    base, index, valid, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr
+):
     """(len(index), BLOCK_D); zeros where not valid. The stride is in units of ALIGN elements."""
     d = tl.arange(0, BLOCK_D)
     at = base + (index.to(tl.int64) * stride * ALIGN)[:, None] + d[None, :]
@@ -63,7 +67,16 @@ def load_rows(base, index, valid, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def store_rows(base, x, index, valid, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
+def store_rows(
+    base,
+    x,
+    index,
+    valid,
+    stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
     d = tl.arange(0, BLOCK_D)
     at = base + (index.to(tl.int64) * stride * ALIGN)[:, None] + d[None, :]
     tl.store(at, x.to(base.dtype.element_ty), mask=valid[:, None] & (d[None, :] < HEAD_DIM))
@@ -76,7 +89,8 @@ def head_of(base, b, h, batch_stride, head_stride, ALIGN: tl.constexpr):
 
 @triton.jit
 def window_span(window, height, width, window_height, window_width, columns):
-    """Start of a window in window order, and its number of tokens; works on one window or a block of them."""
+    """Start of a window in window order, and its number of tokens; works on one window or a block
+    of them."""
     y, x = (window // columns) * window_height, (window % columns) * window_width
     rows = tl.minimum(window_height, height - y)
     return y * width + x * rows, rows * tl.minimum(window_width, width - x)
@@ -94,7 +108,8 @@ def place_of(token, height, width, window_height, window_width, columns):
 
 @triton.jit
 def query_span(
-    window, b, starts, windows, height, width, window_height, window_width, columns, SUBSET: tl.constexpr
+    window, b, starts, windows, height, width, window_height, window_width, columns,
+    SUBSET: tl.constexpr
 ):  # fmt: skip
     """Start and number of a window's queries in the lists of queries."""
     if SUBSET:
@@ -116,7 +131,18 @@ def load_queries(query_rows, query_positions, at, valid, SUBSET: tl.constexpr):
 
 
 @triton.jit
-def load_keys(first, own_start, own_count, window, keys, biases, list_window, tokens, listed, BLOCK: tl.constexpr):
+def load_keys(
+    first,
+    own_start,
+    own_count,
+    window,
+    keys,
+    biases,
+    list_window,
+    tokens,
+    listed,
+    BLOCK: tl.constexpr,
+):
     """A block of the keys of a window and, from the next block on, of those that every query sees.
 
     Returns:
@@ -149,20 +175,26 @@ def softmax_step(q, k, v, bias, seen, m, total, acc, scale2):
 @triton.jit(do_not_specialize=SIZES)
 def list_kernel(
     routed, log_weights, key_mask, keys, biases, list_window, own_slot,
-    tokens, height, width, window_height, window_width, columns, prefix, listed, num_routed, tiles, routes,
+    tokens, height, width, window_height, window_width, columns, prefix, listed, num_routed, tiles,
+    routes,
     HAS_WEIGHTS: tl.constexpr, HAS_MASK: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The keys that every query sees; with MAP the slot of each of them in window order, own_slot (B * R, N)."""
+    """The keys that every query sees; with MAP the slot of each of them in window order, own_slot
+    (B * R, N)."""
     pid = tl.program_id(0)
     row = (pid // tiles).to(tl.int64)
     at = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
     slot = at - prefix
     image = (slot >= 0) & (slot < num_routed)
     token = tl.load(routed + row * num_routed + slot, mask=image, other=-1)
-    token = tl.where(token < tokens, token, -1).to(tl.int32)  # out of range: an empty slot, nothing is read or written
+    token = tl.where(token < tokens, token, -1).to(
+        tl.int32
+    )  # out of range: an empty slot, nothing is read or written
     valid = tl.where(image, token >= 0, at < prefix)
     key = tl.where(image, prefix + tl.maximum(token, 0), at)
-    window, place = place_of(tl.maximum(token, 0), height, width, window_height, window_width, columns)
+    window, place = place_of(
+        tl.maximum(token, 0), height, width, window_height, window_width, columns
+    )
     if MAP:
         tl.store(own_slot + row * tokens + place, slot, mask=image & valid)
     if HAS_MASK:
@@ -170,7 +202,10 @@ def list_kernel(
         valid &= tl.load(mask + key, mask=valid, other=0) != 0
     bias = tl.zeros([BLOCK], tl.float32)
     if HAS_WEIGHTS:
-        bias = tl.load(log_weights + row * num_routed + slot, mask=image, other=0.0).to(tl.float32) * LOG2E
+        bias = (
+            tl.load(log_weights + row * num_routed + slot, mask=image, other=0.0).to(tl.float32)
+            * LOG2E
+        )
         valid &= bias != float("-inf")
     inside = at < listed
     entry = row * (tokens + listed) + tokens + at
@@ -191,7 +226,9 @@ def window_kernel(
     position = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
     token = position - prefix
     image = (token >= 0) & (token < tokens)
-    window, place = place_of(tl.maximum(token, 0), height, width, window_height, window_width, columns)
+    window, place = place_of(
+        tl.maximum(token, 0), height, width, window_height, window_width, columns
+    )
     key = position
     if HAS_MASK:
         mask = key_mask + (row // routes) * (prefix + tokens)
@@ -199,7 +236,9 @@ def window_kernel(
     bias = tl.zeros([BLOCK], tl.float32)
     if OWN_BIAS:
         slot = tl.load(own_slot + row * tokens + place, mask=image, other=-1)
-        bias = tl.load(biases + row * (tokens + listed) + tokens + prefix + slot, mask=slot >= 0, other=0.0)
+        bias = tl.load(
+            biases + row * (tokens + listed) + tokens + prefix + slot, mask=slot >= 0, other=0.0
+        )
     entry = row * (tokens + listed) + place
     tl.store(keys + entry, key, mask=image)
     tl.store(biases + entry, bias, mask=image)
@@ -210,8 +249,10 @@ def window_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, out, lse, keys, biases, list_window, query_rows, query_positions, starts,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
-    scale2, heads, share, query_share, query_row, tokens, height, width, window_height, window_width, columns, windows,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch,
+    out_head, out_token,
+    scale2, heads, share, query_share, query_row, tokens, height, width, window_height,
+    window_width, columns, windows,
     listed, rows, tiles, tiles_per_window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, SUBSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -231,10 +272,14 @@ def forward_kernel(
     ok = place < count
     of_queries = (pair // query_share).to(tl.int64) * query_row + start
     row, position = load_queries(query_rows, query_positions, of_queries + place, ok, SUBSET)
-    query = load_rows(head_of(q, b, h, q_batch, q_head, ALIGN), position, ok, q_token, HEAD_DIM, BLOCK_D, ALIGN)
+    query = load_rows(
+        head_of(q, b, h, q_batch, q_head, ALIGN), position, ok, q_token, HEAD_DIM, BLOCK_D, ALIGN
+    )
     k = head_of(k, b, h, k_batch, k_head, ALIGN)
     v = head_of(v, b, h, v_batch, v_head, ALIGN)
-    route = (pair // share).to(tl.int64)  # heads of one route are neighbours, as are the routes of one sample
+    route = (pair // share).to(
+        tl.int64
+    )  # heads of one route are neighbours, as are the routes of one sample
     keys += route * (tokens + listed)
     biases += route * (tokens + listed)
     list_window += route * listed
@@ -253,8 +298,19 @@ def forward_kernel(
 
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)[:, None]
-    store_rows(head_of(out, b, h, out_batch, out_head, ALIGN), acc, row, ok, out_token, HEAD_DIM, BLOCK_D, ALIGN)
-    log_total = tl.where(some, (m + tl.log2(total)) * LN2, float("inf"))  # inf: a row without any key
+    store_rows(
+        head_of(out, b, h, out_batch, out_head, ALIGN),
+        acc,
+        row,
+        ok,
+        out_token,
+        HEAD_DIM,
+        BLOCK_D,
+        ALIGN,
+    )
+    log_total = tl.where(
+        some, (m + tl.log2(total)) * LN2, float("inf")
+    )  # inf: a row without any key
     tl.store(lse + pair.to(tl.int64) * rows + row, log_total, mask=ok)
 
 
@@ -266,7 +322,8 @@ def forward_prefix_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Prefix queries to all keys, the keys split over programs: part (splits, B, heads, P, D) and its logsumexp."""
+    """Prefix queries to all keys, the keys split over programs: part (splits, B, heads, P, D) and
+    its logsumexp."""
     pid = tl.program_id(0)
     tile, split, pair = pid % tiles, (pid // tiles) % splits, pid // (tiles * splits)
     b, h = pair // heads, pair % heads
@@ -274,7 +331,9 @@ def forward_prefix_kernel(
     v = head_of(v, b, h, v_batch, v_head, ALIGN)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = row < prefix
-    query = load_rows(head_of(q, b, h, q_batch, q_head, ALIGN), row, ok, q_token, HEAD_DIM, BLOCK_D, ALIGN)
+    query = load_rows(
+        head_of(q, b, h, q_batch, q_head, ALIGN), row, ok, q_token, HEAD_DIM, BLOCK_D, ALIGN
+    )
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -284,7 +343,10 @@ def forward_prefix_kernel(
         key = first + tl.arange(0, BLOCK_N)
         seen = key < end
         if HAS_MASK:
-            seen &= tl.load(key_mask + b.to(tl.int64) * (prefix + tokens) + key, mask=seen, other=0) != 0
+            seen &= (
+                tl.load(key_mask + b.to(tl.int64) * (prefix + tokens) + key, mask=seen, other=0)
+                != 0
+            )
         k_block = load_rows(k, key, seen, k_token, HEAD_DIM, BLOCK_D, ALIGN)
         v_block = load_rows(v, key, seen, v_token, HEAD_DIM, BLOCK_D, ALIGN)
         m, total, acc = softmax_step(query, k_block, v_block, none, seen, m, total, acc, scale2)
@@ -292,4 +354,6 @@ def forward_prefix_kernel(
     acc = acc / tl.where(some, total, 1.0)[:, None]
     at = (split * (tl.num_programs(0) // (tiles * splits)) + pair).to(tl.int64) * prefix
     store_rows(part + at * HEAD_DIM, acc, row, ok, HEAD_DIM // ALIGN, HEAD_DIM, BLOCK_D, ALIGN)
-    tl.store(part_lse + at + row, tl.where(some, (m + tl.log2(total)) * LN2, float("-inf")), mask=ok)
+    tl.store(
+        part_lse + at + row, tl.where(some, (m + tl.log2(total)) * LN2, float("-inf")), mask=ok
+    )

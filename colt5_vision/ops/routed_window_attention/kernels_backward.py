@@ -1,9 +1,10 @@
 """The backward Triton kernels of window ∪ routed attention.
 
-Gradients of queries go as the forward does. Keys are gathered from the side of their queries in two steps: those that
-every query sees (prefix and routed keys) from all queries beyond their window, as float32 sums of a slice of the
-queries each, and then all keys of the map from their own window and the prefix queries, taking up the first sums on the
-way. Every gradient is stored once, without atomics.
+Gradients of queries go as the forward does. Keys are gathered from the side of their queries in two
+steps: those that every query sees (prefix and routed keys) from all queries beyond their window, as
+float32 sums of a slice of the queries each, and then all keys of the map from their own window and
+the prefix queries, taking up the first sums on the way. Every gradient is stored once, without
+atomics.
 """
 
 import triton
@@ -34,7 +35,8 @@ def query_step(query, grad, k, v, bias, seen, lse2, delta, acc, scale2):
 
 @triton.jit
 def key_step(query, grad, k, v, bias, seen, lse2, delta, grad_k, grad_v, grad_bias, scale2):
-    """Add to the gradients of keys and values (S, D) and biases what queries (L, D) give; keys unscaled."""
+    """Add to the gradients of keys and values (S, D) and biases what queries (L, D) give; keys
+    unscaled."""
     logits = tl.dot(k, tl.trans(query), input_precision="ieee") * scale2 + bias[:, None]
     weights = tl.where(seen, tl.exp2(logits - lse2[None, :]), 0.0)
     grad_v = tl.dot(weights.to(grad.dtype), grad, grad_v, input_precision="ieee")
@@ -45,10 +47,13 @@ def key_step(query, grad, k, v, bias, seen, lse2, delta, grad_k, grad_v, grad_bi
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_query_kernel(
-    q, k, v, out, grad, lse, delta, grad_q, keys, biases, list_window, query_rows, query_positions, starts,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
+    q, k, v, out, grad, lse, delta, grad_q, keys, biases, list_window, query_rows, query_positions,
+    starts,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch,
+    out_head, out_token,
     grad_batch, grad_head, grad_token, grad_q_batch, grad_q_head, grad_q_token,
-    scale, scale2, heads, share, query_share, query_row, tokens, height, width, window_height, window_width, columns,
+    scale, scale2, heads, share, query_share, query_row, tokens, height, width, window_height,
+    window_width, columns,
     windows, listed, rows, tiles, tiles_per_window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, SUBSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -68,7 +73,9 @@ def backward_query_kernel(
     ok = place < count
     of_queries = (pair // query_share).to(tl.int64) * query_row + start
     row, position = load_queries(query_rows, query_positions, of_queries + place, ok, SUBSET)
-    query = load_rows(head_of(q, b, h, q_batch, q_head, ALIGN), position, ok, q_token, HEAD_DIM, BLOCK_D, ALIGN)
+    query = load_rows(
+        head_of(q, b, h, q_batch, q_head, ALIGN), position, ok, q_token, HEAD_DIM, BLOCK_D, ALIGN
+    )
     grad = head_of(grad, b, h, grad_batch, grad_head, ALIGN)
     gradient = load_rows(grad, row, ok, grad_token, HEAD_DIM, BLOCK_D, ALIGN)
     out = head_of(out, b, h, out_batch, out_head, ALIGN)
@@ -100,19 +107,23 @@ def backward_query_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def backward_prefix_kernel(
     q, k, v, out, grad, lse, delta, part, key_mask,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch,
+    out_head, out_token,
     grad_batch, grad_head, grad_token,
     scale, scale2, heads, tokens, prefix, rows, tiles, splits, per_split,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of prefix queries, the keys split over programs: part (splits, B, heads, P, D); and their delta."""
+    """Gradient of prefix queries, the keys split over programs: part (splits, B, heads, P, D); and
+    their delta."""
     pid = tl.program_id(0)
     tile, split, pair = pid % tiles, (pid // tiles) % splits, pid // (tiles * splits)
     b, h = pair // heads, pair % heads
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = row < prefix
-    query = load_rows(head_of(q, b, h, q_batch, q_head, ALIGN), row, ok, q_token, HEAD_DIM, BLOCK_D, ALIGN)
+    query = load_rows(
+        head_of(q, b, h, q_batch, q_head, ALIGN), row, ok, q_token, HEAD_DIM, BLOCK_D, ALIGN
+    )
     grad = head_of(grad, b, h, grad_batch, grad_head, ALIGN)
     gradient = load_rows(grad, row, ok, grad_token, HEAD_DIM, BLOCK_D, ALIGN)
     out = head_of(out, b, h, out_batch, out_head, ALIGN)
@@ -130,23 +141,31 @@ def backward_prefix_kernel(
         key = first + tl.arange(0, BLOCK_N)
         seen = key < end
         if HAS_MASK:
-            seen &= tl.load(key_mask + b.to(tl.int64) * (prefix + tokens) + key, mask=seen, other=0) != 0
+            seen &= (
+                tl.load(key_mask + b.to(tl.int64) * (prefix + tokens) + key, mask=seen, other=0)
+                != 0
+            )
         k_block = load_rows(k, key, seen, k_token, HEAD_DIM, BLOCK_D, ALIGN)
         v_block = load_rows(v, key, seen, v_token, HEAD_DIM, BLOCK_D, ALIGN)
         acc = query_step(query, gradient, k_block, v_block, none, seen, lse2, inner, acc, scale2)
     at = (split * (tl.num_programs(0) // (tiles * splits)) + pair).to(tl.int64) * prefix
-    store_rows(part + at * HEAD_DIM, acc * scale, row, ok, HEAD_DIM // ALIGN, HEAD_DIM, BLOCK_D, ALIGN)
+    store_rows(
+        part + at * HEAD_DIM, acc * scale, row, ok, HEAD_DIM // ALIGN, HEAD_DIM, BLOCK_D, ALIGN
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_list_kernel(
-    q, k, v, grad, lse, delta, part_k, part_v, part_bias, keys, biases, list_window, query_indices, row_window,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
+    q, k, v, grad, lse, delta, part_k, part_v, part_bias, keys, biases, list_window, query_indices,
+    row_window,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch,
+    grad_head, grad_token,
     scale, scale2, heads, share, tokens, prefix, listed, rows, tiles, splits, per_split,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, SUBSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of routed keys from image queries beyond their window, and of prefix keys from all queries.
+    """Gradients of routed keys from image queries beyond their window, and of prefix keys from all
+    queries.
 
     The queries are split over programs: part_* (splits, B, heads, P + K, ...) in float32.
     """
@@ -159,8 +178,12 @@ def backward_list_kernel(
     key = tl.load(keys + route * (tokens + listed) + tokens + entry, mask=inside, other=-1)
     bias = tl.load(biases + route * (tokens + listed) + tokens + entry, mask=inside, other=0.0)
     of = tl.load(list_window + route * listed + entry, mask=inside, other=NO_WINDOW)
-    k_block = load_rows(head_of(k, b, h, k_batch, k_head, ALIGN), key, key >= 0, k_token, HEAD_DIM, BLOCK_D, ALIGN)
-    v_block = load_rows(head_of(v, b, h, v_batch, v_head, ALIGN), key, key >= 0, v_token, HEAD_DIM, BLOCK_D, ALIGN)
+    k_block = load_rows(
+        head_of(k, b, h, k_batch, k_head, ALIGN), key, key >= 0, k_token, HEAD_DIM, BLOCK_D, ALIGN
+    )
+    v_block = load_rows(
+        head_of(v, b, h, v_batch, v_head, ALIGN), key, key >= 0, v_token, HEAD_DIM, BLOCK_D, ALIGN
+    )
     q = head_of(q, b, h, q_batch, q_head, ALIGN)
     grad = head_of(grad, b, h, grad_batch, grad_head, ALIGN)
     lse += pair.to(tl.int64) * rows
@@ -176,35 +199,68 @@ def backward_list_kernel(
         position = row
         if SUBSET:
             chosen = query_indices + b.to(tl.int64) * (rows - prefix) + row - prefix
-            position = tl.where(image, prefix + tl.load(chosen, mask=ok & image, other=0).to(tl.int32), row)
+            position = tl.where(
+                image, prefix + tl.load(chosen, mask=ok & image, other=0).to(tl.int32), row
+            )
         window = tl.load(row_window + position, mask=ok, other=NO_WINDOW)
         query = load_rows(q, position, ok, q_token, HEAD_DIM, BLOCK_D, ALIGN)
         gradient = load_rows(grad, row, ok, grad_token, HEAD_DIM, BLOCK_D, ALIGN)
         lse2 = tl.load(lse + row, mask=ok, other=float("inf")) * LOG2E
         inner = tl.load(delta + row, mask=ok, other=0.0)
         # prefix queries see routed keys where those stand in the map
-        seen = (key >= 0)[:, None] & (of[:, None] != window[None, :]) & (image[None, :] | (of == NO_WINDOW)[:, None])
+        seen = (
+            (key >= 0)[:, None]
+            & (of[:, None] != window[None, :])
+            & (image[None, :] | (of == NO_WINDOW)[:, None])
+        )
         grad_k, grad_v, grad_bias = key_step(
-            query, gradient, k_block, v_block, bias, seen, lse2, inner, grad_k, grad_v, grad_bias, scale2
+            query,
+            gradient,
+            k_block,
+            v_block,
+            bias,
+            seen,
+            lse2,
+            inner,
+            grad_k,
+            grad_v,
+            grad_bias,
+            scale2,
         )
     at = (split * (tl.num_programs(0) // (tiles * splits)) + pair).to(tl.int64) * listed
-    store_rows(part_k + at * HEAD_DIM, grad_k * scale, entry, inside, HEAD_DIM // ALIGN, HEAD_DIM, BLOCK_D, ALIGN)
-    store_rows(part_v + at * HEAD_DIM, grad_v, entry, inside, HEAD_DIM // ALIGN, HEAD_DIM, BLOCK_D, ALIGN)
+    store_rows(
+        part_k + at * HEAD_DIM,
+        grad_k * scale,
+        entry,
+        inside,
+        HEAD_DIM // ALIGN,
+        HEAD_DIM,
+        BLOCK_D,
+        ALIGN,
+    )
+    store_rows(
+        part_v + at * HEAD_DIM, grad_v, entry, inside, HEAD_DIM // ALIGN, HEAD_DIM, BLOCK_D, ALIGN
+    )
     tl.store(part_bias + at + entry, grad_bias, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_window_kernel(
-    q, k, v, grad, lse, delta, grad_k, grad_v, grad_bias, part_k, part_v, part_bias, keys, biases, own_slot,
+    q, k, v, grad, lse, delta, grad_k, grad_v, grad_bias, part_k, part_v, part_bias, keys, biases,
+    own_slot,
     query_rows, query_positions, starts,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch,
+    grad_head, grad_token,
     grad_k_batch, grad_k_head, grad_k_token, grad_v_batch, grad_v_head, grad_v_token,
-    scale, scale2, heads, share, query_share, query_row, tokens, height, width, window_height, window_width, columns,
+    scale, scale2, heads, share, query_share, query_row, tokens, height, width, window_height,
+    window_width, columns,
     windows, listed, rows, prefix, tiles, tiles_per_window, splits,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, SUBSET: tl.constexpr, HAS_ROUTED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, SUBSET: tl.constexpr,
+    HAS_ROUTED: tl.constexpr,
     OWN_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the map's keys, and of the routed ones' biases (B, heads, K): all that is left, summed up."""
+    """Gradients of the map's keys, and of the routed ones' biases (B, heads, K): all that is left,
+    summed up."""
     pid = tl.program_id(0)
     tile, pair = pid % tiles, pid // tiles
     b, h = pair // heads, pair % heads
@@ -219,8 +275,12 @@ def backward_window_kernel(
     entry = route * (tokens + listed) + own + place
     key = tl.load(keys + entry, mask=inside, other=-1)
     own_bias = tl.load(biases + entry, mask=inside, other=0.0)
-    k_block = load_rows(head_of(k, b, h, k_batch, k_head, ALIGN), key, key >= 0, k_token, HEAD_DIM, BLOCK_D, ALIGN)
-    v_block = load_rows(head_of(v, b, h, v_batch, v_head, ALIGN), key, key >= 0, v_token, HEAD_DIM, BLOCK_D, ALIGN)
+    k_block = load_rows(
+        head_of(k, b, h, k_batch, k_head, ALIGN), key, key >= 0, k_token, HEAD_DIM, BLOCK_D, ALIGN
+    )
+    v_block = load_rows(
+        head_of(v, b, h, v_batch, v_head, ALIGN), key, key >= 0, v_token, HEAD_DIM, BLOCK_D, ALIGN
+    )
     q = head_of(q, b, h, q_batch, q_head, ALIGN)
     grad = head_of(grad, b, h, grad_batch, grad_head, ALIGN)
     lse += pair.to(tl.int64) * rows
@@ -250,7 +310,18 @@ def backward_window_kernel(
         inner = tl.load(delta + row, mask=ok, other=0.0)
         bias = tl.where(image, own_bias, 0.0)
         sum_k, sum_v, with_this = key_step(
-            query, gradient, k_block, v_block, bias, (key >= 0)[:, None], lse2, inner, sum_k, sum_v, sum_bias, scale2
+            query,
+            gradient,
+            k_block,
+            v_block,
+            bias,
+            (key >= 0)[:, None],
+            lse2,
+            inner,
+            sum_k,
+            sum_v,
+            sum_bias,
+            scale2,
         )
         sum_bias = tl.where(image, with_this, sum_bias)
     sum_k *= scale
@@ -261,8 +332,24 @@ def backward_window_kernel(
             sum_bias = tl.zeros([BLOCK_N], tl.float32)  # no weight was at work within the window
         for split in range(splits):
             part = (split * pairs + pair).to(tl.int64) * listed + prefix
-            sum_k += load_rows(part_k + part * HEAD_DIM, slot, slot >= 0, HEAD_DIM // ALIGN, HEAD_DIM, BLOCK_D, ALIGN)
-            sum_v += load_rows(part_v + part * HEAD_DIM, slot, slot >= 0, HEAD_DIM // ALIGN, HEAD_DIM, BLOCK_D, ALIGN)
+            sum_k += load_rows(
+                part_k + part * HEAD_DIM,
+                slot,
+                slot >= 0,
+                HEAD_DIM // ALIGN,
+                HEAD_DIM,
+                BLOCK_D,
+                ALIGN,
+            )
+            sum_v += load_rows(
+                part_v + part * HEAD_DIM,
+                slot,
+                slot >= 0,
+                HEAD_DIM // ALIGN,
+                HEAD_DIM,
+                BLOCK_D,
+                ALIGN,
+            )
             sum_bias += tl.load(part_bias + part + slot, mask=slot >= 0, other=0.0)
         tl.store(grad_bias + pair.to(tl.int64) * (listed - prefix) + slot, sum_bias, mask=slot >= 0)
     position = tl.where(key < 0, ~key, key)

@@ -1,333 +1,81 @@
-"""Window ∪ routed attention in plain torch: parts by SDPA, joined by their logsumexps; memory O(N).
-
-Three parts. *Window*: every token to the keys of its window that are not routed. *Routed*: every querying token to the
-prefix tokens and the routed keys, with their log weights. *Prefix*: the prefix tokens to everything. No key counts
-twice for a query, so window and routed part join into one softmax. Where the log weights do not hold within the window
-(``Geometry.weight_own_window``), the window part has all keys of the window, and the routed part those beyond it: its
-queries then go window by window, as each window has a bias of its own.
-"""
-
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+"""Window ∪ routed attention, the specification: all logits in one matrix, O(N²)."""
 
 import torch
 from torch import Tensor
 
-from ..grid import cell_slots, slot_of_token
-from .sdpa import attend, attend_backward, masked_logit
 
-_PAIRS = 1 << 24  # elements held at once, of a bias or of the gradients of keys that several windows share
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The static part of a call: prefix tokens, map, window, factor of the logits."""
-
-    prefix: int
-    height: int
-    width: int
-    window: tuple[int, int]
-    scale: float
-    weight_own_window: bool = True
-
-    @property
-    def tokens(self) -> int:
-        return self.height * self.width
+def window_of(height: int, width: int, window: int | tuple[int, int]) -> Tensor:
+    """(N,), a number for the window of each token; equal numbers, one window."""
+    wh, ww = (window, window) if isinstance(window, int) else window
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return ((y // wh) * width + x // ww).reshape(-1)
 
 
-@dataclass
-class _Plan:
-    """Indices and biases that forward and backward share, made from the integer and bool inputs."""
+def _routed_columns(
+    routed: Tensor, log_weights: Tensor | None, heads: int, like: Tensor, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Which of the N keys are routed, and their log weights, both (B, heads, N)."""
+    routed = routed if routed.ndim == 3 else routed[:, None]
+    share = heads // routed.shape[1]
+    slot = torch.where(routed < 0, tokens, routed)  # an empty slot: a spare last column
+    spare = like.new_zeros(*routed.shape[:2], tokens + 1)
 
-    slots: Tensor  # (windows, w*w) raster index
-    inside: Tensor  # (windows, w*w)
-    slot: Tensor  # (N,) slot of each token
-    window_bias: Tensor | None  # (B * windows, heads or 1, 1, w*w)
-    routed: Tensor | None  # (B, heads, K, 1) index into the P + N keys
-    used: Tensor | None  # (B, heads, K, 1), False for an empty slot or a masked key
-    routed_bias: Tensor | None  # (B, heads or 1, 1, P + K)
-    routed_window: Tensor | None  # (B, heads or 1, P + K) window of a routed key, -1 for the prefix
-    prefix_bias: Tensor | None  # (B, 1, 1, P + N)
-
-
-def free_keys(routed: Tensor, key_mask: Tensor | None, geo: Geometry) -> Tensor:
-    """(B, R, N), True for a key that a window may read: valid and, if the routed part has it for all, not routed."""
-    if not geo.weight_own_window:
-        every = torch.ones(*routed.shape[:2], geo.tokens, dtype=torch.bool, device=routed.device)
-        return every if key_mask is None else every & key_mask[:, None, geo.prefix :]
-    taken = torch.zeros(*routed.shape[:2], geo.tokens + 1, dtype=torch.bool, device=routed.device)
-    # empty slots land in the spare last column
-    free = ~taken.scatter(-1, torch.where(routed >= 0, routed, geo.tokens), True)[..., : geo.tokens]
-    return free if key_mask is None else free & key_mask[:, None, geo.prefix :]
+    column = spare.bool().scatter(-1, slot, True)
+    weights = spare
+    if log_weights is not None:
+        weights = spare.scatter_add(-1, slot, log_weights.reshape(routed.shape).to(like.dtype))
+    return (
+        column[..., :tokens].repeat_interleave(share, 1),
+        weights[..., :tokens].repeat_interleave(share, 1),
+    )
 
 
-def _plan(query: Tensor, routed: Tensor, log_weights: Tensor | None, key_mask: Tensor | None, geo: Geometry) -> _Plan:
-    batch, heads = query.shape[:2]
-    routes, num_routed = routed.shape[1:]
-    off = masked_logit(query)
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-
-    def bias(valid: Tensor) -> Tensor:
-        return torch.zeros(valid.shape, dtype=wide, device=valid.device).masked_fill_(~valid, off)
-
-    def per_head(x: Tensor, dim: int) -> Tensor:
-        return x if routes == 1 else x.repeat_interleave(heads // routes, dim)
-
-    slots, inside = cell_slots(geo.height, geo.width, geo.window, query.device)
-    slot = slot_of_token(geo.height, geo.width, geo.window, query.device)
-    plan = _Plan(slots, inside, slot, None, None, None, None, None, None)
-
-    used = routed >= 0
-    taken = num_routed and geo.weight_own_window
-    if taken or key_mask is not None or slots.numel() != geo.tokens:
-        free = free_keys(routed, key_mask, geo)
-        valid = free[..., slots] & inside  # (B, R, windows, w*w)
-        plan.window_bias = per_head(bias(valid.transpose(1, 2).flatten(0, 1)), 1).unsqueeze(2)
-    if num_routed or geo.prefix:
-        index = routed.clamp_min(0) + geo.prefix
-        if key_mask is not None:
-            used = used & key_mask.unsqueeze(1).expand(-1, routes, -1).gather(-1, index)
-        part = bias(used)
-        if log_weights is not None:
-            part = torch.where(used, log_weights.to(wide).clamp_min(off), part)
-        prefix = torch.zeros(batch, routes, geo.prefix, dtype=wide, device=query.device)
-        if key_mask is not None:
-            prefix.masked_fill_(~key_mask[:, None, : geo.prefix], off)
-        plan.routed_bias = per_head(torch.cat([prefix, part], -1), 1).unsqueeze(2)
-        if not geo.weight_own_window:
-            window = slot[routed.clamp_min(0)] // slots.shape[1]
-            window = torch.nn.functional.pad(window, (geo.prefix, 0), value=-1)
-            plan.routed_window = per_head(window, 1)
-        plan.routed = index.repeat_interleave(heads // routes, 1).unsqueeze(-1)
-        plan.used = used.repeat_interleave(heads // routes, 1).unsqueeze(-1)
-    if geo.prefix and key_mask is not None:
-        plan.prefix_bias = bias(key_mask)[:, None, None]
-    return plan
-
-
-def _windows(x: Tensor, plan: _Plan, geo: Geometry) -> Tensor:
-    """(B, heads, P + N, D) -> (B * windows, heads, w*w, D), rows of all heads copied at once."""
-    x = x.transpose(1, 2).index_select(1, plan.slots.flatten() + geo.prefix)
-    return x.reshape(x.shape[0] * plan.slots.shape[0], plan.slots.shape[1], *x.shape[2:]).transpose(1, 2)
-
-
-def _raster(x: Tensor, plan: _Plan, batch: int) -> Tensor:
-    """(B * windows, heads, w*w, D) -> (B, heads, N, D)."""
-    x = x.transpose(1, 2)
-    x = x.reshape(batch, plan.slots.numel(), *x.shape[2:])
-    return x.index_select(1, plan.slot).transpose(1, 2)
-
-
-def _routed_keys(x: Tensor, plan: _Plan, geo: Geometry) -> Tensor:
-    # an unused slot reads zeros, whatever stands in the token it points to
-    routed = x.gather(2, plan.routed.expand(-1, -1, -1, x.shape[-1])).masked_fill(~plan.used, 0)
-    return torch.cat([x[:, :, : geo.prefix], routed], 2) if geo.prefix else routed
-
-
-def _blank_masked(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A masked key is never read: a weight of 0 would not stop its NaN or inf."""
-    if key_mask is None:
-        return k, v
-    off = ~key_mask[:, None, :, None]
-    return k.masked_fill(off, 0), v.masked_fill(off, 0)
-
-
-def _beyond(plan: _Plan, window: Tensor, off: float) -> Tensor:
-    """The bias of the prefix and the routed keys for queries of each window: a window's own keys are switched off.
-
-    Args:
-        window: (B or 1, L), of each query.
-
-    Returns:
-        (B, heads or 1, L, P + K).
-    """
-    own = plan.routed_window.unsqueeze(2) == window[:, None, :, None]
-    return plan.routed_bias.masked_fill(own, off)
-
-
-@dataclass
-class _Group:
-    """Queries of the routed part that go through one call, and the place of the call's results."""
-
-    rows: tuple  # index of the queries, (B, heads, Q, D) or, window by window, (B * windows, heads, w*w, D)
-    keys: slice  # of the batch
-    spread: int  # how often those keys stand side by side: the windows
-    bias: Tensor
-
-
-def _groups(query: Tensor, keys: Tensor, plan: _Plan, geo: Geometry, query_indices: Tensor | None) -> Iterator[_Group]:
-    """The routed part in calls, none with much more than ``_PAIRS`` gradients of keys or biases at once."""
-    if geo.weight_own_window:
-        yield _Group((slice(None),), slice(None), 1, plan.routed_bias)
-        return
-    off = masked_logit(query)
-    batch, heads, length, head_dim = keys.shape
-    if query_indices is None:
-        count = plan.slots.shape[0]
-        step = max(1, _PAIRS // max(1, heads * length * head_dim))
-        for sample in range(batch):
-            one = replace(
-                plan,
-                routed_bias=plan.routed_bias[sample : sample + 1],
-                routed_window=plan.routed_window[sample : sample + 1],
-            )
-            for start in range(0, count, step):
-                window = torch.arange(start, min(start + step, count), device=query.device)
-                bias = _beyond(one, window.unsqueeze(0), off)[0].transpose(0, 1).unsqueeze(2)
-                rows = slice(sample * count + start, sample * count + start + len(window))
-                yield _Group((rows,), slice(sample, sample + 1), len(window), bias)
-        return
-    window = plan.slot[query_indices] // plan.slots.shape[1]
-    step = max(1, _PAIRS // max(1, batch * plan.routed_window.shape[1] * length))
-    for start in range(0, query.shape[2], step):
-        rows = slice(start, start + step)
-        yield _Group((slice(None), slice(None), rows), slice(None), 1, _beyond(plan, window[:, rows], off))
-
-
-def _spread(x: Tensor, group: _Group) -> Tensor:
-    x = x[group.keys]
-    return x if group.spread == 1 else x.expand(group.spread, -1, -1, -1)
-
-
-def _queries(x: Tensor, geo: Geometry, query_indices: Tensor | None) -> Tensor:
-    """The querying image tokens of (B, heads, P + N, ...)."""
-    x = x[:, :, geo.prefix :]
-    if query_indices is None:
-        return x
-    index = query_indices.unsqueeze(1).expand(-1, x.shape[1], -1)
-    return x.gather(2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]) if x.ndim == 4 else index)
-
-
-def forward(
+def routed_window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    routed: Tensor,
-    log_weights: Tensor | None,
-    key_mask: Tensor | None,
-    query_indices: Tensor | None,
-    geo: Geometry,
-) -> tuple[Tensor, Tensor]:
-    """out (B, heads, P + Q, D) and lse (B, heads, P + Q); lse is +inf for a query without any key (out 0)."""
-    batch = q.shape[0]
-    plan = _plan(q, routed, log_weights, key_mask, geo)
-    k, v = _blank_masked(k, v, key_mask)
-    by_window = plan.routed is not None and not geo.weight_own_window and query_indices is None
-    query, key, value = (_windows(x, plan, geo) for x in (q, k, v))
-    out, lse = attend(query, key, value, plan.window_bias, geo.scale)
-    if by_window:
-        out, lse = _joined(out, lse, query, k, v, plan, geo, None)
-    out, lse = _raster(out, plan, batch), _raster(lse.unsqueeze(-1), plan, batch).squeeze(-1)
-    if query_indices is not None:
-        whole = Geometry(0, geo.height, geo.width, geo.window, geo.scale)
-        out, lse = _queries(out, whole, query_indices), _queries(lse, whole, query_indices)
-    if plan.routed is not None and not by_window:
-        out, lse = _joined(out, lse, _queries(q, geo, query_indices), k, v, plan, geo, query_indices)
-    if geo.prefix:
-        prefix_out, prefix_lse = attend(q[:, :, : geo.prefix], k, v, plan.prefix_bias, geo.scale)
-        out, lse = torch.cat([prefix_out, out], 2), torch.cat([prefix_lse, lse], 2)
-    empty = lse < masked_logit(q) / 2
-    return out.masked_fill_(empty.unsqueeze(-1), 0), lse.masked_fill_(empty, float("inf"))
+    *,
+    grid_size: tuple[int, int],
+    window_size: int | tuple[int, int],
+    routed_indices: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    num_prefix_tokens: int = 0,
+    scale: float | None = None,
+    query_indices: Tensor | None = None,
+    weight_own_window: bool = True,
+) -> Tensor:
+    """Attention under the mask window ∪ routed ∪ prefix. Arguments as those of the operator."""
+    batch, heads, length, dim = q.shape
+    prefix, tokens = num_prefix_tokens, length - num_prefix_tokens
+    window = window_of(*grid_size, window_size).to(q.device)
+    same = window[:, None] == window[None, :]  # (N, N)
 
+    # which image token sees which, and what is added to the logit
+    seen, bias = same.expand(batch, heads, -1, -1), q.new_zeros(batch, heads, tokens, tokens)
+    if routed_indices is not None:
+        column, weights = _routed_columns(routed_indices, log_weights, heads, q, tokens)
+        seen = seen | column[:, :, None]
+        bias = bias + weights[:, :, None]
+        if not weight_own_window:
+            bias = bias.masked_fill(same, 0)
 
-def _joined(
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: _Plan,
-    geo: Geometry,
-    query_indices: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The window part, given, and the routed part as one softmax, in place."""
-    keys, values = _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
-    for group in _groups(query, keys, plan, geo, query_indices):
-        at = group.rows  # slices: views
-        part = attend(query[at], _spread(keys, group), _spread(values, group), group.bias, geo.scale)
-        share = torch.sigmoid(part[1] - lse[at]).unsqueeze(-1)  # exp(part_lse - logaddexp(lse, part_lse))
-        out[at].lerp_(part[0], share.to(out.dtype))
-        lse[at].copy_(torch.logaddexp(lse[at], part[1]))
-    return out, lse
+    # prefix tokens see and are seen by all
+    mask = torch.ones(batch, heads, length, length, dtype=torch.bool, device=q.device)
+    mask[:, :, prefix:, prefix:] = seen
+    bias = torch.nn.functional.pad(bias, (prefix, 0, prefix, 0))
+    if key_mask is not None:
+        if key_mask.shape[1] != length:
+            key_mask = torch.nn.functional.pad(key_mask, (prefix, 0), value=True)
+        mask = mask & key_mask[:, None, None]
 
+    # softmax; a query without any key gets 0
+    logits = (q @ k.mT) * (dim**-0.5 if scale is None else scale) + bias
+    logits = logits.masked_fill(~mask, float("-inf"))
+    empty = ~mask.any(-1, keepdim=True)
+    out = logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0) @ v
+    if query_indices is None:
+        return out
 
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routed: Tensor,
-    log_weights: Tensor | None,
-    key_mask: Tensor | None,
-    query_indices: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    geo: Geometry,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and (if given) log_weights."""
-    batch, heads = q.shape[:2]
-    grad = grad.contiguous()
-    plan = _plan(q, routed, log_weights, key_mask, geo)
-    k, v = _blank_masked(k, v, key_mask)
-    own = (grad[:, :, geo.prefix :], out[:, :, geo.prefix :], lse[:, :, geo.prefix :])
-
-    # window part; with query_indices all other tokens, and always the slots outside the map, are switched off
-    full = own
-    if query_indices is not None:
-        index = query_indices.unsqueeze(1).expand(-1, heads, -1)
-        wide = index.unsqueeze(-1).expand(*index.shape, q.shape[-1])
-        shape = (batch, heads, geo.tokens)
-        full = (
-            grad.new_zeros(*shape, q.shape[-1]).scatter_(2, wide, own[0]),
-            out.new_zeros(*shape, q.shape[-1]).scatter_(2, wide, own[1]),
-            lse.new_full(shape, float("inf")).scatter_(2, index, own[2]),
-        )
-    whole = Geometry(0, geo.height, geo.width, geo.window, geo.scale)
-    g, o, l = (_windows(x, plan, whole) for x in (full[0], full[1], full[2].unsqueeze(-1)))
-    l = l.squeeze(-1).unflatten(0, (batch, plan.slots.shape[0]))
-    l = l.masked_fill(~plan.inside.unsqueeze(1), float("inf")).flatten(0, 1)
-    in_windows = (g, o, l)
-    parts = attend_backward(g, *(_windows(x, plan, geo) for x in (q, k, v)), o, l, plan.window_bias, geo.scale)
-    grad_q, grad_k, grad_v = (_raster(x, plan, batch) for x in parts)
-
-    grad_log_weights = None if log_weights is None else torch.zeros_like(log_weights)
-    prefix_k = prefix_v = None
-    if plan.routed is not None:
-        by_window = not geo.weight_own_window and query_indices is None
-        query = _windows(q, plan, geo) if by_window else _queries(q, geo, query_indices)
-        keys, values = _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
-        g, o, l = in_windows if by_window else own
-        if log_weights is not None:
-            # one more feature, 1 in every query and 0 elsewhere, changes no logit, and its key gradient is the bias's
-            # (eight of them, to keep the row alignment of the CUDA kernels)
-            query = torch.nn.functional.pad(query, (0, 8), value=1.0)
-            keys, values, g, o = (torch.nn.functional.pad(x, (0, 8)) for x in (keys, values, g, o))
-        dq, dk, dv = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
-        for group in _groups(query, keys, plan, geo, query_indices):
-            at = group.rows
-            pair = (_spread(keys, group), _spread(values, group))
-            part = attend_backward(g[at], query[at], *pair, o[at], l[at], group.bias, geo.scale)
-            dq[at] = part[0]
-            for total, each in ((dk, part[1]), (dv, part[2])):
-                total[group.keys] += each if group.spread == 1 else each.sum(0, keepdim=True)
-        if log_weights is not None:
-            dlog = dk[:, :, geo.prefix :, -1].unflatten(1, (routed.shape[1], -1)).sum(2) / geo.scale
-            grad_log_weights = dlog.to(log_weights.dtype)
-            dq, dk, dv = (x[..., : q.shape[-1]] for x in (dq, dk, dv))
-        if by_window:
-            dq = _raster(dq, plan, batch)
-        if query_indices is not None:
-            grad_q.scatter_add_(2, wide, dq)
-        else:
-            grad_q = grad_q + dq
-        index = (plan.routed - geo.prefix).expand(-1, -1, -1, q.shape[-1])
-        prefix_k, grad_k = dk[:, :, : geo.prefix], grad_k.scatter_add(2, index, dk[:, :, geo.prefix :])
-        prefix_v, grad_v = dv[:, :, : geo.prefix], grad_v.scatter_add(2, index, dv[:, :, geo.prefix :])
-    if geo.prefix:
-        rows = slice(0, geo.prefix)
-        query, bias = q[:, :, rows], plan.prefix_bias
-        dq, dk, dv = attend_backward(grad[:, :, rows], query, k, v, out[:, :, rows], lse[:, :, rows], bias, geo.scale)
-        grad_q = torch.cat([dq, grad_q], 2)
-        grad_k = torch.cat([prefix_k, grad_k], 2) + dk
-        grad_v = torch.cat([prefix_v, grad_v], 2) + dv
-    return grad_q, grad_k, grad_v, grad_log_weights
+    index = query_indices[:, None, :, None].expand(-1, heads, -1, v.shape[-1])
+    return torch.cat([out[:, :, :prefix], out[:, :, prefix:].gather(2, index)], 2)

@@ -1,25 +1,29 @@
-"""One part of an attention, with its logsumexp: SDPA's fused kernels, and plain torch where there is none.
+"""One part of an attention, with its logsumexp: SDPA's fused kernels, and plain torch where there
+is none.
 
-A row over all keys can be put together from parts: out = sum_p exp(lse_p - lse) out_p. Its backward is each part's own
-backward called with the *global* out and logsumexp, as in ring attention. The public SDPA returns no logsumexp, so the
-kernels behind it are called directly.
+A row over all keys can be put together from parts: out = sum_p exp(lse_p - lse) out_p. Its backward
+is each part's own backward called with the *global* out and logsumexp, as in ring attention. The
+public SDPA returns no logsumexp, so the kernels behind it are called directly.
 """
 
 import torch
 from torch import Tensor
 
-_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-_efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+from ..._torch_internals import efficient as _efficient
+from ..._torch_internals import efficient_backward as _efficient_backward
+from ..._torch_internals import flash_cpu as _flash_cpu
+from ..._torch_internals import flash_cpu_backward as _flash_cpu_backward
+from ..dtypes import wide_dtype
 
 _PLAIN_LOGITS = 1 << 25  # logits held at once by the plain path
 
 
 def masked_logit(query: Tensor) -> float:
-    """The bias of a key that must not be read: finite, so that a part without any key stays free of NaN.
+    """The bias of a key that must not be read: finite, so that a part without any key stays free of
+    NaN.
 
-    The CPU and the plain path take a float32 bias whatever the query; the CUDA kernel wants the query's dtype.
+    The CPU and the plain path take a float32 bias whatever the query; the CUDA kernel wants the
+    query's dtype.
     """
     return -3e4 if query.dtype == torch.float16 and query.device.type == "cuda" else -1e30
 
@@ -33,8 +37,14 @@ def _has_efficient(query: Tensor) -> bool:
     )
 
 
+def _dense_rows(*tensors: Tensor) -> list[Tensor]:
+    """The fused kernels take a head's features to lie side by side, and do not look."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
 def _aligned(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """``bias`` as the memory-efficient kernel wants it: the query's dtype, rows of 16 elements, expanded."""
+    """``bias`` as the memory-efficient kernel wants it: the query's dtype, rows of 16 elements,
+    expanded."""
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     if bias is None:
         bias = query.new_zeros(1, 1, 1, key.shape[2])
@@ -57,20 +67,24 @@ def _query_chunks(query: Tensor, key: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, length, step)]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     """Softmax attention and its logsumexp.
 
     Args:
         query, key, value: (B, heads, L, D), (B, heads, S, D), (B, heads, S, D) with S >= 1.
-        bias: (B or 1, heads or 1, L or 1, S) added to the logits, in float32 or the query's dtype; None for none.
+        bias: (B or 1, heads or 1, L or 1, S) added to the logits, in float32 or the query's dtype;
+            None for none.
         scale: factor of the logits.
 
     Returns:
         out (B, heads, L, D) and lse (B, heads, L), float32 (float64 for float64).
     """
     if query.numel() == 0:
-        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(query)
         return torch.zeros_like(query), query.new_zeros(query.shape[:-1], dtype=wide)
+    query, key, value = _dense_rows(query, key, value)
     if query.device.type == "cpu":
         return _flash_cpu(query, key, value, attn_mask=bias, scale=scale)
     if _has_efficient(query):
@@ -78,7 +92,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale
         out, lse, _, _ = _efficient(query, key, value, bias, True, scale=scale)
         return out, lse[..., : query.shape[2]]
     outs, lses = [], []
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(query)
     for rows in _query_chunks(query, key):
         logits = _logits(query[:, :, rows].to(wide), key.to(wide), _rows(bias, rows), scale)
         lses.append(logits.logsumexp(-1))
@@ -87,13 +101,24 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale
 
 
 def attend_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None, scale: float
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for query, key and value of one part, given the *global* ``out`` and ``lse`` (+inf: the row is off)."""
+    """Gradients for query, key and value of one part, given the *global* ``out`` and ``lse`` (+inf:
+    the row is off)."""
     if query.numel() == 0:
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    grad, query, key, value, out = _dense_rows(grad, query, key, value, out)
     if query.device.type == "cpu":
-        return _flash_cpu_backward(grad, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale)
+        return _flash_cpu_backward(
+            grad, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale
+        )
     if _has_efficient(query):
         bias = _aligned(bias, query, key)
         if torch.version.hip is None:  # the CUDA kernel wants its logsumexp rows padded to 32
@@ -103,13 +128,15 @@ def attend_backward(
         return _efficient_backward(
             grad, query, key, value, bias, out, lse.contiguous(), seed, seed, 0.0, need, scale=scale
         )[:3]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(query)
     grad_query = torch.empty_like(query)
     grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
     delta = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
     for rows in _query_chunks(query, key):
         q, g = query[:, :, rows].to(wide), grad[:, :, rows].to(wide)
-        weights = (_logits(q, key.to(wide), _rows(bias, rows), scale) - lse[:, :, rows].unsqueeze(-1)).exp()
+        weights = (
+            _logits(q, key.to(wide), _rows(bias, rows), scale) - lse[:, :, rows].unsqueeze(-1)
+        ).exp()
         grad_value += weights.mT @ g
         grad_logits = weights * (g @ value.to(wide).mT - delta[:, :, rows])
         grad_query[:, :, rows] = (grad_logits @ key.to(wide)) * scale

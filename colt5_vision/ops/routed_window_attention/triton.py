@@ -1,4 +1,5 @@
-"""Window ∪ routed attention by Triton: the launches. The kernels are in ``kernels.py`` and ``kernels_backward.py``."""
+"""Window ∪ routed attention by Triton: the launches. The kernels are in ``kernels.py`` and
+``kernels_backward.py``."""
 
 import math
 
@@ -7,6 +8,7 @@ import triton
 from torch import Tensor
 
 from .. import backend
+from .geometry import Geometry
 from .kernels import forward_kernel, forward_prefix_kernel, list_kernel, window_kernel
 from .kernels_backward import (
     backward_list_kernel,
@@ -14,7 +16,6 @@ from .kernels_backward import (
     backward_query_kernel,
     backward_window_kernel,
 )
-from .reference import Geometry
 
 _LIST_BLOCK = 256
 _PIECE = 512  # keys (or queries) of a program at least, where a long loop is split
@@ -24,8 +25,9 @@ def _tiles(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
     return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
-# Fixed, nothing is tuned at run time: no call stops to measure. By head_dim, rounded up to a power of two.
-# Compiled for sm_80 (at most 99 KiB of shared memory, for consumer chips too), sm_90, sm_100: no spills.
+# Fixed, nothing is tuned at run time: no call stops to measure. By head_dim, rounded up to a power
+# of two. Compiled for sm_80 (at most 99 KiB of shared memory, for consumer chips too), sm_90,
+# sm_100: no spills.
 _CONFIGS = {
     "ampere": {
         "forward": {
@@ -80,9 +82,13 @@ _CONFIGS["hopper"] = _CONFIGS["ampere"] | {
     "backward_keys": _CONFIGS["ampere"]["backward_keys"] | {64: _tiles(64, 128, 8, 2)},
 }
 _CONFIGS["blackwell"] = _CONFIGS["hopper"] | {
+    "forward": _CONFIGS["hopper"]["forward"] | {128: _tiles(128, 64, 8, 2)},
     "backward_keys": _CONFIGS["hopper"]["backward_keys"] | {128: _tiles(32, 128, 8, 2)},
 }
-_FAMILIES = {9: "hopper", 10: "blackwell"}  # by the tens; consumer chips of 12 have no more than Ampere's
+_FAMILIES = {
+    9: "hopper",
+    10: "blackwell",
+}  # by the tens; consumer chips of 12 have no more than Ampere's
 
 
 def config(kind: str, head_dim: int, architecture: int) -> dict[str, int]:
@@ -108,7 +114,8 @@ def _options_for(kind: str, q: Tensor, queries: int, keys: int) -> dict[str, int
 
 
 def _splits(device: torch.device, programs: int, length: int, block: int) -> tuple[int, int]:
-    """In how many pieces, of what length, to cut loops of ``length`` so that few programs fill the device."""
+    """In how many pieces, of what length, to cut loops of ``length`` so that few programs fill the
+    device."""
     processors = 8
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -130,7 +137,8 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 class _Call:
-    """What forward and backward share: sizes, and the lists that the kernels walk (see ``kernels.py``)."""
+    """What forward and backward share: sizes, and the lists that the kernels walk (see
+    ``kernels.py``)."""
 
     def __init__(
         self,
@@ -164,19 +172,29 @@ class _Call:
         self.own_slot = None
         if self.own_bias or (backward and self.num_routed):
             self.own_slot = torch.full((rows, geo.tokens), -1, dtype=torch.int32, device=device)
-        grid = (geo.tokens, geo.height, geo.width, *geo.window, self.columns, geo.prefix, self.listed)
+        grid = (
+            geo.tokens,
+            geo.height,
+            geo.width,
+            *geo.window,
+            self.columns,
+            geo.prefix,
+            self.listed,
+        )
         flags = {"HAS_MASK": key_mask is not None, "BLOCK": _LIST_BLOCK}
         if self.listed:
             tiles = triton.cdiv(self.listed, _LIST_BLOCK)
             weights = None if log_weights is None else log_weights.contiguous()
             backend.launch(
-                list_kernel, (rows * tiles,), routed.contiguous(), weights, self.key_mask, self.keys, self.biases,
+                list_kernel, (rows * tiles,), routed.contiguous(), weights, self.key_mask,
+                self.keys, self.biases,
                 self.list_window, self.own_slot, *grid, self.num_routed, tiles, self.routes,
                 HAS_WEIGHTS=weights is not None, MAP=self.own_slot is not None, **flags,
             )  # fmt: skip
         tiles = triton.cdiv(self.length, _LIST_BLOCK)
         backend.launch(
-            window_kernel, (rows * tiles,), self.key_mask, self.keys, self.biases, self.own_slot, self.row_window,
+            window_kernel, (rows * tiles,), self.key_mask, self.keys, self.biases, self.own_slot,
+            self.row_window,
             *grid, tiles, self.routes, OWN_BIAS=self.own_bias, **flags,
         )  # fmt: skip
 
@@ -189,7 +207,9 @@ class _Call:
             # gather checks both bounds on the device; an index would wrap around below 0
             window = self.row_window[geo.prefix :].expand(self.batch, -1).gather(-1, query_indices)
             window, order = window.sort(dim=-1, stable=True)
-            every = torch.arange(self.windows + 1, dtype=torch.int32, device=device).expand(self.batch, -1)
+            every = torch.arange(self.windows + 1, dtype=torch.int32, device=device).expand(
+                self.batch, -1
+            )
             self.starts = torch.searchsorted(window, every.contiguous(), out_int32=True)
             self.query_rows = (geo.prefix + order).to(torch.int32)
             self.query_positions = (geo.prefix + query_indices.gather(-1, order)).to(torch.int32)
@@ -203,12 +223,14 @@ class _Call:
         """heads ... rows, as the kernels over windows take them."""
         geo = self.geo
         return [
-            self.heads, self.share, self.query_share, self.query_row, geo.tokens, geo.height, geo.width, *geo.window,
+            self.heads, self.share, self.query_share, self.query_row, geo.tokens, geo.height,
+            geo.width, *geo.window,
             self.columns, self.windows, self.listed, self.rows,
         ]  # fmt: skip
 
     def flags(self, *names: str) -> dict[str, int | bool]:
-        """The compile-time arguments: the width of a head, what divides all strides, and those named."""
+        """The compile-time arguments: the width of a head, what divides all strides, and those
+        named."""
         every = {
             "HAS_MASK": self.key_mask is not None,
             "OWN_BIAS": self.own_bias,
@@ -240,7 +262,7 @@ def forward(
     query_indices: Tensor | None,
     geo: Geometry,
 ) -> tuple[Tensor, Tensor]:
-    """As ``reference.forward``."""
+    """As ``eager.forward``."""
     q, k, v = (_dense_rows(x) for x in (q, k, v))
     call = _Call(q, routed, log_weights, key_mask, query_indices, geo, (q, k, v), backward=False)
     out = _head_last(q, call.rows)
@@ -250,19 +272,25 @@ def forward(
     options = _options_for("forward", q, call.area, max(call.area, call.listed))
     tiles, per_window = call.tiles(options["BLOCK_M"])
     backend.launch(
-        forward_kernel, (call.pairs * tiles,), q, k, v, out, lse, call.keys, call.biases, call.list_window,
-        *call.queries(), *call.strides(q, k, v, out), scale2, *call.sizes(), tiles, per_window, **call.flags("SUBSET"),
+        forward_kernel, (call.pairs * tiles,), q, k, v, out, lse, call.keys, call.biases,
+        call.list_window,
+        *call.queries(), *call.strides(q, k, v, out), scale2, *call.sizes(), tiles, per_window,
+        **call.flags("SUBSET"),
         **options,
     )  # fmt: skip
     if geo.prefix:
         options = _options_for("forward", q, geo.prefix, call.length)
         tiles = triton.cdiv(geo.prefix, options["BLOCK_M"])
         splits, per_split = _splits(q.device, call.pairs * tiles, call.length, options["BLOCK_N"])
-        part_lse = torch.empty(splits, call.batch, call.heads, geo.prefix, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(
+            splits, call.batch, call.heads, geo.prefix, dtype=torch.float32, device=q.device
+        )
         part = torch.empty(*part_lse.shape, call.head_dim, dtype=torch.float32, device=q.device)
         backend.launch(
-            forward_prefix_kernel, (call.pairs * splits * tiles,), q, k, v, part, part_lse, call.key_mask,
-            *call.strides(q, k, v), scale2, call.heads, geo.tokens, geo.prefix, tiles, splits, per_split,
+            forward_prefix_kernel, (call.pairs * splits * tiles,), q, k, v, part, part_lse,
+            call.key_mask,
+            *call.strides(q, k, v), scale2, call.heads, geo.tokens, geo.prefix, tiles, splits,
+            per_split,
             **call.flags("HAS_MASK"), **options,
         )  # fmt: skip
         total = part_lse.logsumexp(0)
@@ -286,10 +314,12 @@ def backward(
     lse: Tensor,
     geo: Geometry,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As ``reference.backward``."""
+    """As ``eager.backward``."""
     grad, q, k, v, out = (_dense_rows(x) for x in (grad, q, k, v, out))
     lse = lse.contiguous()
-    call = _Call(q, routed, log_weights, key_mask, query_indices, geo, (q, k, v, out, grad), backward=True)
+    call = _Call(
+        q, routed, log_weights, key_mask, query_indices, geo, (q, k, v, out, grad), backward=True
+    )
     batch, heads, length, head_dim = q.shape
     wide = {"dtype": torch.float32, "device": q.device}
     grad_q, grad_k, grad_v = (_head_last(x, length) for x in (q, k, v))
@@ -301,8 +331,10 @@ def backward(
     options = _options_for("backward_query", q, call.area, max(call.area, call.listed))
     tiles, per_window = call.tiles(options["BLOCK_M"])
     backend.launch(
-        backward_query_kernel, (call.pairs * tiles,), q, k, v, out, grad, lse, delta, grad_q, call.keys, call.biases,
-        call.list_window, *call.queries(), *call.strides(q, k, v, out, grad, grad_q), *scales, *call.sizes(), tiles,
+        backward_query_kernel, (call.pairs * tiles,), q, k, v, out, grad, lse, delta, grad_q,
+        call.keys, call.biases,
+        call.list_window, *call.queries(), *call.strides(q, k, v, out, grad, grad_q), *scales,
+        *call.sizes(), tiles,
         per_window, **call.flags("SUBSET"), **options,
     )  # fmt: skip
     if geo.prefix:
@@ -311,8 +343,10 @@ def backward(
         splits, per_split = _splits(q.device, call.pairs * tiles, length, options["BLOCK_N"])
         part = torch.empty(splits, batch, heads, geo.prefix, head_dim, **wide)
         backend.launch(
-            backward_prefix_kernel, (call.pairs * splits * tiles,), q, k, v, out, grad, lse, delta, part,
-            call.key_mask, *call.strides(q, k, v, out, grad), *scales, heads, geo.tokens, geo.prefix, call.rows, tiles,
+            backward_prefix_kernel, (call.pairs * splits * tiles,), q, k, v, out, grad, lse, delta,
+            part,
+            call.key_mask, *call.strides(q, k, v, out, grad), *scales, heads, geo.tokens,
+            geo.prefix, call.rows, tiles,
             splits, per_split, **call.flags("HAS_MASK"), **options,
         )  # fmt: skip
         grad_q[:, :, : geo.prefix] = part.sum(0)
@@ -326,12 +360,16 @@ def backward(
         part_k = torch.empty(splits, batch, heads, call.listed, head_dim, **wide)
         part_v, part_bias = torch.empty_like(part_k), torch.empty(part_k.shape[:-1], **wide)
         backend.launch(
-            backward_list_kernel, (call.pairs * splits * tiles,), q, k, v, grad, lse, delta, part_k, part_v, part_bias,
+            backward_list_kernel, (call.pairs * splits * tiles,), q, k, v, grad, lse, delta,
+            part_k, part_v, part_bias,
             call.keys, call.biases, call.list_window, call.query_indices, call.row_window,
-            *call.strides(q, k, v, grad), *scales, heads, call.share, geo.tokens, geo.prefix, call.listed, call.rows,
+            *call.strides(q, k, v, grad), *scales, heads, call.share, geo.tokens, geo.prefix,
+            call.listed, call.rows,
             tiles, splits, per_split, **call.flags("SUBSET"), **options,
         )  # fmt: skip
-        grad_bias = torch.zeros(batch, heads, call.num_routed, **wide)  # an empty slot is no token's
+        grad_bias = torch.zeros(
+            batch, heads, call.num_routed, **wide
+        )  # an empty slot is no token's
         if geo.prefix:
             grad_k[:, :, : geo.prefix] = part_k[:, :, :, : geo.prefix].sum(0)
             grad_v[:, :, : geo.prefix] = part_v[:, :, :, : geo.prefix].sum(0)
@@ -339,9 +377,11 @@ def backward(
     options = _options_for("backward_keys", q, max(call.area, geo.prefix), call.area)
     tiles, per_window = call.tiles(options["BLOCK_N"])
     backend.launch(
-        backward_window_kernel, (call.pairs * tiles,), q, k, v, grad, lse, delta, grad_k, grad_v, grad_bias, part_k,
+        backward_window_kernel, (call.pairs * tiles,), q, k, v, grad, lse, delta, grad_k, grad_v,
+        grad_bias, part_k,
         part_v, part_bias, call.keys, call.biases, call.own_slot, *call.queries(),
-        *call.strides(q, k, v, grad, grad_k, grad_v), *scales, *call.sizes(), geo.prefix, tiles, per_window, splits,
+        *call.strides(q, k, v, grad, grad_k, grad_v), *scales, *call.sizes(), geo.prefix, tiles,
+        per_window, splits,
         **call.flags("SUBSET", "HAS_ROUTED", "OWN_BIAS"), **options,
     )  # fmt: skip
     if log_weights is None:

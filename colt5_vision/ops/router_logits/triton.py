@@ -1,9 +1,11 @@
-"""Logits of the learned router as Triton kernels: one read of the map for all routes, forward and backward.
+"""Logits of the learned router as Triton kernels: one read of the map for all routes, forward and
+backward.
 
-Any strides of ``x`` are taken as they come, so that the (B, C, H, W) map of a convolutional network is read where it
-lies: a copy of it would cost more than the operator. Sums over tokens are written once per program and added by torch:
-no atomics, the same result in every run. Sizes are left to Triton's own specialisation, on 1 and on multiples of 16: a
-channels-first map is contiguous in its tokens, and only a known N vectorises those loads; three variants at most.
+Any strides of ``x`` are taken as they come, so that the (B, C, H, W) map of a convolutional network
+is read where it lies: a copy of it would cost more than the operator. Sums over tokens are written
+once per program and added by torch: no atomics, the same result in every run. Sizes are left to
+Triton's own specialisation, on 1 and on multiples of 16: a channels-first map is contiguous in its
+tokens, and only a known N vectorises those loads; three variants at most.
 """
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from .. import backend
 
-TILE = 8192  # elements of x that a program holds
+TILE = 4096  # elements of x that a program holds
 
 
 @triton.jit
@@ -82,7 +84,8 @@ def router_logits_backward_kernel(
     WITH_X: tl.constexpr,
     WITH_TOKENS: tl.constexpr,
 ):
-    """A block of tokens and one of channels a program: given logits and norms, channels are independent."""
+    """A block of tokens and one of channels a program: given logits and norms, channels are
+    independent."""
     blocks, parts = tl.cdiv(N, BLOCK_N), tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0).to(tl.int64)
     row, part = program // parts, program % parts  # row: the sample and its block of tokens
@@ -91,7 +94,11 @@ def router_logits_backward_kernel(
     c = part * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = n < N
     mask = inside[:, None] & (c < C)[None, :]
-    x = tl.load(x_ptr + b * stride_xb + n[:, None] * stride_xn + c[None, :] * stride_xc, mask=mask, other=0.0)
+    x = tl.load(
+        x_ptr + b * stride_xb + n[:, None] * stride_xn + c[None, :] * stride_xc,
+        mask=mask,
+        other=0.0,
+    )
     x = x.to(tl.float32)
     norm = tl.load(norm_ptr + b * N + n, mask=inside, other=1.0)
     if WITH_X:
@@ -108,7 +115,9 @@ def router_logits_backward_kernel(
             token = tl.load(tokens_ptr + b * stride_tb + r * C + c, mask=c < C, other=0.0)
             grad_x += scaled[:, None] * token[None, :]
         if WITH_TOKENS:
-            tl.store(partial_ptr + (row * R + r) * C + c, tl.sum(scaled[:, None] * x, 0), mask=c < C)
+            tl.store(
+                partial_ptr + (row * R + r) * C + c, tl.sum(scaled[:, None] * x, 0), mask=c < C
+            )
     if WITH_X:
         grad_x_ptr += b * stride_gb + n[:, None] * stride_gn + c[None, :] * stride_gc
         tl.store(grad_x_ptr, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
@@ -119,14 +128,15 @@ def _token_stride(tokens: Tensor) -> int:
 
 
 def forward(x: Tensor, tokens: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As ``reference.forward``; ``tokens`` in float32."""
+    """As ``eager.forward``; ``tokens`` in float32."""
     batch, num_tokens, dim = x.shape
     tokens = tokens.contiguous()
     routes = tokens.shape[-2]
     logits = tokens.new_empty(batch, routes, num_tokens)
     norm = tokens.new_empty(batch, num_tokens)
-    block_c = min(triton.next_power_of_2(dim), 512)
-    # at least 16 tokens: those of a channels-first map are neighbours in memory, 16 of them a sector
+    block_c = min(triton.next_power_of_2(dim), 256)
+    # at least 16 tokens: those of a channels-first map are neighbours in memory, 16 of them a
+    # sector
     block_n = min(128, max(16, TILE // block_c))
     backend.launch(
         router_logits_kernel,
@@ -144,7 +154,8 @@ def forward(x: Tensor, tokens: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         BLOCK_N=block_n,
         BLOCK_C=block_c,
         BLOCK_R=triton.next_power_of_2(routes),
-        num_warps=min(16, max(4, block_n * block_c // 1024)),
+        num_warps=max(4, block_n * block_c // 512),
+        **backend.no_spills(x.device),
     )
     return logits, norm
 
@@ -159,7 +170,7 @@ def backward(
     with_x: bool = True,
     with_tokens: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As ``reference.backward``; None for what is not asked for."""
+    """As ``eager.backward``; None for what is not asked for."""
     batch, num_tokens, dim = x.shape
     tokens = tokens.contiguous()
     routes = tokens.shape[-2]
@@ -190,5 +201,6 @@ def backward(
         WITH_X=with_x,
         WITH_TOKENS=with_tokens,
         num_warps=8,
+        **backend.no_spills(x.device),
     )
     return grad_x, partial.sum((1,) if tokens.ndim == 3 else (0, 1)) if with_tokens else None

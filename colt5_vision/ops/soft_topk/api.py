@@ -1,17 +1,25 @@
-"""Soft top-k operators: checks, dispatch and autograd around ``reference.py``."""
+"""Soft top-k operators: checks, dispatch and autograd around ``eager.py``."""
 
 import math
 import numbers
+from collections.abc import Sequence  # infer_schema of torch 2.6 knows no list[float]
 
 import torch
 from torch import Tensor
 
+from ..._torch_internals import has_values, in_onnx_export, is_transformed
 from ...checks import check_float_tensor, check_int, check_mask, check_positive
-from ..backend import check_backend, needs_operator, use_triton, why_not_triton
-from . import reference
+from ..backend import check_backend, needs_operator, takes_transform, use_triton, why_not_triton
+from ..dtypes import wide_dtype
+from ..registration import count_flops, no_flops, once_differentiable, overridable
+from . import eager
+from .common import eps_schedule, laid_out_as
+
+_ONCE = "coordinate_descent: once differentiable; soft_topk is its limit, differentiable twice"
 
 MOST_ITERATIONS = 4096
-"""Of the kernels of coordinate descent: their backward holds the iterates of a row in one program."""
+"""Of the kernels of coordinate descent: their backward holds the iterates of a row in one
+program."""
 
 
 def _runs_kernels(operator: str, backend: str, scores: Tensor, n_iters: int = 1) -> bool:
@@ -23,12 +31,14 @@ def _runs_kernels(operator: str, backend: str, scores: Tensor, n_iters: int = 1)
 
 
 @torch.library.custom_op("colt5_vision::soft_topk", mutates_args=())
-def _soft_topk(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float, head_size: int, backend: str = "") -> Tensor:
+def _soft_topk(
+    scores: Tensor, k: Tensor, num_valid: Tensor, eps: float, head_size: int, backend: str = ""
+) -> Tensor:
     if _runs_kernels("soft_topk", backend, scores):
         from . import triton
 
         return triton.forward(scores, k, num_valid, eps)
-    return reference.soft_topk_forward(scores, k, num_valid, eps, head_size)
+    return eager.soft_topk_forward(scores, k, num_valid, eps, head_size)
 
 
 @_soft_topk.register_fake
@@ -37,13 +47,15 @@ def _(scores, k, num_valid, eps, head_size, backend=""):
 
 
 @torch.library.custom_op("colt5_vision::soft_topk_backward", mutates_args=())
-def _soft_topk_gradient(grad: Tensor, gates: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+def _soft_topk_gradient(
+    grad: Tensor, gates: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
     if _runs_kernels("soft_topk", backend, gates):
         from . import triton
 
         return triton.backward(grad, gates, eps)
-    grad_scores, grad_k = reference.soft_topk_backward(grad, gates, eps)
-    return reference.laid_out_as(grad_scores, gates), grad_k
+    grad_scores, grad_k = eager.soft_topk_backward(grad, gates, eps)
+    return laid_out_as(grad_scores, gates), grad_k
 
 
 @_soft_topk_gradient.register_fake
@@ -59,26 +71,28 @@ def _soft_topk_setup(ctx, inputs, output):
 def _soft_topk_backward(ctx, grad):
     (gates,) = ctx.saved_tensors
     # plain torch where no kernel can run, and where the gradient is to be differentiated again
-    plain = torch.is_grad_enabled() or not needs_operator(gates)
+    plain = torch.is_grad_enabled() or is_transformed(grad) or not needs_operator(gates)
     if plain:
-        grad_scores, grad_k = reference.soft_topk_backward(grad, gates, ctx.eps)
+        grad_scores, grad_k = eager.soft_topk_backward(grad, gates, ctx.eps)
     else:
         grad_scores, grad_k = _soft_topk_gradient(grad, gates, ctx.eps, ctx.backend)
     return grad_scores, grad_k, None, None, None, None
 
 
 _soft_topk.register_autograd(_soft_topk_backward, setup_context=_soft_topk_setup)
+count_flops("soft_topk", no_flops)
+count_flops("soft_topk_backward", no_flops)
 
 
 @torch.library.custom_op("colt5_vision::coordinate_descent", mutates_args=())
 def _coordinate_descent(
-    scores: Tensor, k: Tensor, num_valid: Tensor, schedule: list[float], backend: str = ""
+    scores: Tensor, k: Tensor, num_valid: Tensor, schedule: Sequence[float], backend: str = ""
 ) -> tuple[Tensor, Tensor]:
     if _runs_kernels("coordinate_descent", backend, scores, len(schedule) - 1):
         from . import triton_descent
 
         return triton_descent.forward(scores, k, num_valid, schedule)
-    return reference.coordinate_descent_forward(scores, k, num_valid, schedule)
+    return eager.coordinate_descent_forward(scores, k, num_valid, schedule)
 
 
 @_coordinate_descent.register_fake
@@ -94,14 +108,14 @@ def _coordinate_descent_backward(
     iterates: Tensor,
     k: Tensor,
     num_valid: Tensor,
-    schedule: list[float],
+    schedule: Sequence[float],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if _runs_kernels("coordinate_descent", backend, scores, len(schedule) - 1):
         from . import triton_descent
 
         return triton_descent.backward(grad, scores, gates, iterates, k, schedule)
-    return reference.coordinate_descent_backward(grad, scores, gates, iterates, k, num_valid, schedule)
+    return eager.coordinate_descent_backward(grad, scores, gates, iterates, k, num_valid, schedule)
 
 
 @_coordinate_descent_backward.register_fake
@@ -117,11 +131,20 @@ def _coordinate_descent_setup(ctx, inputs, output):
 
 
 def _coordinate_descent_autograd(ctx, grad, _):
-    grad_scores, grad_k = _coordinate_descent_backward(grad, *ctx.saved_tensors, ctx.schedule, ctx.backend)
+    if is_transformed(grad):
+        raise NotImplementedError(_ONCE)
+    grad_scores, grad_k = _coordinate_descent_backward(
+        grad, *ctx.saved_tensors, ctx.schedule, ctx.backend
+    )
     return grad_scores, grad_k, None, None, None
 
 
-_coordinate_descent.register_autograd(_coordinate_descent_autograd, setup_context=_coordinate_descent_setup)
+_coordinate_descent.register_autograd(
+    _coordinate_descent_autograd, setup_context=_coordinate_descent_setup
+)
+once_differentiable(_coordinate_descent_backward, _ONCE)
+count_flops("coordinate_descent", no_flops)
+count_flops("coordinate_descent_backward", no_flops)
 
 
 def _head_size(name: str, k, n: int, expected: str = "a number") -> int:
@@ -136,16 +159,18 @@ def _head_size(name: str, k, n: int, expected: str = "a number") -> int:
 def checked_rows(
     scores: Tensor, k, mask: Tensor | None, max_k: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Checked input as rows: scores (rows, n) in float32 or float64, k and num_valid (rows, 1), and a static head size.
+    """Checked input as rows: scores (rows, n) in float32 or float64, k and num_valid (rows, 1), and
+    a static head size.
 
-    The head holds the ceil(k) largest entries of every row: ceil(k) of a number, ceil(max_k) of a tensor, at most n.
+    The head holds the ceil(k) largest entries of every row: ceil(k) of a number, ceil(max_k) of a
+        tensor, at most n.
     """
     check_float_tensor("scores", scores)
     if scores.ndim < 1 or scores.shape[-1] < 1:
         raise ValueError(f"scores: expected shape (..., n) with n >= 1, got {tuple(scores.shape)}")
     check_mask("mask", mask, scores.shape)
     shape, n = scores.shape, scores.shape[-1]
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(scores)
     rows = scores.to(dtype)
     num_valid = torch.full((*shape[:-1], 1), n, dtype=torch.int64, device=scores.device)
     if mask is not None:
@@ -154,16 +179,21 @@ def checked_rows(
         num_valid = mask.sum(-1, keepdim=True)
     if isinstance(k, Tensor):
         if k.ndim > 0 and k.shape != shape[:-1]:
-            raise ValueError(f"k: expected a number or a tensor of shape {tuple(shape[:-1])}, got {tuple(k.shape)}")
+            raise ValueError(
+                f"k: expected a number or a tensor of shape {tuple(shape[:-1])}, got "
+                f"{tuple(k.shape)}"
+            )
         if k.dtype == torch.bool or k.is_complex():
             raise TypeError(f"k: expected a real number or tensor, got {k.dtype}")
-        if k.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((k > 0).all()):
+        if has_values(k) and not bool((k > 0).all()):
             raise ValueError(f"k: expected every entry > 0, got {k.detach().tolist()}")
         k_rows, head = k.to(device=scores.device, dtype=dtype).expand(shape[:-1]).unsqueeze(-1), n
         if max_k is not None:
             head = _head_size("max_k", max_k, n)
-            if k.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((k <= max_k).all()):
-                raise ValueError(f"k: expected every entry <= max_k = {max_k}, got {k.detach().tolist()}")
+            if has_values(k) and not bool((k <= max_k).all()):
+                raise ValueError(
+                    f"k: expected every entry <= max_k = {max_k}, got {k.detach().tolist()}"
+                )
     elif max_k is not None:
         raise ValueError(f"max_k: only used with a tensor k, got the number k = {k!r}")
     else:
@@ -172,6 +202,7 @@ def checked_rows(
     return rows.reshape(-1, n), k_rows.reshape(-1, 1), num_valid.reshape(-1, 1), head
 
 
+@overridable
 def soft_topk(
     scores: Tensor,
     k: float | Tensor,
@@ -181,47 +212,55 @@ def soft_topk(
     max_k: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Exact differentiable top-k gates: ``min(1, exp((scores + a) / eps))`` with ``a`` such that they sum to ``k``.
+    """Exact differentiable top-k gates: ``min(1, exp((scores + a) / eps))`` with ``a`` such that
+    they sum to ``k``.
 
-    The KL projection of ``exp(scores / eps)`` onto the capped simplex, which is the fixed point that coordinate descent
-    approaches. Solved from one ``torch.topk`` (a sort for a tensor ``k`` without ``max_k``) and one pass over the rest,
-    no iteration, or by Triton kernels that spread a long row over the GPU; the gradient is closed-form (implicit
-    function theorem) and twice differentiable. One tensor of the scores' size is kept for backward.
+    The KL projection of ``exp(scores / eps)`` onto the capped simplex, which is the fixed point
+    that coordinate descent approaches. Solved from one ``torch.topk`` (a sort for a tensor ``k``
+    without ``max_k``) and one pass over the rest, no iteration, or by Triton kernels that spread a
+    long row over the GPU; the gradient is closed-form (implicit function theorem) and twice
+    differentiable. One tensor of the scores' size is kept for backward.
 
     Args:
         scores: (..., n) logits, any floating dtype.
-        k: the sum of the gates of a row: a positive number, or a tensor of shape (...), fractional allowed,
-            differentiable. A ``k`` of at least the number of valid entries gives gates of 1.
+        k: the sum of the gates of a row: a positive number, or a tensor of shape (...), fractional
+            allowed, differentiable. A ``k`` of at least the number of valid entries gives gates of
+            1.
         eps: temperature in units of the scores, > 0; smaller is harder.
         mask: (..., n) bool, True = valid. Masked entries get gate 0 and gradient 0.
-        max_k: a number that no entry of a tensor ``k`` exceeds: only that many largest scores of a row are sorted, not
-            all n. Checked on the CPU; elsewhere reading ``k`` would wait for the device, and plain torch gives a row
-            above it gates of a lower sum.
-        backend: ``"eager"`` (plain torch), ``"triton"`` (float32 and narrower, CUDA or ROCm), or ``"auto"``: Triton where it
-            can run. Default: the environment variable ``COLT5_VISION_BACKEND``, else ``"auto"``.
+        max_k: a number that no entry of a tensor ``k`` exceeds: only that many largest scores of a
+            row are sorted, not all n. Checked on the CPU; elsewhere reading ``k`` would wait for
+            the device, and plain torch gives a row above it gates of a lower sum.
+        backend: ``"eager"`` (plain torch), ``"triton"`` (float32 and narrower, CUDA or ROCm), or
+            ``"auto"``: Triton where it can run. Default: the environment variable
+            ``COLT5_VISION_BACKEND``, else ``"auto"``.
 
     Returns:
-        Gates (..., n) in [0, 1], float32 (float64 for float64 scores) whatever the input or autocast.
+        Gates (..., n) in [0, 1], float32 (float64 for float64 scores) whatever the input or
+        autocast.
 
     Raises:
-        TypeError, ValueError: on a wrong dtype or shape, ``k <= 0``, ``k > max_k``, a ``max_k`` with a number ``k``,
-            ``eps <= 0`` or an unknown ``backend``.
+        TypeError, ValueError: on a wrong dtype or shape, ``k <= 0``, ``k > max_k``, a ``max_k``
+            with a number ``k``, ``eps <= 0`` or an unknown ``backend``.
         RuntimeError: ``"triton"`` was asked for and cannot run; it says why.
 
-    Source: Wright 2015 (arXiv 1502.04759); Qian et al. 2022 (arXiv 2211.01267); CoLT5 (arXiv 2303.09752) section 3.
+    Source: Wright 2015 (arXiv 1502.04759); Qian et al. 2022 (arXiv 2211.01267); CoLT5 (arXiv
+        2303.09752) section 3.
     """
     eps = check_positive("eps", eps)
     check_backend(backend)
     rows, k_rows, num_valid, head = checked_rows(scores, k, mask, max_k)
-    # an ONNX file knows no custom operators
-    if torch.onnx.is_in_onnx_export():
-        gates = reference.soft_topk_forward(rows, k_rows, num_valid, eps, head)
+    if takes_transform("soft_topk", backend, rows, k_rows):
+        gates = eager.soft_topk_by_softmax(rows, k_rows, num_valid, eps, head)
+    elif in_onnx_export(rows):
+        gates = eager.soft_topk_forward(rows, k_rows, num_valid, eps, head)
     else:
         gates = _soft_topk(rows, k_rows, num_valid, eps, head, backend or "")
     gates = gates.reshape(scores.shape)
     return gates if mask is None else torch.where(mask, gates, 0)
 
 
+@overridable
 def coordinate_descent(
     scores: Tensor,
     k: float | Tensor,
@@ -233,18 +272,20 @@ def coordinate_descent(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """CoLT5's iterative soft top-k, stopped after ``n_iters``: for parity with ``colt5_attention.coor_descent``.
+    """CoLT5's iterative soft top-k, stopped after ``n_iters``: for parity with
+    ``colt5_attention.coor_descent``.
 
-    Its gates sum to ``k`` only in the limit; :func:`soft_topk` is that limit, exact and faster. The state is one
-    scalar per row and iteration, forward and backward; the gradient equals autograd's through all iterations. Once
-    differentiable.
+    Its gates sum to ``k`` only in the limit; :func:`soft_topk` is that limit, exact and faster. The
+    state is one scalar per row and iteration, forward and backward; the gradient equals autograd's
+    through all iterations. Once differentiable.
 
     Args:
         scores: (..., n) logits, any floating dtype.
         k: a positive number, or a tensor of shape (...), differentiable.
         n_iters: iterations, >= 1.
         eps: final temperature, > 0.
-        eps_init: first temperature (default ``eps``), multiplied by ``eps_decay`` each iteration down to ``eps``.
+        eps_init: first temperature (default ``eps``), multiplied by ``eps_decay`` each iteration
+            down to ``eps``.
         eps_decay: in (0, 1].
         mask: (..., n) bool, True = valid.
         backend: as :func:`soft_topk`.
@@ -263,6 +304,12 @@ def coordinate_descent(
         raise ValueError(f"eps_decay: expected a number in (0, 1], got {eps_decay}")
     check_backend(backend)
     rows, k_rows, num_valid, _ = checked_rows(scores, k, mask)
-    schedule = reference.eps_schedule(n_iters, eps, eps_init, eps_decay)
-    gates = _coordinate_descent(rows, k_rows, num_valid, schedule, backend or "")[0].reshape(scores.shape)
+    schedule = eps_schedule(n_iters, eps, eps_init, eps_decay)
+    if takes_transform("coordinate_descent", backend, rows, k_rows):
+        gates = eager.coordinate_descent(rows, k_rows, num_valid, schedule)
+    elif in_onnx_export(rows):
+        gates = eager.coordinate_descent_forward(rows, k_rows, num_valid, schedule)[0]
+    else:
+        gates = _coordinate_descent(rows, k_rows, num_valid, schedule, backend or "")[0]
+    gates = gates.reshape(scores.shape)
     return gates if mask is None else torch.where(mask, gates, 0)

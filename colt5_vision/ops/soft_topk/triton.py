@@ -1,11 +1,14 @@
-"""Exact soft top-k in Triton kernels; one row is spread over as many programs as its length asks for.
+"""Exact soft top-k in Triton kernels; one row is spread over as many programs as its length asks
+for.
 
-A row's gates follow from one scalar: the largest float32 ``v`` with ``mass(v) >= k - count(v)``, where count is the number
-of scores above ``v``, those that are capped at gate 1, and mass the sum of exp((s - v) / eps) over the others. ``v`` is
-searched over the ordered bits of a float32, so that the number of rounds does not depend on the scores (outliers, ties,
-clusters) and no score is left inside the last bracket. A round evaluates 2**BITS candidates in one pass over the row;
-each program stores its part, and the launch that follows adds up the parts in every program, in one order.
-Counts are integers and mass is compared with k - count: nothing is ever subtracted from a sum of exponentials.
+A row's gates follow from one scalar: the largest float32 ``v`` with ``mass(v) >= k - count(v)``,
+where count is the number of scores above ``v``, those that are capped at gate 1, and mass the sum
+of exp((s - v) / eps) over the others. ``v`` is searched over the ordered bits of a float32, so that
+the number of rounds does not depend on the scores (outliers, ties, clusters) and no score is left
+inside the last bracket. A round evaluates 2**BITS candidates in one pass over the row; each program
+stores its part, and the launch that follows adds up the parts in every program, in one order.
+Counts are integers and mass is compared with k - count: nothing is ever subtracted from a sum of
+    exponentials.
 """
 
 import math
@@ -16,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend
-from .reference import laid_out_as
+from .common import laid_out_as
 
 WHOLE_ROW = 16384
 """Rows up to this length are solved by one program in one launch."""
@@ -27,14 +30,16 @@ MOST_PROGRAMS = 256
 
 
 def split(n: int) -> tuple[int, int]:
-    """Programs of a row of ``n`` entries, and entries of each. Of ``n`` alone: a batch gives what its rows give."""
+    """Programs of a row of ``n`` entries, and entries of each. Of ``n`` alone: a batch gives what
+    its rows give."""
     chunk = n if n <= WHOLE_ROW else CHUNK * triton.cdiv(n, CHUNK * MOST_PROGRAMS)
     return triton.cdiv(n, chunk), chunk
 
 
 @triton.jit
 def score_of(key):
-    """The float32 at a place in the order of floats, from the lowest finite one to inf: differences are free of NaN."""
+    """The float32 at a place in the order of floats, from the lowest finite one to inf: differences
+    are free of NaN."""
     key = tl.minimum(tl.maximum(key, -0x7F7FFFFF), 0x7F800000)
     magnitude = tl.abs(key).to(tl.int32).to(tl.float32, bitcast=True)
     return tl.where(key < 0, -magnitude, magnitude)
@@ -42,7 +47,8 @@ def score_of(key):
 
 @triton.jit
 def candidate_keys(low, level, BITS: tl.constexpr):
-    """Lower ends of the 2**BITS sections that round ``level`` divides the bracket from ``low`` into."""
+    """Lower ends of the 2**BITS sections that round ``level`` divides the bracket from ``low``
+    into."""
     return low + (tl.arange(0, 1 << BITS).to(tl.int64) << (32 - BITS * (level + 1)))
 
 
@@ -76,7 +82,8 @@ def section_of(mass, count, k):
 def narrowed(
     k, masses, counts, lows, row, rows, programs, level, BITS: tl.constexpr, GATHER: tl.constexpr
 ):  # fmt: skip
-    """Lower end of the bracket after round ``level``, with mass and count there, from the parts of all programs."""
+    """Lower end of the bracket after round ``level``, with mass and count there, from the parts of
+    all programs."""
     sections = tl.arange(0, 1 << BITS)
     mass = tl.zeros((1 << BITS, GATHER), tl.float32)
     count = tl.zeros((1 << BITS, GATHER), tl.int32)
@@ -111,7 +118,8 @@ def search_kernel(
     GATHER: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Round ``level`` of the search over one program's part of a row. WHOLE: every round up to it, of a whole row."""
+    """Round ``level`` of the search over one program's part of a row. WHOLE: every round up to it,
+    of a whole row."""
     row = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
     begin = program * chunk
@@ -125,8 +133,12 @@ def search_kernel(
             mass, count = evaluate(scores, begin, end, candidates, scale, BITS, TILE)
             low += section_of(mass, count, row_k).to(tl.int64) << (32 - BITS * (earlier + 1))
     elif level > 0:
-        low, _, _ = narrowed(row_k, masses, counts, lows, row, rows, programs, level - 1, BITS, GATHER)
-    mass, count = evaluate(scores, begin, end, score_of(candidate_keys(low, level, BITS)), scale, BITS, TILE)
+        low, _, _ = narrowed(
+            row_k, masses, counts, lows, row, rows, programs, level - 1, BITS, GATHER
+        )
+    mass, count = evaluate(
+        scores, begin, end, score_of(candidate_keys(low, level, BITS)), scale, BITS, TILE
+    )
     at = ((((level & 1) * rows + row) << BITS) + tl.arange(0, 1 << BITS)) * programs + program
     tl.store(masses + at, mass)
     tl.store(counts + at, count)
@@ -158,9 +170,12 @@ def gates_kernel(
     begin = (tl.program_id(0) % programs) * chunk
     end = tl.minimum(begin + chunk, n)
     row_k = tl.load(k + row)
-    low, mass, count = narrowed(row_k, masses, counts, lows, row, rows, programs, level, BITS, GATHER)
+    low, mass, count = narrowed(
+        row_k, masses, counts, lows, row, rows, programs, level, BITS, GATHER
+    )
     v = score_of(low)
-    # v is the root up to one step of a float: what is left of it, and the rounding of the comparisons, is put right here
+    # v is the root up to one step of a float: what is left of it, and the rounding of the
+    # comparisons, is put right here
     rest = tl.log2(mass / room(row_k, count))
     full = (row_k >= tl.load(num_valid + row)).to(tl.int32)  # the interpreter broadcasts no bool
     known = (rest == rest).to(tl.int32)  # noqa: PLR0124  a NaN among the scores makes all gates NaN, as in plain torch
@@ -175,7 +190,8 @@ def gates_kernel(
 
 @triton.jit(do_not_specialize=["n", "programs", "chunk"])
 def gradient_sums_kernel(grad, gates, totals, dots, n, programs, chunk, TILE: tl.constexpr):
-    """One program's part of the sums of y and y g over the uncapped entries; totals and dots (rows, programs)."""
+    """One program's part of the sums of y and y g over the uncapped entries; totals and dots (rows,
+    programs)."""
     row = (tl.program_id(0) // programs).to(tl.int64)
     begin = (tl.program_id(0) % programs) * chunk
     end = tl.minimum(begin + chunk, n)
@@ -203,7 +219,18 @@ def gathered_sum(parts, row, programs, GATHER: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "programs", "chunk"])
 def gradient_kernel(
-    grad, gates, totals, dots, grad_scores, grad_k, n, programs, chunk, scale, TILE: tl.constexpr, GATHER: tl.constexpr
+    grad,
+    gates,
+    totals,
+    dots,
+    grad_scores,
+    grad_k,
+    n,
+    programs,
+    chunk,
+    scale,
+    TILE: tl.constexpr,
+    GATHER: tl.constexpr,
 ):
     """The gradient of the scores (rows, n) and of k (rows, 1) from all programs' sums."""
     row = (tl.program_id(0) // programs).to(tl.int64)
@@ -226,7 +253,8 @@ def gradient_kernel(
 
 
 def forward(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float) -> Tensor:
-    """Gates as :func:`.reference.soft_topk_forward`. 2 launches for a short row, 9 for a long one; none waits for the host."""
+    """Gates as :func:`.eager.soft_topk_forward`. 2 launches for a short row, 9 for a long one;
+    none waits for the host."""
     rows, n = scores.shape
     programs, chunk = split(n)
     whole = programs == 1
@@ -257,6 +285,7 @@ def forward(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float) -> Tensor:
             GATHER=gather,
             WHOLE=whole,
             num_warps=warps,
+            **backend.no_spills(scores.device),
         )
     gates = torch.empty_like(scores_)
     backend.launch(
@@ -282,14 +311,26 @@ def forward(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float) -> Tensor:
 
 
 def backward(grad: Tensor, gates: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients as :func:`.reference.soft_topk_backward`, in two launches."""
+    """Gradients as :func:`.eager.soft_topk_backward`, in two launches."""
     rows, n = gates.shape
     programs, chunk = split(n)
     grad, gates_ = grad.contiguous(), gates.contiguous()
     totals = torch.empty(rows, programs, device=gates.device)
     dots = torch.empty_like(totals)
     grid = (rows * programs,)
-    backend.launch(gradient_sums_kernel, grid, grad, gates_, totals, dots, n, programs, chunk, TILE=1024, num_warps=4)
+    backend.launch(
+        gradient_sums_kernel,
+        grid,
+        grad,
+        gates_,
+        totals,
+        dots,
+        n,
+        programs,
+        chunk,
+        TILE=1024,
+        num_warps=4,
+    )
     grad_scores, grad_k = torch.empty_like(gates_), totals.new_empty(rows, 1)
     sizes = (n, programs, chunk, min(1 / eps, 1e37))
     backend.launch(

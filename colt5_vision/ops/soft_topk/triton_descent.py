@@ -1,8 +1,9 @@
-"""Coordinate descent in Triton kernels: the scalars a_t of ``reference.py``, with no answer read by the host.
+"""Coordinate descent in Triton kernels: the scalars a_t of ``eager.py``, with no answer read by
+the host.
 
-An iteration is one sum over the row. A row of several programs takes one launch an iteration: each program stores its
-part of the sum, and the launch that follows adds up the parts in every program, in one order. A short row runs all its
-iterations in one launch.
+An iteration is one sum over the row. A row of several programs takes one launch an iteration: each
+program stores its part of the sum, and the launch that follows adds up the parts in every program,
+in one order. A short row runs all its iterations in one launch.
 """
 
 import itertools
@@ -13,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend
-from .reference import laid_out_as
+from .common import laid_out_as
 from .triton import gathered_sum, split
 
 
 def schedule_tensor(schedule: list[float], device: torch.device) -> Tensor:
-    """The schedule as a tensor, filled on the device run by run: a copy from the host would stop a CUDA graph."""
+    """The schedule as a tensor, filled on the device run by run: a copy from the host would stop a
+    CUDA graph."""
     out, begin = torch.empty(len(schedule), device=device), 0
     for eps, run in itertools.groupby(schedule):
         end = begin + sum(1 for _ in run)
@@ -47,9 +49,11 @@ def bounded_sum(scores, begin, end, a, highest, eps, TILE: tl.constexpr):
 
 @triton.jit
 def iterate(
-    k, num_valid, highest, iterates, sums, schedule, row, rows, programs, step, steps, GATHER: tl.constexpr
+    k, num_valid, highest, iterates, sums, schedule, row, rows, programs, step, steps,
+    GATHER: tl.constexpr
 ):  # fmt: skip
-    """a of iteration ``step`` (from 0): the first in closed form, the others from the sums of the launch before."""
+    """a of iteration ``step`` (from 0): the first in closed form, the others from the sums of the
+    launch before."""
     log_k, eps = tl.log(tl.load(k + row)), tl.load(schedule + step)
     if step == 0:
         a = eps * (log_k - tl.log(tl.maximum(tl.load(num_valid + row), 1).to(tl.float32)))
@@ -79,13 +83,16 @@ def descend_kernel(
     GATHER: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Finish iteration ``step`` and sum for the next. WHOLE: all iterations but the last, of a whole row."""
+    """Finish iteration ``step`` and sum for the next. WHOLE: all iterations but the last, of a
+    whole row."""
     row = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
     begin = program * chunk
     end = tl.minimum(begin + chunk, n)
     scores += row * n
-    a = iterate(k, num_valid, highest, iterates, sums, schedule, row, rows, programs, step, steps, GATHER)
+    a = iterate(
+        k, num_valid, highest, iterates, sums, schedule, row, rows, programs, step, steps, GATHER
+    )
     if program == 0:
         tl.store(iterates + row * steps + step, a)
     top = tl.load(highest + row)
@@ -125,7 +132,20 @@ def descent_gates_kernel(
     program = tl.program_id(0) % programs
     begin = program * chunk
     end = tl.minimum(begin + chunk, n)
-    a = iterate(k, num_valid, highest, iterates, sums, schedule, row, rows, programs, steps - 1, steps, GATHER)
+    a = iterate(
+        k,
+        num_valid,
+        highest,
+        iterates,
+        sums,
+        schedule,
+        row,
+        rows,
+        programs,
+        steps - 1,
+        steps,
+        GATHER,
+    )
     if program == 0:
         tl.store(iterates + row * steps + steps - 1, a)
     eps = tl.load(schedule + steps)
@@ -167,7 +187,9 @@ def descent_sums_kernel(
         inside = at < end
         g = tl.load(grad + row * n + at, mask=inside, other=0.0)
         s = tl.load(scores + row * n + at, mask=inside, other=float("-inf"))
-        total += direct_gradient(g, tl.load(gates + row * n + at, mask=inside, other=0.0), s, a, eps)
+        total += direct_gradient(
+            g, tl.load(gates + row * n + at, mask=inside, other=0.0), s, a, eps
+        )
     tl.store(sums + tl.program_id(0), tl.sum(total, 0))
     for step in range(0, steps, STEPS):
         t = step + tl.arange(0, STEPS)
@@ -177,7 +199,9 @@ def descent_sums_kernel(
             at = first + tl.arange(0, TILE)
             s = tl.load(scores + row * n + at, mask=at < end, other=float("-inf"))
             count += (s[None, :] > bound[:, None]).to(tl.int32)
-        tl.store(above + tl.program_id(0).to(tl.int64) * steps + t, tl.sum(count, 1), mask=t < steps)
+        tl.store(
+            above + tl.program_id(0).to(tl.int64) * steps + t, tl.sum(count, 1), mask=t < steps
+        )
 
 
 @triton.jit(do_not_specialize=["programs", "steps"])
@@ -195,7 +219,8 @@ def descent_weights_kernel(
     STEPS: tl.constexpr,
     GATHER: tl.constexpr,
 ):
-    """The gradients g_t of all iterates of a row: a reverse cumulative sum of log q_t, see ``reference.py``."""
+    """The gradients g_t of all iterates of a row: a reverse cumulative sum of log q_t, see
+    ``eager.py``."""
     row = tl.program_id(0).to(tl.int64)
     t = tl.arange(0, STEPS)
     count = tl.zeros((STEPS,), tl.int32)
@@ -233,7 +258,8 @@ def descent_gradient_kernel(
     steps,
     TILE: tl.constexpr,
 ):
-    """Each score's gradient: its gate's, less what it gave to every iterate whose bound it did not pass."""
+    """Each score's gradient: its gate's, less what it gave to every iterate whose bound it did not
+    pass."""
     row = (tl.program_id(0) // programs).to(tl.int64)
     begin = (tl.program_id(0) % programs) * chunk
     end = tl.minimum(begin + chunk, n)
@@ -255,8 +281,11 @@ def descent_gradient_kernel(
         tl.store(grad_scores + row * n + at, direct - last * through, mask=inside)
 
 
-def forward(scores: Tensor, k: Tensor, num_valid: Tensor, schedule: list[float]) -> tuple[Tensor, Tensor]:
-    """Gates and iterates as :func:`.reference.coordinate_descent_forward`; 2 launches for a short row, else T."""
+def forward(
+    scores: Tensor, k: Tensor, num_valid: Tensor, schedule: list[float]
+) -> tuple[Tensor, Tensor]:
+    """Gates and iterates as :func:`.eager.coordinate_descent_forward`; 2 launches for a short
+    row, else T."""
     (rows, n), steps = scores.shape, len(schedule) - 1
     programs, chunk = split(n)
     whole = programs == 1
@@ -281,14 +310,16 @@ def forward(scores: Tensor, k: Tensor, num_valid: Tensor, schedule: list[float])
             num_warps=8 if whole else 4,
         )
     gates = torch.empty_like(scores_)
-    backend.launch(descent_gates_kernel, grid, *given, gates, *sizes, steps, TILE=1024, GATHER=256, num_warps=4)
+    backend.launch(
+        descent_gates_kernel, grid, *given, gates, *sizes, steps, TILE=1024, GATHER=256, num_warps=4
+    )
     return laid_out_as(gates, scores), iterates
 
 
 def backward(
     grad: Tensor, scores: Tensor, gates: Tensor, iterates: Tensor, k: Tensor, schedule: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients as :func:`.reference.coordinate_descent_backward`, in three launches."""
+    """Gradients as :func:`.eager.coordinate_descent_backward`, in three launches."""
     (rows, n), steps = scores.shape, iterates.shape[-1]
     programs, chunk = split(n)
     given = tuple(x.contiguous() for x in (grad, scores, gates, iterates))
@@ -296,7 +327,9 @@ def backward(
     sums = torch.empty(rows, programs, device=scores.device)
     above = torch.empty(rows, programs, steps, dtype=torch.int32, device=scores.device)
     sizes, grid = (n, programs, chunk, steps), (rows * programs,)
-    backend.launch(descent_sums_kernel, grid, *given, eps, sums, above, *sizes, TILE=256, STEPS=16, num_warps=4)
+    backend.launch(
+        descent_sums_kernel, grid, *given, eps, sums, above, *sizes, TILE=256, STEPS=16, num_warps=4
+    )
     grad_last, grad_k = sums.new_empty(rows, 1), sums.new_empty(rows, 1)
     log_weights, block = torch.empty_like(iterates), triton.next_power_of_2(steps)
     outputs = (grad_last, log_weights, grad_k)
@@ -317,6 +350,15 @@ def backward(
     )
     grad_scores = torch.empty_like(given[1])
     backend.launch(
-        descent_gradient_kernel, grid, *given, eps, grad_last, log_weights, grad_scores, *sizes, TILE=1024, num_warps=4
+        descent_gradient_kernel,
+        grid,
+        *given,
+        eps,
+        grad_last,
+        log_weights,
+        grad_scores,
+        *sizes,
+        TILE=1024,
+        num_warps=4,
     )
     return laid_out_as(grad_scores, scores), grad_k

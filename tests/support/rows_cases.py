@@ -2,7 +2,8 @@
 
 import torch
 
-from colt5_vision.ops import gated_scatter_add_, gather_normalize
+from colt5_vision.ops import gather_normalize, join
+from colt5_vision.routing import Routing
 
 
 def randn(*shape, seed=0, dtype=torch.float32, device="cpu"):
@@ -21,24 +22,39 @@ def some_map(layout, batch, num, dim, dtype=torch.float32, device="cpu"):
 
 def distinct(*shape, limit, seed=3, device="cpu"):
     """int64, distinct within a row; rows share entries."""
-    return randn(*shape[:-1], limit, seed=seed).argsort(-1)[..., : shape[-1]].contiguous().to(device)
+    return (
+        randn(*shape[:-1], limit, seed=seed).argsort(-1)[..., : shape[-1]].contiguous().to(device)
+    )
 
 
 def gather(x, indices, weight, grad, choice=None, dtype=None):
     """Rows and gradients, or those of the formula in ``dtype``."""
     x, weight = (t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, weight))
     out = gather_normalize(x, indices, weight, backend=choice)
-    return [t.double() for t in (out.detach(), *torch.autograd.grad(out, (x, weight), grad.to(out.dtype)))]
+    return [
+        t.double()
+        for t in (out.detach(), *torch.autograd.grad(out, (x, weight), grad.to(out.dtype)))
+    ]
+
+
+def filled(indices, gates=None):
+    """A routing without empty slots; no gates: 1."""
+    gates = torch.ones(indices.shape, device=indices.device) if gates is None else gates
+    return Routing(indices, gates, gates, torch.ones_like(indices, dtype=torch.bool))
 
 
 def scatter(out, rows, indices, gates, null, grad, choice=None, dtype=None):
-    """The map and gradients by everything, or those of the formula in ``dtype``; ``out`` is left as it was."""
-    given = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in (out, rows, gates, null)]
-    own = given[0] * 1
-    found = gated_scatter_add_(own, given[1], indices, gates=given[2], null=given[3], backend=choice)
-    assert found is own
+    """The joined map and gradients by everything, or those of the formula in ``dtype``."""
+    given = [
+        None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
+        for t in (out, rows, gates, null)
+    ]
+    found = join(given[0], given[1], filled(indices, given[2]), given[3], backend=choice)
     inputs = [t for t in given if t is not None]
-    return [t.double() for t in (found.detach(), *torch.autograd.grad(found, inputs, grad.to(found.dtype)))]
+    return [
+        t.double()
+        for t in (found.detach(), *torch.autograd.grad(found, inputs, grad.to(found.dtype)))
+    ]
 
 
 def scatter_inputs(layout, batch, num, dim, slots, dtype=torch.float32, device="cpu"):

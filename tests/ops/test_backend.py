@@ -1,4 +1,5 @@
-"""Which implementation runs: asked for by call or environment, and why the kernels cannot run here."""
+"""Which implementation runs: asked for by call or environment, and why the kernels cannot run
+here."""
 
 import subprocess
 import sys
@@ -21,7 +22,9 @@ CALLS = {
     "soft_topk": lambda **how: soft_topk(SCORES, 3, **how),
     "coordinate_descent": lambda **how: coordinate_descent(SCORES, 3, **how),
     "route_topk": lambda **how: route_topk(SCORES, 3, **how)[0],
-    "window_attention": lambda **how: window_attention(Q, Q, Q, grid_size=(3, 4), window_size=2, **how),
+    "window_attention": lambda **how: window_attention(
+        Q, Q, Q, grid_size=(3, 4), window_size=2, **how
+    ),
     "routed_window_attention": lambda **how: routed_window_attention(
         Q, Q, Q, grid_size=(3, 4), window_size=2, routed_indices=torch.tensor([[1, 2]]), **how
     ),
@@ -39,7 +42,9 @@ def test_auto_is_eager_on_the_cpu(operator):
 @no_gpu
 @pytest.mark.parametrize("operator", CALLS)
 def test_triton_says_why_it_cannot_run(operator):
-    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run: needs a CUDA or ROCm device.*got cpu"):
+    with pytest.raises(
+        RuntimeError, match=r"backend 'triton' cannot run: needs a CUDA or ROCm device.*got cpu"
+    ):
         CALLS[operator](backend="triton")
 
 
@@ -56,7 +61,9 @@ def test_environment_decides_where_the_call_does_not(operator, monkeypatch):
 
 @pytest.mark.parametrize("operator", CALLS)
 def test_a_wrong_word_is_refused(operator, monkeypatch):
-    with pytest.raises(ValueError, match=r"backend: expected one of \('auto', 'eager', 'triton'\), got 'cuda'"):
+    with pytest.raises(
+        ValueError, match=r"backend: expected one of \('auto', 'eager', 'triton'\), got 'cuda'"
+    ):
         CALLS[operator](backend="cuda")
 
 
@@ -71,7 +78,9 @@ def test_the_predicate(monkeypatch):
     """One predicate for the choice and for the error."""
     monkeypatch.setattr(backend, "INTERPRETED", True)
     assert backend.why_not_triton(torch.zeros(1)) is None
-    assert backend.why_not_triton(torch.zeros(1), backend.HALVES) is None  # the interpreter takes float32 everywhere
+    assert (
+        backend.why_not_triton(torch.zeros(1), backend.HALVES) is None
+    )  # the interpreter takes float32 everywhere
     assert "got float64" in backend.why_not_triton(torch.zeros(1, dtype=torch.float64))
     assert "got meta" in backend.why_not_triton(torch.zeros(1, device="meta"))
     assert not backend.use_triton("x", None, None)  # the interpreter must be asked for
@@ -95,8 +104,21 @@ def test_heads_wider_than_the_kernels(monkeypatch):
 def test_pair_bias_has_no_kernel():
     with pytest.raises(RuntimeError, match="kernels take no pair_bias"):
         routed_window_attention(
-            Q, Q, Q, grid_size=(3, 4), window_size=2, pair_bias=lambda i, j: torch.zeros(()), backend="triton"
+            Q,
+            Q,
+            Q,
+            grid_size=(3, 4),
+            window_size=2,
+            pair_bias=lambda i, j: torch.zeros(()),
+            backend="triton",
         )
+
+
+@pytest.mark.parametrize("architecture", [0, 80, 90, 100, 120, 942])
+def test_only_ptxas_gets_a_bound_on_registers(architecture, monkeypatch):
+    monkeypatch.setattr(backend, "architecture", lambda _: architecture)
+    options = backend.no_spills(torch.device("cpu"))
+    assert options == ({"maxnreg": 255} if architecture in (80, 90, 100, 120) else {})
 
 
 def test_works_without_triton():
@@ -108,8 +130,10 @@ import torch
 from colt5_vision import ConditionalRoutedImageAttention
 heads = dict(light_heads=2, heavy_heads=2, light_dim_head=8, heavy_dim_head=8, light_window_size=4)
 for fusion in ("sum", "softmax"):
-    attention = ConditionalRoutedImageAttention(16, num_heavy_tokens_q=8, num_heavy_tokens_kv=8, fusion=fusion, **heads)
+    counts = dict(num_heavy_tokens_q=8, num_heavy_tokens_kv=8)
+    attention = ConditionalRoutedImageAttention(16, **counts, fusion=fusion, **heads)
     attention(torch.randn(1, 16, 6, 7)).sum().backward()
-assert not [name for name in sys.modules if name.startswith("colt5_vision") and name.endswith(".triton")]
+loaded = [name for name in sys.modules if name.startswith("colt5_vision")]
+assert not [name for name in loaded if name.endswith(".triton")]
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -4,7 +4,11 @@ import sys
 
 import pytest
 import torch
-from attention_cases import (
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from colt5_vision.ops import routed_window_attention, window_attention
+from tests.support.attention_cases import (
     assert_same,
     distinct,
     leaves,
@@ -12,12 +16,8 @@ from attention_cases import (
     out_and_grads,
     randn,
 )
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from colt5_vision.ops import routed_window_attention, window_attention
-
-reference = sys.modules["colt5_vision.ops.routed_window_attention.reference"]
+eager = sys.modules["colt5_vision.ops.routed_window_attention.eager"]
 INF, NAN = float("inf"), float("nan")
 
 
@@ -25,7 +25,9 @@ class Layer(torch.nn.Module):
     def forward(self, q, k, v, weights, routed, mask, queries):
         call = {"grid_size": (4, q.shape[2] // 4), "window_size": 3, "key_mask": mask}
         first = routed_window_attention(q, k, v, routed_indices=routed, log_weights=weights, **call)
-        return routed_window_attention(first, k, v, routed_indices=routed, query_indices=queries, **call)
+        return routed_window_attention(
+            first, k, v, routed_indices=routed, query_indices=queries, **call
+        )
 
 
 def layer_inputs(batch, width, num_routed, num_queries):
@@ -37,7 +39,9 @@ def layer_inputs(batch, width, num_routed, num_queries):
 def test_compile():
     inputs, rest = layer_inputs(2, 5, 6, 3)
     compiled = torch.compile(Layer(), fullgraph=True)
-    assert_same(*(out_and_grads(lambda *x, f=f: f(*x, *rest), inputs) for f in (compiled, Layer())), 1e-12)
+    assert_same(
+        *(out_and_grads(lambda *x, f=f: f(*x, *rest), inputs) for f in (compiled, Layer())), 1e-12
+    )
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -46,7 +50,13 @@ def test_compile_with_dynamic_sizes(dynamic):
     compiled = torch.compile(Layer(), backend=counter, fullgraph=True, dynamic=dynamic)
     for sizes in ((2, 5, 6, 3), (3, 6, 5, 4), (4, 9, 8, 7)):
         inputs, rest = layer_inputs(*sizes)
-        assert_same(*(out_and_grads(lambda *x, f=f, r=rest: f(*x, *r), inputs) for f in (compiled, Layer())), 1e-12)
+        assert_same(
+            *(
+                out_and_grads(lambda *x, f=f, r=rest: f(*x, *r), inputs)
+                for f in (compiled, Layer())
+            ),
+            1e-12,
+        )
     assert counter.frame_count <= 2
 
 
@@ -61,10 +71,20 @@ def test_export():
 @pytest.mark.parametrize("own", [0, 1])
 def test_opcheck(dtype, bare, own):
     q, k, v = leaves(2, 4, 22, 8, dtype=dtype)
-    routed, mask, queries = distinct((2, 2), 3, 20), randn(2, 22, seed=5) > -1, distinct((2,), 5, 20)
-    rest = (None, None, None) if bare else (randn(2, 2, 3, dtype=dtype).requires_grad_(), mask, queries)
+    routed, mask, queries = (
+        distinct((2, 2), 3, 20),
+        randn(2, 22, seed=5) > -1,
+        distinct((2,), 5, 20),
+    )
+    rest = (
+        (None, None, None)
+        if bare
+        else (randn(2, 2, 3, dtype=dtype).requires_grad_(), mask, queries)
+    )
     op = torch.ops.colt5_vision.routed_window_attention.default
-    torch.library.opcheck(op, (q, k, v, routed, *rest, [2, 4, 5, 2, 3, own], 0.3), rtol=1e-2, atol=1e-2)
+    torch.library.opcheck(
+        op, (q, k, v, routed, *rest, [2, 4, 5, 2, 3, own], 0.3), rtol=1e-2, atol=1e-2
+    )
 
 
 class LargestOutput(TorchDispatchMode):
@@ -90,12 +110,22 @@ def test_memory_is_linear(monkeypatch, queries, own):
 
         return run
 
-    for name in ("forward", "backward"):  # inside the operator, where a mode around it would not look
-        monkeypatch.setattr(reference, name, watched(getattr(reference, name)))
-    inputs = [*leaves(1, 1, tokens, dim, dtype=torch.float32), torch.zeros(1, num_routed, requires_grad=True)]
-    call = {"grid_size": (128, 128), "window_size": 8, "routed_indices": distinct((1,), num_routed, tokens)}
+    for name in (
+        "forward",
+        "backward",
+    ):  # inside the operator, where a mode around it would not look
+        monkeypatch.setattr(eager, name, watched(getattr(eager, name)))
+    inputs = [
+        *leaves(1, 1, tokens, dim, dtype=torch.float32),
+        torch.zeros(1, num_routed, requires_grad=True),
+    ]
+    call = {
+        "grid_size": (128, 128),
+        "window_size": 8,
+        "routed_indices": distinct((1,), num_routed, tokens),
+    }
     call |= {"key_mask": randn(1, tokens, seed=5) > 0, "weight_own_window": own}
-    monkeypatch.setattr(reference, "_PAIRS", tokens * dim)
+    monkeypatch.setattr(eager, "_PAIRS", tokens * dim)
     if queries:
         call["query_indices"] = distinct((1,), tokens // 2, tokens)
     kept = {}
@@ -106,7 +136,8 @@ def test_memory_is_linear(monkeypatch, queries, own):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = operator(**call)(*inputs)
-    # q, k, v, out and little more; no tensor of N² = 1024 N·D, nor of N·K = 8 N·D or N·w² = 4 N·D logits
+    # q, k, v, out and little more; no tensor of N² = 1024 N·D, nor of N·K = 8 N·D or N·w² = 4 N·D
+    # logits
     assert 3 * inputs[0].nbytes < sum(kept.values()) < 4.5 * inputs[0].nbytes
     assert mode.largest == tokens * dim
     out.sum().backward()
@@ -128,7 +159,11 @@ BAD = [
     ("num_prefix_tokens", TypeError, [True, 1.0]),
     ("num_prefix_tokens", ValueError, [-1]),
     ("routed_indices", TypeError, [ROUTED.int(), ROUTED.float()]),
-    ("routed_indices", ValueError, [ROUTED[0], ROUTED[:1], torch.zeros(2, 3, 3, dtype=INT), ROUTED + 12, ROUTED - 2]),
+    (
+        "routed_indices",
+        ValueError,
+        [ROUTED[0], ROUTED[:1], torch.zeros(2, 3, 3, dtype=INT), ROUTED + 12, ROUTED - 2],
+    ),
     ("log_weights", TypeError, [ROUTED, [[0.0] * 3] * 2]),
     ("log_weights", ValueError, [torch.zeros(2, 2), torch.zeros(2, 1, 3)]),
     ("key_mask", TypeError, [torch.ones(2, 13), torch.ones(2, 12)]),
@@ -151,7 +186,14 @@ def each(cases):
 
 @pytest.mark.parametrize(("name", "error", "value"), each(BAD))
 def test_bad_input_names_the_argument(name, error, value):
-    call = {"q": GOOD, "k": GOOD, "v": GOOD, "grid_size": (3, 4), "window_size": 2, "num_prefix_tokens": 1}
+    call = {
+        "q": GOOD,
+        "k": GOOD,
+        "v": GOOD,
+        "grid_size": (3, 4),
+        "window_size": 2,
+        "num_prefix_tokens": 1,
+    }
     call |= {"routed_indices": ROUTED} if name == "log_weights" else {}
     with pytest.raises(error, match=rf"^{name}(\[\d\])?:"):
         routed_window_attention(**{**call, name: value})

@@ -1,10 +1,15 @@
-"""routed_window_attention with a bias of (query, key) pairs against dense attention with the whole bias."""
+"""routed_window_attention with a bias of (query, key) pairs against dense attention with the whole
+bias."""
 
 import sys
 
 import pytest
 import torch
-from attention_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colt5_vision.ops import routed_window_attention
+from tests.support.attention_cases import (
     assert_same,
     distinct,
     leaves,
@@ -12,11 +17,7 @@ from attention_cases import (
     out_and_grads,
     randn,
 )
-from dense import window_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from colt5_vision.ops import routed_window_attention
+from tests.support.dense import window_of
 
 gathered = sys.modules["colt5_vision.ops.routed_window_attention.gathered"]
 INF = float("inf")
@@ -24,12 +25,23 @@ INF = float("inf")
 
 def lookup(table):
     """(B or 1, heads or 1, L, L) as a function of positions."""
-    batch, heads = (torch.arange(n).view(shape) for n, shape in zip(table.shape, ((-1, 1, 1, 1, 1), (1, -1, 1, 1, 1))))
+    batch, heads = (
+        torch.arange(n).view(shape)
+        for n, shape in zip(table.shape, ((-1, 1, 1, 1, 1), (1, -1, 1, 1, 1)))
+    )
     return lambda i, j: table[batch, heads, i, j]
 
 
 def dense_with_bias(
-    *, grid_size, window_size, routed_indices, num_prefix_tokens, key_mask, query_indices, scale, weight_own_window=True
+    *,
+    grid_size,
+    window_size,
+    routed_indices,
+    num_prefix_tokens,
+    key_mask,
+    query_indices,
+    scale,
+    weight_own_window=True,
 ):
     """Plain attention over all keys, its mask built pair by pair."""
 
@@ -88,8 +100,15 @@ def with_bias(call):
 @st.composite
 def problems(draw):
     seed = draw(st.integers(0, 1 << 16))
-    batch, (heads, routes) = draw(st.integers(1, 2)), draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)]))
-    height, width, prefix = draw(st.integers(1, 7)), draw(st.integers(1, 7)), draw(st.sampled_from([0, 0, 1, 3]))
+    batch, (heads, routes) = (
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)])),
+    )
+    height, width, prefix = (
+        draw(st.integers(1, 7)),
+        draw(st.integers(1, 7)),
+        draw(st.sampled_from([0, 0, 1, 3])),
+    )
     tokens = height * width
     length = prefix + tokens
     q, k, v = leaves(batch, heads, length, draw(st.sampled_from([1, 3, 8])), seed=seed)
@@ -98,17 +117,23 @@ def problems(draw):
     routed = distinct((batch, routes), draw(st.integers(0, min(tokens, 9))), tokens, seed)
     if draw(st.booleans()):  # empty slots
         routed = torch.where(randn(*routed.shape, seed=seed + 4) > 0.5, -1, routed)
-    weights = randn(*routed.shape, seed=seed + 5) if routed.shape[-1] and draw(st.booleans()) else None
+    weights = (
+        randn(*routed.shape, seed=seed + 5) if routed.shape[-1] and draw(st.booleans()) else None
+    )
     if routes == 1 and draw(st.booleans()):
         routed, weights = routed[:, 0], None if weights is None else weights[:, 0]
     masked = draw(st.sampled_from([0, 0, tokens, length]))
     call = {
         "grid_size": (height, width),
-        "window_size": draw(st.one_of(st.integers(1, 9), st.tuples(st.integers(1, 9), st.integers(1, 9)))),
+        "window_size": draw(
+            st.one_of(st.integers(1, 9), st.tuples(st.integers(1, 9), st.integers(1, 9)))
+        ),
         "num_prefix_tokens": prefix,
         "scale": draw(st.sampled_from([None, 0.1, 1.0])),
         "routed_indices": routed,
-        "key_mask": randn(batch, masked, seed=seed + 6) > draw(st.sampled_from([-1, 0.5])) if masked else None,
+        "key_mask": randn(batch, masked, seed=seed + 6) > draw(st.sampled_from([-1, 0.5]))
+        if masked
+        else None,
         "query_indices": distinct((batch,), draw(st.integers(1, tokens)), tokens, seed + 7)
         if draw(st.booleans())
         else None,
@@ -129,14 +154,25 @@ def test_equals_dense_attention_with_the_bias(held, monkeypatch):
             inputs, run = inputs[:4], [with_bias(call), dense_with_bias(**call)]
             assert_same(*(out_and_grads(lambda *x, f=f: f(*x, None), inputs) for f in run))
         else:
-            assert_same(*(out_and_grads(f, inputs) for f in (with_bias(call), dense_with_bias(**call))))
+            assert_same(
+                *(out_and_grads(f, inputs) for f in (with_bias(call), dense_with_bias(**call)))
+            )
 
     check()
 
 
 def call_of(height, width, keys, *, prefix=0, batch=2, **how):
-    call = {"routed_indices": distinct((batch, 1), keys, height * width), "scale": None, "query_indices": None}
-    call |= {"grid_size": (height, width), "window_size": 3, "num_prefix_tokens": prefix, "key_mask": None}
+    call = {
+        "routed_indices": distinct((batch, 1), keys, height * width),
+        "scale": None,
+        "query_indices": None,
+    }
+    call |= {
+        "grid_size": (height, width),
+        "window_size": 3,
+        "num_prefix_tokens": prefix,
+        "key_mask": None,
+    }
     return call | how
 
 
@@ -149,7 +185,9 @@ def test_every_token_routed_is_full_attention_with_the_bias(prefix, grid):
     call = call_of(*grid, tokens, prefix=prefix)
     found = out_and_grads(lambda *x: with_bias(call)(*x[:3], None, x[3]), [*inputs, table])
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    assert_same(found, out_and_grads(lambda q, k, v, t: sdpa(q, k, v, attn_mask=t), [*inputs, table]))
+    assert_same(
+        found, out_and_grads(lambda q, k, v, t: sdpa(q, k, v, attn_mask=t), [*inputs, table])
+    )
     assert found[4].any()
 
 
@@ -174,7 +212,9 @@ def test_a_masked_sample_gives_zero_and_finite_gradients():
     mask[1] = False
     inputs, call = leaves(2, 2, 35, 8), call_of(5, 7, 6, key_mask=mask)
     table = randn(1, 2, 35, 35, seed=9).requires_grad_()
-    out, *grads = out_and_grads(with_bias(call), [*inputs, randn(2, 1, 6, seed=5).requires_grad_(), table])
+    out, *grads = out_and_grads(
+        with_bias(call), [*inputs, randn(2, 1, 6, seed=5).requires_grad_(), table]
+    )
     assert out[1].abs().max() == 0 and out[0].all()
     assert all(g.isfinite().all() for g in grads)
     assert all(g[1].abs().max() == 0 for g in grads[:3])
@@ -217,8 +257,15 @@ def test_half_precision_is_finite_and_close(dtype, held, monkeypatch):
     mask[0, 10:], mask[1] = False, False
     for key_mask in (None, mask):
         call = call_of(5, 7, 6, prefix=2, key_mask=key_mask)
-        exact = [*leaves(2, 4, 37, 8), randn(2, 1, 6, seed=5).requires_grad_(), randn(1, 4, 37, 37).requires_grad_()]
-        low = [x.detach().to(dtype if i != 3 else torch.float32).requires_grad_() for i, x in enumerate(exact)]
+        exact = [
+            *leaves(2, 4, 37, 8),
+            randn(2, 1, 6, seed=5).requires_grad_(),
+            randn(1, 4, 37, 37).requires_grad_(),
+        ]
+        low = [
+            x.detach().to(dtype if i != 3 else torch.float32).requires_grad_()
+            for i, x in enumerate(exact)
+        ]
         found = out_and_grads(with_bias(call), low)
         assert found[0].dtype == dtype
         expected = out_and_grads(dense_with_bias(**call), exact)
@@ -262,7 +309,12 @@ def test_steps_are_recomputed_in_backward(monkeypatch):
 
     table = randn(3).requires_grad_()
     q, k, v = leaves(1, 1, 64, 4)
-    call = {"grid_size": (8, 8), "window_size": 4, "routed_indices": torch.tensor([[9, 50]]), "pair_bias": bias}
+    call = {
+        "grid_size": (8, 8),
+        "window_size": 4,
+        "routed_indices": torch.tensor([[9, 50]]),
+        "pair_bias": bias,
+    }
     monkeypatch.setattr(gathered, "_LOGITS", 1)
     out = routed_window_attention(q, k, v, **call)
     assert len(calls) == 4
@@ -277,7 +329,10 @@ def test_steps_are_recomputed_in_backward(monkeypatch):
 
 def test_compiles_whole():
     torch.compiler.reset()
-    inputs, call = leaves(2, 4, 2 + 35, 8), call_of(5, 7, 6, prefix=2, query_indices=distinct((2,), 9, 35))
+    inputs, call = (
+        leaves(2, 4, 2 + 35, 8),
+        call_of(5, 7, 6, prefix=2, query_indices=distinct((2,), 9, 35)),
+    )
     inputs += [randn(2, 1, 6, seed=5).requires_grad_(), randn(1, 4, 37, 37).requires_grad_()]
     fast = torch.compile(with_bias(call), fullgraph=True, backend="aot_eager")
     assert_same(out_and_grads(fast, inputs), out_and_grads(with_bias(call), inputs))

@@ -1,4 +1,5 @@
-"""The kernels of router_logits and of routed rows, compiled for chips that are not here: no spills, no GPU needed."""
+"""The kernels of router_logits and of routed rows, compiled for chips that are not here: no spills,
+no GPU needed."""
 
 import pytest
 import torch
@@ -7,12 +8,14 @@ from colt5_vision.ops import backend
 
 pytest.importorskip("triton")
 if backend.INTERPRETED:
-    pytest.skip("the interpreter stands in for the compiler: unset TRITON_INTERPRET", allow_module_level=True)
-
-from offline import TARGETS, check, recorded
+    pytest.skip(
+        "the interpreter stands in for the compiler: unset TRITON_INTERPRET",
+        allow_module_level=True,
+    )
 
 from colt5_vision.ops.routed_rows import triton as rows_kernels
 from colt5_vision.ops.router_logits import triton as logits_kernels
+from tests.support.offline import TARGETS, check, recorded
 
 CASES = [
     (torch.bfloat16, 768, 2, True),
@@ -21,6 +24,7 @@ CASES = [
     (torch.float32, 3072, 2, False),
     (torch.float32, 384, 16, True),
     (torch.bfloat16, 1280, 1, True),
+    (torch.bfloat16, 100, 2, False),  # no multiple of 16: an address for each element
 ]
 
 
@@ -39,7 +43,10 @@ def test_router_logits(architecture, dtype, dim, routes, channels_first):
         tokens = torch.empty(routes, dim)
         logits, norm = logits_kernels.forward(x, tokens, 1e-6)
         logits_kernels.backward(torch.empty_like(logits), x, tokens, logits, norm, 1e-6)
-    assert [launch.name for launch in launches] == ["router_logits_kernel", "router_logits_backward_kernel"]
+    assert [launch.name for launch in launches] == [
+        "router_logits_kernel",
+        "router_logits_backward_kernel",
+    ]
     for launch in launches:
         check(launch, architecture)
 
@@ -55,7 +62,13 @@ def test_routed_rows(architecture, dtype, dim, routes, channels_first):
         rows_kernels.gather_normalize_backward(out, x, index, weight, scale)
         rows_kernels.gated_scatter_add_(x, out[:, 0], index[:, 0], gates, null)
         rows_kernels.gated_scatter_add_backward(x, out[:, 0], index[:, 0], gates)
-    names = ["gather_normalize", *["gather_normalize_backward"] * index.shape[1], "gated_scatter_add"]
-    assert [launch.name for launch in launches] == [f"{name}_kernel" for name in (*names, "gated_scatter_add_backward")]
+    names = [
+        "gather_normalize",
+        *["gather_normalize_backward"] * index.shape[1],
+        "gated_scatter_add",
+    ]
+    assert [launch.name for launch in launches] == [
+        f"{name}_kernel" for name in (*names, "gated_scatter_add_backward")
+    ]
     for launch in launches:
         check(launch, architecture)

@@ -11,24 +11,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 
 from colt5_vision.ops import coordinate_descent, soft_topk
+from colt5_vision.ops.soft_topk import eps_schedule, reference
 
 OPS = torch.ops.colt5_vision
 
 
 def randn(*shape, seed=0, std=1.0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(std).to(dtype)
-
-
-def oracle(scores, k, eps):
-    """Gates (rows, n) by bisection on a, in float64."""
-    scores = scores.double()
-    low = eps * (math.log(k / scores.shape[-1]) - 1) - scores.amax(-1, keepdim=True)
-    high = eps - scores.amin(-1, keepdim=True)
-    for _ in range(80):
-        a = (low + high) / 2
-        enough = ((scores + a) / eps).clamp_max(0).exp().sum(-1, keepdim=True) >= k
-        low, high = torch.where(enough, low, a), torch.where(enough, a, high)
-    return ((scores + high) / eps).clamp_max(0).exp()
+    return (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        .mul(std)
+        .to(dtype)
+    )
 
 
 def saved_bytes(function, *args, **kwargs):
@@ -69,8 +62,10 @@ def test_gates_are_the_projection(problem):
     assert gates.dtype == torch.float32 and gates.shape == scores.shape
     assert gates.min() >= 0 and gates.max() <= 1
     assert_sums(gates, k)
-    assert gates.gather(-1, scores.argsort(-1)).diff(dim=-1).ge(-1e-6).all()  # monotone in the scores
-    expected = oracle(scores, k, eps)
+    assert (
+        gates.gather(-1, scores.argsort(-1)).diff(dim=-1).ge(-1e-6).all()
+    )  # monotone in the scores
+    expected = reference.soft_topk(scores, k, eps)
     torch.testing.assert_close(gates.double(), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(soft_topk(scores.double(), k, eps=eps), expected, rtol=0, atol=1e-9)
 
@@ -94,12 +89,17 @@ def test_symmetries(problem, shift, factor, random):
 
 
 def test_a_k_per_row_equals_row_by_row():
-    scores, k = randn(2, 3, 50, dtype=torch.float64), torch.tensor([[0.5, 3.0, 7.25], [20.0, 49.9, 60.0]]).double()
+    scores, k = (
+        randn(2, 3, 50, dtype=torch.float64),
+        torch.tensor([[0.5, 3.0, 7.25], [20.0, 49.9, 60.0]]).double(),
+    )
     gates = soft_topk(scores, k, eps=0.3)
     assert gates.shape == scores.shape
     for i in range(2):
         for j in range(3):
-            torch.testing.assert_close(gates[i, j], soft_topk(scores[i, j], k[i, j].item(), eps=0.3))
+            torch.testing.assert_close(
+                gates[i, j], soft_topk(scores[i, j], k[i, j].item(), eps=0.3)
+            )
     torch.testing.assert_close(soft_topk(scores, torch.tensor(4)), soft_topk(scores, 4))
 
 
@@ -109,7 +109,9 @@ def test_mask_equals_the_compacted_row(k, as_tensor):
     scores = randn(4, 40, dtype=torch.float64).requires_grad_()
     mask = randn(4, 40, seed=1) > -0.2
     assert all(18 <= m.sum() < 40 for m in mask)
-    gates = soft_topk(scores, torch.full((4,), k, dtype=torch.float64) if as_tensor else k, eps=0.1, mask=mask)
+    gates = soft_topk(
+        scores, torch.full((4,), k, dtype=torch.float64) if as_tensor else k, eps=0.1, mask=mask
+    )
     grad = randn(4, 40, seed=2, dtype=torch.float64)
     (found,) = torch.autograd.grad(gates, scores, grad)
     assert (gates[~mask] == 0).all() and (found[~mask] == 0).all()
@@ -117,7 +119,9 @@ def test_mask_equals_the_compacted_row(k, as_tensor):
         row = scores[i, mask[i]].detach().requires_grad_()
         expected = soft_topk(row, k, eps=0.1)
         torch.testing.assert_close(gates[i, mask[i]], expected)
-        torch.testing.assert_close(found[i, mask[i]], torch.autograd.grad(expected, row, grad[i, mask[i]])[0])
+        torch.testing.assert_close(
+            found[i, mask[i]], torch.autograd.grad(expected, row, grad[i, mask[i]])[0]
+        )
 
 
 @pytest.mark.parametrize("function", [soft_topk, coordinate_descent])
@@ -144,7 +148,9 @@ def test_a_wholly_masked_row(function):
     assert (gates[1] == 0).all()
     torch.testing.assert_close(gates[[0, 2]], function(scores[[0, 2]], 2.0, eps=0.5))
     (gates * randn(3, 8, seed=1)).sum().backward()
-    assert (scores.grad[1] == 0).all() and scores.grad.isfinite().all() and (scores.grad[0] != 0).any()
+    assert (
+        (scores.grad[1] == 0).all() and scores.grad.isfinite().all() and (scores.grad[0] != 0).any()
+    )
     assert k.grad.isfinite().all()
 
 
@@ -186,13 +192,19 @@ def test_a_bad_row_leaves_the_others_unharmed(function, bad):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes_and_autocast(function, dtype):
     scores = randn(3, 33, dtype=dtype).requires_grad_()
-    wide = scores.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+    wide = (
+        scores.detach()
+        .to(torch.float64 if dtype == torch.float64 else torch.float32)
+        .requires_grad_()
+    )
     with torch.autocast("cpu", torch.bfloat16):
         gates = function(scores, 5, eps=0.2)
     expected = function(wide, 5, eps=0.2)
     assert gates.dtype == expected.dtype == wide.dtype
     assert torch.equal(gates, expected)
-    grads = [torch.autograd.grad(g.square().sum(), s)[0] for g, s in ((gates, scores), (expected, wide))]
+    grads = [
+        torch.autograd.grad(g.square().sum(), s)[0] for g, s in ((gates, scores), (expected, wide))
+    ]
     assert grads[0].dtype == dtype
     torch.testing.assert_close(grads[0], grads[1].to(dtype))
 
@@ -202,7 +214,9 @@ def test_non_contiguous(function):
     scores, mask = randn(30, 4, dtype=torch.float64).T, randn(30, 4, seed=1).T > -1
     expected = function(scores.contiguous(), 3, mask=mask.contiguous())
     torch.testing.assert_close(function(scores, 3, mask=mask), expected)
-    torch.testing.assert_close(function(scores[:, ::2], 3), function(scores[:, ::2].contiguous(), 3))
+    torch.testing.assert_close(
+        function(scores[:, ::2], 3), function(scores[:, ::2].contiguous(), 3)
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -227,10 +241,13 @@ def test_derivatives(masked):
 def test_soft_topk_keeps_few_copies_for_backward():
     scores, mask = randn(2, 4096).requires_grad_(), randn(2, 4096, seed=1) > 0
     for kept in (saved_bytes(soft_topk, scores, 64), saved_bytes(soft_topk, scores, 64, mask=mask)):
-        assert sum(size >= scores.numel() for size in kept) <= 3  # in bytes, so that a bool mask counts too
+        assert (
+            sum(size >= scores.numel() for size in kept) <= 3
+        )  # in bytes, so that a bool mask counts too
         assert sum(kept) <= 3 * scores.untyped_storage().nbytes()
 
 
+DEFAULTS = {"n_iters": 50, "eps": 1.0, "eps_init": None, "eps_decay": 1.0}
 SCHEDULES = [
     {"n_iters": 1, "eps": 0.5},
     {"n_iters": 50, "eps": 1.0},
@@ -249,13 +266,17 @@ def test_coordinate_descent_equals_the_predecessor(schedule, masked, std):
     grad = randn(3, 64, seed=2, dtype=torch.float64)
 
     def close(found, expected):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+        torch.testing.assert_close(
+            found, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item()
+        )
 
     expected = coor_descent(scores, k=k, mask=mask, **schedule)
     found = coordinate_descent(scores, k, mask=mask, **schedule)
     close(found, expected)
     for a, b in zip(
-        torch.autograd.grad(found, (scores, k), grad), torch.autograd.grad(expected, (scores, k), grad), strict=True
+        torch.autograd.grad(found, (scores, k), grad),
+        torch.autograd.grad(expected, (scores, k), grad),
+        strict=True,
     ):
         assert b.abs().max() > 0
         close(a, b)
@@ -263,15 +284,36 @@ def test_coordinate_descent_equals_the_predecessor(schedule, masked, std):
     close(number, coor_descent(scores, k=5, mask=mask, **schedule))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_coordinate_descent_is_the_reference(schedule):
+    scores = randn(3, 64, std=3, dtype=torch.float64).requires_grad_()
+    k = torch.tensor([[2.0], [9.0], [20.5]], dtype=torch.float64, requires_grad=True)
+    found = coordinate_descent(scores, k.squeeze(-1), **schedule)
+    steps = eps_schedule(*(schedule.get(n, d) for n, d in DEFAULTS.items()))
+    want = reference.coordinate_descent(scores, k, torch.full((3, 1), 64), steps)
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9)
+    grad = randn(3, 64, seed=2, dtype=torch.float64)
+    grads = [torch.autograd.grad(gates, (scores, k), grad) for gates in (found, want)]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+
+
 def test_coordinate_descent_in_float32():
     # the iterates travel further than float32's range of exp
     schedule, scores = {"n_iters": 300, "eps": 0.03}, randn(2, 500, std=10).requires_grad_()
     wide, grad = scores.detach().double().requires_grad_(), randn(2, 500, seed=1)
-    found, expected = coordinate_descent(scores, 60, **schedule), coordinate_descent(wide, 60, **schedule)
+    found, expected = (
+        coordinate_descent(scores, 60, **schedule),
+        coordinate_descent(wide, 60, **schedule),
+    )
     assert (expected.sum(-1) > 66).all()  # not converged yet
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)
-    found, expected = torch.autograd.grad(found, scores, grad)[0], torch.autograd.grad(expected, wide, grad.double())[0]
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+    found, expected = (
+        torch.autograd.grad(found, scores, grad)[0],
+        torch.autograd.grad(expected, wide, grad.double())[0],
+    )
+    torch.testing.assert_close(
+        found.double(), expected, rtol=0, atol=1e-3 * expected.abs().max().item()
+    )
 
 
 def test_coordinate_descent_keeps_one_scalar_per_row_and_iteration():
@@ -284,7 +326,10 @@ def test_coordinate_descent_keeps_one_scalar_per_row_and_iteration():
 def test_coordinate_descent_converges_to_soft_topk():
     scores = randn(2, 100, dtype=torch.float64)
     exact = soft_topk(scores, 9, eps=0.1)
-    errors = [(coordinate_descent(scores, 9, eps=0.1, n_iters=t) - exact).abs().max() for t in (5, 50, 500)]
+    errors = [
+        (coordinate_descent(scores, 9, eps=0.1, n_iters=t) - exact).abs().max()
+        for t in (5, 50, 500)
+    ]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-9
 
 
@@ -301,21 +346,31 @@ class Gates(torch.nn.Module):
 
 
 def test_compile_and_export():
-    scores, k, mask = randn(4, 37).requires_grad_(), torch.tensor([1.0, 2.5, 7.0, 40.0]), randn(4, 37, seed=1) > -1
+    scores, k, mask = (
+        randn(4, 37).requires_grad_(),
+        torch.tensor([1.0, 2.5, 7.0, 40.0]),
+        randn(4, 37, seed=1) > -1,
+    )
     expected, grad = Gates()(scores, k, mask), randn(4, 37, seed=2)
     compiled = torch.compile(Gates(), fullgraph=True)(scores, k, mask)
     torch.testing.assert_close(compiled, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(x, scores, grad)[0] for x in (compiled, expected)))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x, scores, grad)[0] for x in (compiled, expected))
+    )
 
     rows, n = torch.export.Dim("rows"), torch.export.Dim("n", min=8)
     shapes = {"scores": {0: rows, 1: n}, "k": {0: rows}, "mask": {0: rows, 1: n}}
-    program = torch.export.export(Gates(), (scores.detach(), k, mask), dynamic_shapes=shapes).module()
+    program = torch.export.export(
+        Gates(), (scores.detach(), k, mask), dynamic_shapes=shapes
+    ).module()
     torch.testing.assert_close(program(scores.detach(), k, mask), expected.detach())
     other = (randn(2, 11), torch.tensor([1.0, 4.0]), torch.ones(2, 11, dtype=torch.bool))
     torch.testing.assert_close(program(*other), Gates()(*other))
 
 
-@pytest.mark.parametrize(("function", "dynamic"), [(soft_topk, None), (soft_topk, True), (coordinate_descent, None)])
+@pytest.mark.parametrize(
+    ("function", "dynamic"), [(soft_topk, None), (soft_topk, True), (coordinate_descent, None)]
+)
 def test_compile_with_dynamic_sizes(function, dynamic):
     def squares(scores, k):
         return function(scores, k, eps=0.5).square()
@@ -324,7 +379,9 @@ def test_compile_with_dynamic_sizes(function, dynamic):
     compiled = torch.compile(squares, backend=counter, fullgraph=True, dynamic=dynamic)
     for shape, k in (((2, 20), 3), ((3, 31), 5), ((4, 17), 6), ((5, 40), 7)):
         scores = randn(*shape).requires_grad_()
-        torch.testing.assert_close(*(torch.autograd.grad(f(scores, k).sum(), scores)[0] for f in (compiled, squares)))
+        torch.testing.assert_close(
+            *(torch.autograd.grad(f(scores, k).sum(), scores)[0] for f in (compiled, squares))
+        )
     assert counter.frame_count <= 2
 
 
@@ -336,20 +393,35 @@ def test_compile_with_an_annealed_eps(function):
 
 
 def test_opcheck():
-    scores, k = randn(3, 10).requires_grad_(), torch.tensor([[1.0], [2.5], [12.0]], requires_grad=True)
+    scores, k = (
+        randn(3, 10).requires_grad_(),
+        torch.tensor([[1.0], [2.5], [12.0]], requires_grad=True),
+    )
     num_valid = torch.tensor([[10], [8], [10]])
     torch.library.opcheck(OPS.soft_topk.default, (scores, k, num_valid, 0.5, 10))
-    torch.library.opcheck(OPS.soft_topk.default, (scores.detach().double(), k.detach().double(), num_valid, 0.5, 10))
-    torch.library.opcheck(OPS.coordinate_descent.default, (scores, k, num_valid, [4.0, 2.0, 1.0, 1.0]))
+    torch.library.opcheck(
+        OPS.soft_topk.default, (scores.detach().double(), k.detach().double(), num_valid, 0.5, 10)
+    )
+    torch.library.opcheck(
+        OPS.coordinate_descent.default, (scores, k, num_valid, [4.0, 2.0, 1.0, 1.0])
+    )
 
 
 NAN, INF = float("nan"), float("inf")
 BAD = [
-    ("scores", TypeError, [torch.zeros(2, 5, dtype=d) for d in (torch.int64, torch.bool, torch.complex64)]),
+    (
+        "scores",
+        TypeError,
+        [torch.zeros(2, 5, dtype=d) for d in (torch.int64, torch.bool, torch.complex64)],
+    ),
     ("scores", TypeError, [[[0.0, 1.0]], None]),
     ("scores", ValueError, [torch.tensor(1.0), torch.zeros(2, 0)]),
     ("k", TypeError, [True, "2", None, 1j, torch.tensor([True, True]), torch.tensor([1j, 1j])]),
-    ("k", ValueError, [0, -1.5, NAN, torch.tensor(0), torch.tensor([1.0, 0.0]), torch.tensor([1.0, NAN])]),
+    (
+        "k",
+        ValueError,
+        [0, -1.5, NAN, torch.tensor(0), torch.tensor([1.0, 0.0]), torch.tensor([1.0, NAN])],
+    ),
     ("k", ValueError, [torch.ones(5), torch.ones(2, 1), torch.ones(2, 5)]),
     ("eps", TypeError, ["1", True, None, torch.tensor(1.0)]),
     ("eps", ValueError, [0, -1.0, NAN, INF]),

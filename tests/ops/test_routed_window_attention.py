@@ -5,7 +5,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colt5_vision.ops import window_attention
+from tests.support.attention_cases import (
     assert_same,
     dense,
     distinct,
@@ -14,14 +18,10 @@ from attention_cases import (
     out_and_grads,
     randn,
 )
-from dense import window_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from colt5_vision.ops import window_attention
+from tests.support.dense import window_of
 
 PACKAGE = "colt5_vision.ops.routed_window_attention"
-reference, sdpa = sys.modules[f"{PACKAGE}.reference"], sys.modules[f"{PACKAGE}.sdpa"]
+eager, sdpa = sys.modules[f"{PACKAGE}.eager"], sys.modules[f"{PACKAGE}.sdpa"]
 INF, NAN = float("inf"), float("nan")
 
 
@@ -29,8 +29,15 @@ INF, NAN = float("inf"), float("nan")
 def problems(draw):
     """Leaves [q, k, v, log_weights or None], and the keywords of a call."""
     seed = draw(st.integers(0, 1 << 16))
-    batch, (heads, routes) = draw(st.integers(1, 2)), draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)]))
-    height, width, prefix = draw(st.integers(1, 7)), draw(st.integers(1, 7)), draw(st.sampled_from([0, 0, 1, 3]))
+    batch, (heads, routes) = (
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)])),
+    )
+    height, width, prefix = (
+        draw(st.integers(1, 7)),
+        draw(st.integers(1, 7)),
+        draw(st.sampled_from([0, 0, 1, 3])),
+    )
     window = draw(st.one_of(st.integers(1, 9), st.tuples(st.integers(1, 9), st.integers(1, 9))))
     tokens = height * width
     q, k, v = leaves(batch, heads, prefix + tokens, draw(st.sampled_from([1, 3, 8, 20])), seed=seed)
@@ -43,7 +50,10 @@ def problems(draw):
     if routed.shape[-1] and draw(st.booleans()):
         weights = randn(*routed.shape, seed=seed + 5).requires_grad_()
     if routes == 1 and draw(st.booleans()):
-        routed, weights = routed[:, 0], None if weights is None else weights[:, 0].detach().requires_grad_()
+        routed, weights = (
+            routed[:, 0],
+            None if weights is None else weights[:, 0].detach().requires_grad_(),
+        )
     call["routed_indices"] = routed
     if (masked := draw(st.sampled_from([0, 0, tokens, prefix + tokens]))) > 0:
         call["key_mask"] = randn(batch, masked, seed=seed + 6) > draw(st.sampled_from([-1, 0.5]))
@@ -73,8 +83,8 @@ def plain(function):
 
 @pytest.fixture
 def plain_path(monkeypatch):
-    monkeypatch.setattr(reference, "attend", plain(sdpa.attend))
-    monkeypatch.setattr(reference, "attend_backward", plain(sdpa.attend_backward))
+    monkeypatch.setattr(eager, "attend", plain(sdpa.attend))
+    monkeypatch.setattr(eager, "attend_backward", plain(sdpa.attend_backward))
     for name in ("_flash_cpu", "_flash_cpu_backward", "_efficient", "_efficient_backward"):
         monkeypatch.setattr(sdpa, name, None)  # a call of a fused kernel fails
     monkeypatch.setattr(sdpa, "_PLAIN_LOGITS", 100)  # several chunks
@@ -82,7 +92,7 @@ def plain_path(monkeypatch):
 
 @pytest.mark.parametrize("pairs", [1 << 24, 1, 300])
 def test_equals_dense_masked_attention(pairs, monkeypatch):
-    monkeypatch.setattr(reference, "_PAIRS", pairs)  # one call for all windows, one each, a few
+    monkeypatch.setattr(eager, "_PAIRS", pairs)  # one call for all windows, one each, a few
 
     @settings(max_examples=100)
     @given(problems())
@@ -106,16 +116,27 @@ def test_plain_path_equals_dense_masked_attention(plain_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("biased", [False, True])
 def test_plain_part_equals_the_fused_one(dtype, biased):
-    q, k, v = randn(2, 2, 13, 8, dtype=dtype), *(randn(2, 2, 21, 8, seed=s, dtype=dtype) for s in (1, 2))
-    bias = randn(2, 1, 1, 21, seed=3).to(torch.float64 if dtype == torch.float64 else torch.float32) if biased else None
-    grad, atol = randn(2, 2, 13, 8, seed=4, dtype=dtype), {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.05)
+    q, k, v = (
+        randn(2, 2, 13, 8, dtype=dtype),
+        *(randn(2, 2, 21, 8, seed=s, dtype=dtype) for s in (1, 2)),
+    )
+    bias = (
+        randn(2, 1, 1, 21, seed=3).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        if biased
+        else None
+    )
+    grad, atol = (
+        randn(2, 2, 13, 8, seed=4, dtype=dtype),
+        {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.05),
+    )
     fused = sdpa.attend(q, k, v, bias, 0.3)
     found = plain(sdpa.attend)(q, k, v, bias, 0.3)
     assert [x.dtype for x in found] == [x.dtype for x in fused]
     assert_same(found, fused, atol)
     lse = fused[1] + 0.5  # the global logsumexp is larger than the part's own
     backward = [
-        f(grad, q, k, v, *fused[:1], lse, bias, 0.3) for f in (plain(sdpa.attend_backward), sdpa.attend_backward)
+        f(grad, q, k, v, *fused[:1], lse, bias, 0.3)
+        for f in (plain(sdpa.attend_backward), sdpa.attend_backward)
     ]
     assert [x.dtype for x in backward[0]] == [dtype] * 3
     assert_same(*backward, atol)
@@ -129,7 +150,11 @@ def test_every_token_routed_is_full_attention(prefix, window):
     call = {"grid_size": (5, 7), "window_size": window, "num_prefix_tokens": prefix}
     expected = out_and_grads(F.scaled_dot_product_attention, inputs)
     assert_same(out_and_grads(operator(routed_indices=routed, **call), inputs), expected, 1e-10)
-    assert_same(out_and_grads(lambda *x: window_attention(*x, **{**call, "window_size": 7}), inputs), expected, 1e-10)
+    assert_same(
+        out_and_grads(lambda *x: window_attention(*x, **{**call, "window_size": 7}), inputs),
+        expected,
+        1e-10,
+    )
 
 
 def test_a_batch_gives_what_its_samples_give():
@@ -140,15 +165,22 @@ def test_a_batch_gives_what_its_samples_give():
     whole = operator(**tensors, **call)(q, k, v, weights)
     for i in range(3):
         own = {name: x[i : i + 1] for name, x in tensors.items()}
-        torch.testing.assert_close(operator(**own, **call)(*(x[i : i + 1] for x in (q, k, v, weights)))[0], whole[i])
+        torch.testing.assert_close(
+            operator(**own, **call)(*(x[i : i + 1] for x in (q, k, v, weights)))[0], whole[i]
+        )
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_a_bad_sample_leaves_the_others_unharmed(bad):
-    inputs, call = leaves(3, 2, 21, 8), {"grid_size": (4, 5), "window_size": 3, "num_prefix_tokens": 1}
+    inputs, call = (
+        leaves(3, 2, 21, 8),
+        {"grid_size": (4, 5), "window_size": 3, "num_prefix_tokens": 1},
+    )
     call["routed_indices"] = distinct((3,), 4, 20)
     expected = out_and_grads(operator(**call), inputs)
-    harmed = [x.detach().clone().index_fill_(0, torch.tensor(1), bad).requires_grad_() for x in inputs]
+    harmed = [
+        x.detach().clone().index_fill_(0, torch.tensor(1), bad).requires_grad_() for x in inputs
+    ]
     for a, b in zip(out_and_grads(operator(**call), harmed), expected, strict=True):
         torch.testing.assert_close(a[[0, 2]], b[[0, 2]])
 
@@ -171,7 +203,10 @@ def test_masked_keys_have_no_influence(prefix):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_a_wholly_masked_row(dtype, prefix):
-    inputs = [*leaves(2, 2, prefix + 20, 8, dtype=dtype), randn(2, 3, seed=5, dtype=dtype).requires_grad_()]
+    inputs = [
+        *leaves(2, 2, prefix + 20, 8, dtype=dtype),
+        randn(2, 3, seed=5, dtype=dtype).requires_grad_(),
+    ]
     mask = torch.ones(2, prefix + 20, dtype=torch.bool)
     mask[0] = False
     call = {"grid_size": (4, 5), "window_size": 3, "num_prefix_tokens": prefix, "key_mask": mask}
@@ -209,7 +244,9 @@ def test_log_weight_of_minus_inf_removes_the_key(dtype):
 
 def test_a_repeated_query_is_refused():
     with pytest.raises(ValueError, match="query_indices: expected distinct"):
-        operator(grid_size=(4, 5), window_size=2, query_indices=torch.tensor([[3, 3, 8]]))(*leaves(1, 2, 20, 8))
+        operator(grid_size=(4, 5), window_size=2, query_indices=torch.tensor([[3, 3, 8]]))(
+            *leaves(1, 2, 20, 8)
+        )
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
@@ -236,8 +273,12 @@ def test_error_within_that_of_plain_sdpa(dtype, weighted):
     columns = torch.zeros(2, 1, 1, 204, dtype=torch.bool).scatter(-1, routed[:, :, None], True)
     bias = torch.zeros(2, 1, 204, 204).masked_fill(~((win[:, None] == win) | columns), -INF)
     if weighted:
-        bias = bias + torch.zeros(2, 1, 1, 204).scatter(-1, routed[:, :, None], weights[:, :, None].float())
-    peer = out_and_grads(lambda *x: F.scaled_dot_product_attention(*x, attn_mask=bias.to(dtype)), low)
+        bias = bias + torch.zeros(2, 1, 1, 204).scatter(
+            -1, routed[:, :, None], weights[:, :, None].float()
+        )
+    peer = out_and_grads(
+        lambda *x: F.scaled_dot_product_attention(*x, attn_mask=bias.to(dtype)), low
+    )
     ours = out_and_grads(lambda *x: operator(**call)(*x, weights), low)
     for a, b, exact_value in zip(ours, peer, truth, strict=True):
         assert a.dtype == dtype
@@ -250,8 +291,16 @@ def test_error_within_that_of_plain_sdpa(dtype, weighted):
 def test_autocast_changes_nothing(dtype, path, request):
     if path == "plain":
         request.getfixturevalue("plain_path")
-    inputs = [*leaves(1, 2, 21, 8, dtype=dtype), randn(1, 3, seed=5, dtype=torch.float32).requires_grad_()]
-    call = {"grid_size": (4, 5), "window_size": 2, "routed_indices": distinct((1,), 3, 20), "num_prefix_tokens": 1}
+    inputs = [
+        *leaves(1, 2, 21, 8, dtype=dtype),
+        randn(1, 3, seed=5, dtype=torch.float32).requires_grad_(),
+    ]
+    call = {
+        "grid_size": (4, 5),
+        "window_size": 2,
+        "routed_indices": distinct((1,), 3, 20),
+        "num_prefix_tokens": 1,
+    }
     expected = out_and_grads(operator(**call), inputs)
     with torch.autocast("cpu", torch.bfloat16):
         found = out_and_grads(operator(**call), inputs)
@@ -267,9 +316,28 @@ def test_non_contiguous():
     expected = operator(routed_indices=routed.contiguous(), key_mask=mask.contiguous(), **call)
     assert_same(
         out_and_grads(lambda x: found(*x.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2), [qkv]),
-        out_and_grads(lambda x: expected(*x.permute(2, 0, 3, 1, 4).contiguous()).transpose(1, 2).flatten(2), [qkv]),
+        out_and_grads(
+            lambda x: expected(*x.permute(2, 0, 3, 1, 4).contiguous()).transpose(1, 2).flatten(2),
+            [qkv],
+        ),
         1e-12,
     )
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("queries", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_features_that_do_not_lie_side_by_side(prefix, queries, own):
+    """A channels-first map, read as it lies: the fused kernels would read past it."""
+    inputs = [x.mT.contiguous().mT for x in leaves(2, 2, prefix + 20, 8)]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    inputs.append(randn(2, 6, seed=5).requires_grad_())
+    assert inputs[0].stride(-1) != 1
+    call = {"grid_size": (4, 5), "window_size": 3, "num_prefix_tokens": prefix}
+    call |= {"routed_indices": distinct((2,), 6, 20), "weight_own_window": own}
+    if queries:
+        call["query_indices"] = distinct((2,), 7, 20, seed=7)
+    assert_same(out_and_grads(operator(**call), inputs), out_and_grads(dense(**call), inputs))
 
 
 @pytest.mark.parametrize("prefix", [0, 2])
@@ -277,12 +345,21 @@ def test_non_contiguous():
 def test_a_batch_of_0(prefix, dtype):
     inputs = [*leaves(0, 2, prefix + 20, 8, dtype=dtype), randn(0, 3).requires_grad_()]
     call = {"grid_size": (4, 5), "window_size": 3, "num_prefix_tokens": prefix}
-    call |= {"routed_indices": torch.empty(0, 3, dtype=torch.int64), "key_mask": torch.empty(0, 20, dtype=torch.bool)}
+    call |= {
+        "routed_indices": torch.empty(0, 3, dtype=torch.int64),
+        "key_mask": torch.empty(0, 20, dtype=torch.bool),
+    }
     out, *grads = out_and_grads(operator(**call), inputs)
-    assert out.shape == (0, 2, prefix + 20, 8) and [x.shape for x in grads] == [x.shape for x in inputs]
+    assert out.shape == (0, 2, prefix + 20, 8) and [x.shape for x in grads] == [
+        x.shape for x in inputs
+    ]
 
 
 def test_no_routed_key_but_log_weights():
     inputs = [*leaves(2, 2, 20, 8), torch.empty(2, 0, dtype=torch.float64, requires_grad=True)]
-    call = {"grid_size": (4, 5), "window_size": 3, "routed_indices": torch.empty(2, 0, dtype=torch.int64)}
+    call = {
+        "grid_size": (4, 5),
+        "window_size": 3,
+        "routed_indices": torch.empty(2, 0, dtype=torch.int64),
+    }
     assert_same(out_and_grads(operator(**call), inputs), out_and_grads(dense(**call), inputs))

@@ -1,7 +1,8 @@
 """Compile the library's own kernel launches for chips that are not here, and read what they need.
 
-``recorded`` runs an operator on CPU tensors with the launches kept instead of made: kernels, arguments and options are
-those a GPU of the given architecture would get. ``build`` compiles one of them; nothing is run.
+``recorded`` runs an operator on CPU tensors with the launches kept instead of made: kernels,
+arguments and options are those a GPU of the given architecture would get. ``build`` compiles one of
+them; nothing is run.
 """
 
 import contextlib
@@ -25,7 +26,12 @@ TARGETS = {
     100: GPUTarget("cuda", 100, 32),
     942: GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 942: 64 << 10}  # bytes a block may have
+SHARED_LIMIT = {
+    80: 163 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    942: 64 << 10,
+}  # bytes a block may have
 
 _TYPES = {
     torch.float16: "fp16",
@@ -59,7 +65,8 @@ class Resources:
 
 @contextlib.contextmanager
 def recorded(architecture: int):
-    """The launches that the code inside makes, as for a GPU of ``architecture``; outputs stay uninitialised."""
+    """The launches that the code inside makes, as for a GPU of ``architecture``; outputs stay
+    uninitialised."""
     launches = []
 
     def keep(kernel, grid, *args, **options):
@@ -68,7 +75,10 @@ def recorded(architecture: int):
         bound.update({name: value for name, value in options.items() if name in names})
         launches.append(Launch(kernel, bound, {k: v for k, v in options.items() if k not in names}))
 
-    with mock.patch.object(backend, "launch", keep), mock.patch.object(backend, "architecture", lambda _: architecture):
+    with (
+        mock.patch.object(backend, "launch", keep),
+        mock.patch.object(backend, "architecture", lambda _: architecture),
+    ):
         yield launches
 
 
@@ -115,7 +125,9 @@ def build(launch: Launch, architecture: int) -> Resources:
         listing = subprocess.run(
             [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    found = re.search(rf"Function {launch.name}:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", listing)
+    found = re.search(
+        rf"Function {launch.name}:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", listing
+    )
     registers, stack, _, local = (int(x) for x in found.groups())
     return Resources(registers, stack + local, shared)
 

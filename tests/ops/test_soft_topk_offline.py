@@ -4,17 +4,19 @@ import pytest
 import torch
 
 from colt5_vision.ops import backend
-from colt5_vision.ops.soft_topk.reference import eps_schedule
+from colt5_vision.ops.soft_topk import eps_schedule
 
 pytest.importorskip("triton")
 if backend.INTERPRETED:
-    pytest.skip("the interpreter stands in for the compiler: unset TRITON_INTERPRET", allow_module_level=True)
-
-from offline import TARGETS, check, recorded
+    pytest.skip(
+        "the interpreter stands in for the compiler: unset TRITON_INTERPRET",
+        allow_module_level=True,
+    )
 
 from colt5_vision.ops.route_topk import triton as hard
 from colt5_vision.ops.soft_topk import triton as soft
 from colt5_vision.ops.soft_topk import triton_descent as descent
+from tests.support.offline import TARGETS, check, recorded
 
 SIZES = (577, 65_536, 1_000_000)
 
@@ -56,7 +58,11 @@ def test_kernels_compile(architecture):
         for found in launches_of(architecture, n).values():
             for launch in found:
                 constants = [(name, value) for name, value in launch.args.items() if name.isupper()]
-                wide = [name for name, x in launch.args.items() if isinstance(x, int) and abs(x) >= 1 << 31]
+                wide = [
+                    name
+                    for name, x in launch.args.items()
+                    if isinstance(x, int) and abs(x) >= 1 << 31
+                ]
                 key = (launch.name, *constants, *wide, *launch.options.items())
                 if key not in seen:
                     seen.add(key)

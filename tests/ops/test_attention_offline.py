@@ -2,18 +2,32 @@
 
 import pytest
 import torch
-from offline import SHARED_LIMIT, check, compiled, recorded
 
 from colt5_vision.ops import backend
 from colt5_vision.ops.routed_window_attention import triton as kernels
-from colt5_vision.ops.routed_window_attention.reference import Geometry
+from colt5_vision.ops.routed_window_attention.geometry import Geometry
+from tests.support.offline import SHARED_LIMIT, check, compiled, recorded
 
-pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="compiles, where TRITON_INTERPRET=1 interprets")
+pytestmark = pytest.mark.skipif(
+    backend.INTERPRETED, reason="compiles, where TRITON_INTERPRET=1 interprets"
+)
 
 
-def launches(architecture, head_dim, *, prefix=0, mask=False, weights=False, own=True, queries=False, dtype=None):
+def launches(
+    architecture,
+    head_dim,
+    *,
+    prefix=0,
+    mask=False,
+    weights=False,
+    own=True,
+    queries=False,
+    dtype=None,
+):
     side, keys = 64, 256
-    q, k, v = torch.empty(3, 1, prefix + side**2, 2, head_dim, dtype=dtype or torch.bfloat16).transpose(2, 3)
+    q, k, v = torch.empty(
+        3, 1, prefix + side**2, 2, head_dim, dtype=dtype or torch.bfloat16
+    ).transpose(2, 3)
     routed = torch.zeros(1, 1, keys, dtype=torch.int64)
     call = (
         routed,
@@ -38,7 +52,9 @@ def test_compiles_without_spills(head_dim, architecture):
 
 
 @pytest.mark.parametrize("architecture", SHARED_LIMIT)
-@pytest.mark.parametrize("options", [{}, {"weights": True, "own": False}, {"queries": True, "prefix": 77}])
+@pytest.mark.parametrize(
+    "options", [{}, {"weights": True, "own": False}, {"queries": True, "prefix": 77}]
+)
 def test_every_flag_compiles_without_spills(options, architecture):
     for launch in launches(architecture, 128, **options, dtype=torch.float16):
         check(launch, architecture)
@@ -47,8 +63,8 @@ def test_every_flag_compiles_without_spills(options, architecture):
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("head_dim", [40, 72])
 def test_rows_are_read_16_bytes_at_a_time(head_dim, architecture):
-    """Also where a head's stride is no multiple of 16 elements, which is what Triton looks for by itself; and the
-    chip's own tensor cores multiply them."""
+    """Also where a head's stride is no multiple of 16 elements, which is what Triton looks for by
+    itself; and the chip's own tensor cores multiply them."""
     for launch in launches(architecture, head_dim):
         if launch.name == "forward_kernel":
             ptx = compiled(launch, architecture).asm["ptx"]

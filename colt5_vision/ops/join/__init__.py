@@ -1,0 +1,3 @@
+from .api import join
+
+__all__ = ["join"]

@@ -1,0 +1,53 @@
+"""What a registered operator tells torch beside its shapes: FLOPs, refusals, overrides."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from ..routing import Routing
+
+
+def overridable(function: Callable) -> Callable:
+    """Hand a call to the class of an argument that asks for it by ``__torch_function__``.
+
+    As torch's own functions do. ``torch.fx`` records one call then, and looks at no size or value.
+    """
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        given = (*args, *kwargs.values())
+        routings = (x for x in given if isinstance(x, Routing))
+        given = (*given, *(field for routing in routings for field in routing))
+        if has_torch_function(given):
+            return handle_torch_function(call, given, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def count_flops(name: str, formula: Callable[..., int]) -> None:
+    """Let ``FlopCounterMode`` count the operator ``colt5_vision::name``.
+
+    Args:
+        formula: of the arguments, tensors given as their shapes, and of ``out_shape``.
+    """
+    operator = getattr(torch.ops.colt5_vision, name)
+    flop_registry.pop(operator, None)  # of an earlier import in this process
+    register_flop_formula(operator)(formula)
+
+
+def no_flops(*args, **kwargs) -> int:
+    """Of an operator without matrix products; torch counts no others."""
+    return 0
+
+
+def once_differentiable(operator, message: str) -> None:
+    """Refuse to differentiate ``operator``, itself a gradient, and say why."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(message)
+
+    operator.register_autograd(backward)
