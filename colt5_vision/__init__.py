@@ -1,21 +1,25 @@
 """CoLT5's conditional computation for images: attention and feed-forward that spend where it pays.
 
-The core needs torch and einops only; ``colt5_vision.models`` (timm) and ``colt5_vision.pipelines`` (diffusers) are
-imported on their own.
+The core needs torch and einops only; ``colt5_vision.models`` (timm, transformers) and
+``colt5_vision.pipelines`` (diffusers) are imported on their own, or by ``route_attention`` for a
+model of theirs.
 """
 
 from .attention import ConditionalRoutedImageAttention
-from .autoregressive import ConditionalRoutedAutoregressiveAttention
-from .autoregressive_cache import AutoregressiveCache
 from .block import ConditionalRoutedTransformerBlock
-from .convert import convert_colt5_attention_state_dict
+from .causal.attention import ConditionalRoutedAutoregressiveAttention
+from .causal.cache import AutoregressiveCache
 from .cross_attention import ConditionalRoutedCrossAttention
 from .feedforward import ConditionalRoutedFeedForward
-from .ops import topk
-from .router import CoordinateDescentRouter, Routing
+from .router import CoordinateDescentRouter
+from .routing import Routing
 from .schedule import RoutingSchedule
 from .sequence import ConditionalRoutedAttention
-from .vit import ConditionalRoutedViT
+from .swap.config import RoutedAttentionConfig
+from .swap.distill import distill_routers
+from .swap.report import RoutedAttentionReport
+from .swap.store import load_routing, save_routing
+from .swap.verb import route_attention, routed_layers, unroute_attention, why_not
 
 __version__ = "0.1.0"
 
@@ -27,10 +31,16 @@ __all__ = [
     "ConditionalRoutedFeedForward",
     "ConditionalRoutedImageAttention",
     "ConditionalRoutedTransformerBlock",
-    "ConditionalRoutedViT",
     "CoordinateDescentRouter",
+    "RoutedAttentionConfig",
+    "RoutedAttentionReport",
     "Routing",
     "RoutingSchedule",
-    "convert_colt5_attention_state_dict",
-    "topk",
+    "distill_routers",
+    "load_routing",
+    "route_attention",
+    "routed_layers",
+    "save_routing",
+    "unroute_attention",
+    "why_not",
 ]

@@ -1,83 +1,77 @@
-"""Conditionally routed attention over image maps: every token sees its window, few tokens are seen by all."""
+"""Conditionally routed attention over image maps: every token sees its window, few tokens are seen
+by all."""
 
 import functools
 
 import torch
 from torch import Tensor, nn
 
-from .branches import (
-    LightBranch,
-    RoutedAttention,
-    RoutedBranches,
-    merge_heads,
-    numbers,
-    shared_logits,
-    split_heads,
-)
+from .branches import LightBranch
 from .checks import (
     TokenCount,
+    check_count,
     check_float_tensor,
     check_int,
     check_mask,
     check_pair,
-    slots_and_counts,
+    check_token_count,
 )
-from .ops import routed_window_attention, window_attention
-from .positions import axial_rotary
-from .predecessor import check_predecessor_options
-from .router import gather_tokens
+from .init import init_weights
+from .scheduled import NARROW_SOFTMAX, NARROW_SUM, ScheduledLayer
+from .softmax_fusion import SoftmaxFusion
+from .sum_fusion import SumFusion
 
 FUSIONS = ("sum", "softmax")
 
 
-def _rotate(x: Tensor, indices: Tensor, width: int) -> Tensor:
-    """Turn x (B, heads, N, head_dim) by the places of its tokens in a map of ``width``, raster indices."""
-    return axial_rotary(x, (indices // width, indices % width))
+class ConditionalRoutedImageAttention(ScheduledLayer):
+    """Attention over a map: near tokens for all, far tokens for the few that a router picks.
 
+        (B, C, H, W) ─ tokens (B, N, C) ─┬─ window of each token ──────────────┐
+                                         ├─ router ─ few routed tokens ─ heavy ┴─ (B, C, H, W)
 
-def attend_windows(
-    qkv: Tensor, grid_size: tuple[int, int], window_size: tuple[int, int], mask: Tensor | None
-) -> Tensor:
-    """Attention inside windows, q, k, v (B, N, 3, heads, head_dim) -> (B, N, heads * head_dim)."""
-    q, k, v = qkv.transpose(1, 3).unbind(2)
-    return merge_heads(window_attention(q, k, v, grid_size=grid_size, window_size=window_size, key_mask=mask))
+    ``fusion="sum"`` (:class:`~colt5_vision.sum_fusion.SumFusion`) is CoLT5. It adds two branches of
+    separate weights, ``light(x) + scatter(gate_q · heavy(x_q, gate_kv · x_kv))``. A token that is
+    not routed gets the learned null token in place of a heavy output.
 
+    ``fusion="softmax"`` (:class:`~colt5_vision.softmax_fusion.SoftmaxFusion`) has one set of
+    weights and one softmax over window ∪ routed keys. With every token routed it *is* full
+    attention.
 
-class ConditionalRoutedImageAttention(RoutedBranches):
-    """Attention over a map: window attention for every token, full attention to (and by) a few routed ones.
-
-    ``fusion="sum"`` is CoLT5: separate weights, ``light(x) + scatter(gate_q · heavy(x_q, gate_kv · x_kv))``; a token
-    that is not routed gets the learned null token in place of a heavy output. ``fusion="softmax"`` has one set of
-    weights and one softmax over window ∪ routed keys (:func:`~colt5_vision.ops.routed_window_attention`): with every
-    token routed it *is* full attention. Routing is global over the map. Normalisation is included, the residual is not.
+    Routing is global over the map. Normalisation is included, the residual is not.
 
     Args:
         dim: channels C.
-        num_heavy_tokens_q: queries of the heavy branch, an int >= 1 (that many) or a float in (0, 1] (that share of
-            the map).
-            None: every token queries the routed keys, and there is no query router.
+        num_heavy_tokens_q: queries of the heavy branch, an int >= 1, that many, or a float in
+            (0, 1], that share of the map. None: every token queries the routed keys, and there is
+            no query router.
         num_heavy_tokens_kv: routed keys and values, likewise.
         num_routed_kv: R sets of routed keys, the heads split over them.
         has_light_attn: ``sum`` only: False: the heavy branch alone.
-        light_dim_head, light_heads, light_window_size: head width, heads and window side (int or (height, width)) of
-            the light branch.
-        heavy_dim_head, heavy_heads: of the heavy branch. ``fusion="softmax"`` has one set of heads: both must agree.
-        router_straight_through: gates of exactly 1 in forward, with the gradient of their logarithm (``log_gradient``);
-            False: the soft gates themselves. None: False for ``"sum"`` where every token queries, else True.
+        light_dim_head, light_heads: head width and heads of the light branch.
+        light_window_size: window side of the light branch, an int or (height, width).
+        heavy_dim_head, heavy_heads: of the heavy branch. ``fusion="softmax"`` has one set of heads:
+            both must agree.
+        router_straight_through: gates of exactly 1 in forward, with the gradient of their logarithm
+            (``log_gradient``); False: the soft gates themselves. None: False for ``"sum"`` where
+            every token queries, else True.
         router_kwargs: further arguments of both routers, see :class:`CoordinateDescentRouter`.
-        multiply_keys_by_score, multiply_queries_by_score: ``sum`` only: gates scale the keys (queries) too, not only
-            the values.
-        use_triton, use_flash_attn: of the predecessor: None or True, kernels are used wherever they can run.
-        use_null_q_tokens: ``sum`` only: the null token for queries that were not routed; default: where queries are
-            routed.
+        multiply_keys_by_score, multiply_queries_by_score: ``sum`` only: gates scale the keys
+            (queries) too, not only the values.
+        use_null_q_tokens: ``sum`` only: the null token for queries that were not routed. None:
+            where queries are routed.
         channel_first: (B, C, H, W); False: (B, H, W, C).
         fusion: ``"sum"`` or ``"softmax"``.
-        rotary_emb: 2-D axial rotary positions, of the heavy branch (``sum``) or of all (``softmax``).
+        rotary_emb: 2-D axial rotary positions, of the heavy branch (``sum``) or of all
+            (``softmax``).
         router: kind of both routers: ``"learned"``, ``"mean_query"``, ``"random"``, ``"grid"``.
         device, dtype: of the parameters.
 
+    Attributes:
+        attend: the :class:`SumFusion` or :class:`SoftmaxFusion`, which holds all weights.
+
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: for bad arguments.
 
     Source: CoLT5 (arXiv 2303.09752) section 3.
     """
@@ -101,9 +95,7 @@ class ConditionalRoutedImageAttention(RoutedBranches):
         router_kwargs: dict | None = None,
         multiply_keys_by_score: bool = False,
         multiply_queries_by_score: bool = False,
-        use_triton: bool | None = None,
         use_null_q_tokens: bool | None = None,
-        use_flash_attn: bool | None = None,
         channel_first: bool = True,
         fusion: str = "sum",
         rotary_emb: bool = False,
@@ -112,54 +104,73 @@ class ConditionalRoutedImageAttention(RoutedBranches):
         dtype=None,
     ):
         super().__init__()
-        check_predecessor_options(use_triton=use_triton, use_flash_attn=use_flash_attn)
-        factory = {"device": device, "dtype": dtype}
-        self.dim = check_int("dim", dim)
         if fusion not in FUSIONS:
             raise ValueError(f"fusion: expected one of {FUSIONS}, got {fusion!r}")
-        self.fusion, self.channel_first, self.rotary_emb = fusion, channel_first, rotary_emb
-        self.heads, q_count = heavy_heads, num_heavy_tokens_q
-        check_int("light_heads", light_heads)
-        check_int("light_dim_head", light_dim_head)
-        multiple = 4 if rotary_emb else None
-        self.set_counts(q_count, num_heavy_tokens_kv, heavy_heads, heavy_dim_head, num_routed_kv, multiple)
-        self.window_size = check_pair("light_window_size", light_window_size)
+        self.dim, self.fusion, self.channel_first = check_int("dim", dim), fusion, channel_first
+        self.num_heavy_tokens_q, self.num_heavy_tokens_kv = check_counts(
+            num_heavy_tokens_q, num_heavy_tokens_kv
+        )
+        window_size = check_pair("light_window_size", light_window_size)
+        for name, value in (("light_heads", light_heads), ("light_dim_head", light_dim_head)):
+            check_int(name, value)
+        if check_int("heavy_dim_head", heavy_dim_head) % 4 and rotary_emb:
+            raise ValueError(
+                f"heavy_dim_head: rotary_emb needs a multiple of 4, got {heavy_dim_head}"
+            )
 
-        self.make_routers(dim, num_routed_kv, router_kwargs, router_straight_through, router=router, **factory)
-
-        self.null_q_token = None
+        shared = {
+            "routes_queries": num_heavy_tokens_q is not None,
+            "num_routed_kv": num_routed_kv,
+            "router": router,
+            "router_kwargs": router_kwargs,
+            "router_straight_through": router_straight_through,
+            "rotary_emb": rotary_emb,
+            "device": device,
+            "dtype": dtype,
+        }
         if fusion == "softmax":
             if (light_heads, light_dim_head) != (heavy_heads, heavy_dim_head):
                 raise ValueError(
-                    "light_heads, light_dim_head: fusion='softmax' has one set of heads, expected those of the heavy "
-                    f"branch ({heavy_heads} x {heavy_dim_head}), got {light_heads} x {light_dim_head}"
+                    "light_heads, light_dim_head: fusion='softmax' has one set of heads, expected "
+                    f"those of the heavy branch ({heavy_heads} x {heavy_dim_head}), "
+                    f"got {light_heads} x {light_dim_head}"
                 )
-            if multiply_keys_by_score or multiply_queries_by_score or use_null_q_tokens or not has_light_attn:
+            scores = multiply_keys_by_score or multiply_queries_by_score
+            if scores or use_null_q_tokens or not has_light_attn:
                 raise ValueError(
-                    "multiply_keys_by_score, multiply_queries_by_score, use_null_q_tokens, has_light_attn: "
-                    "only for fusion='sum'"
+                    "multiply_keys_by_score, multiply_queries_by_score, use_null_q_tokens, "
+                    "has_light_attn: only for fusion='sum'"
                 )
-            self.norm = nn.RMSNorm(dim, eps=1e-6, **factory)
-            self.to_qkv = nn.Linear(dim, 3 * heavy_heads * heavy_dim_head, bias=False, **factory)
-            self.to_out = nn.Linear(heavy_heads * heavy_dim_head, dim, bias=False, **factory)
-            return
-        if multiply_queries_by_score and q_count is None:
-            raise ValueError("multiply_queries_by_score: needs num_heavy_tokens_q, every token is a query")
-        if use_null_q_tokens and q_count is None:
-            raise ValueError("use_null_q_tokens: needs num_heavy_tokens_q, every token is a query")
-        self.multiply_queries_by_score = multiply_queries_by_score
-        self.light_attn = None
-        if has_light_attn:
-            norm = self._light_norm(dim, **factory)
-            self.light_attn = LightBranch(dim, light_heads, light_dim_head, norm, **factory)
-        self.heavy_attn = RoutedAttention(dim, heavy_heads, heavy_dim_head, multiply_keys_by_score, **factory)
-        if q_count is not None and use_null_q_tokens is not False:
-            self.null_q_token = nn.Parameter(torch.zeros(dim, **factory))
+            self.narrowing = NARROW_SOFTMAX
+            self.attend = SoftmaxFusion(dim, heavy_heads, heavy_dim_head, window_size, **shared)
+        else:
+            factory = {"device": device, "dtype": dtype}
+            light = None
+            if has_light_attn:
+                norm = self._light_norm(dim, **factory)
+                place = {"window_size": window_size, **factory}
+                light = LightBranch(dim, light_heads, light_dim_head, norm, **place)
+            self.narrowing = NARROW_SUM
+            self.attend = SumFusion(
+                light,
+                dim,
+                heavy_heads,
+                heavy_dim_head,
+                multiply_keys_by_score=multiply_keys_by_score,
+                multiply_queries_by_score=multiply_queries_by_score,
+                use_null_q_tokens=use_null_q_tokens,
+                **shared,
+            )
+
+    def init_weights(self) -> None:
+        """Draw all weights anew, as the constructor did."""
+        init_weights(self)
 
     def extra_repr(self) -> str:
         return (
-            f"dim={self.dim}, fusion={self.fusion!r}, num_heavy_tokens_q={self.num_heavy_tokens_q}, "
-            f"num_heavy_tokens_kv={self.num_heavy_tokens_kv}, window_size={self.window_size}"
+            f"dim={self.dim}, fusion={self.fusion!r}, "
+            f"num_heavy_tokens_q={self.num_heavy_tokens_q}, "
+            f"num_heavy_tokens_kv={self.num_heavy_tokens_kv}"
         )
 
     def forward(
@@ -174,71 +185,64 @@ class ConditionalRoutedImageAttention(RoutedBranches):
 
         Args:
             x: (B, C, H, W), or (B, H, W, C) with ``channel_first=False``; any H and W.
-            mask: (B, H, W) bool, True = valid. Masked tokens are not read, not routed, and come out as 0.
-            num_heavy_tokens_q, num_heavy_tokens_kv: override the module's. A tensor (B,) is a count of each sample:
-                integers, or floats, that share of its valid tokens; at most the module's own count.
+            mask: (B, H, W) bool, True = valid. Masked tokens are not read, not routed, and come out
+                as 0.
+            num_heavy_tokens_q, num_heavy_tokens_kv: override the module's. A tensor (B,) is a count
+                of each sample: integers, or floats, that share of its valid tokens; at most the
+                module's own count.
 
         Returns:
             The shape and dtype of ``x``.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
+            TypeError, ValueError: for bad arguments.
         """
         check_float_tensor("x", x, ndim=4)
-        x = x.permute(0, 2, 3, 1) if self.channel_first else x
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"x: expected {self.dim} channels, got {x.shape[-1]} (channel_first={self.channel_first})")
-        grid_size = height, width = tuple(x.shape[1:3])
-        if height < 1 or width < 1:
-            raise ValueError(f"x: expected a map of at least one token, got H = {height}, W = {width}")
-        check_mask("mask", mask, x.shape[:3])
-        if num_heavy_tokens_q is not None and self.q_router is None:
-            raise ValueError("num_heavy_tokens_q: the module was made without a query router (num_heavy_tokens_q=None)")
-        batch = x.shape[0]
-        count_q = slots_and_counts("num_heavy_tokens_q", num_heavy_tokens_q, self.num_heavy_tokens_q, batch)
-        count_kv = slots_and_counts("num_heavy_tokens_kv", num_heavy_tokens_kv, self.num_heavy_tokens_kv, batch)
+        x = x.permute(0, 2, 3, 1) if self.channel_first else x  # (B, H, W, C)
+        self._check_map(x, mask)
+        count_q, count_kv = counts_of(self, x.shape[0], num_heavy_tokens_q, num_heavy_tokens_kv)
 
-        x = x.flatten(1, 2)
+        grid_size, x = x.shape[1:3], x.flatten(1, 2)  # (B, N, C)
         if mask is not None:
             mask = mask.flatten(1)
             x = torch.where(mask.unsqueeze(-1), x, 0)
-        attend = self._softmax if self.fusion == "softmax" else self._sum
-        out = attend(x, grid_size, mask, count_q, count_kv)
+        out = self.attend(x, tuple(grid_size), mask, count_q, count_kv)
         if mask is not None:
             out = torch.where(mask.unsqueeze(-1), out, 0)
+
         out = out.unflatten(1, grid_size)
         return out.permute(0, 3, 1, 2) if self.channel_first else out
 
-    def _sum(
-        self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, count_q: tuple, count_kv: tuple
-    ) -> Tensor:
-        near = functools.partial(attend_windows, grid_size=grid_size, window_size=self.window_size, mask=mask)
-        rotate = functools.partial(_rotate, width=grid_size[1]) if self.rotary_emb else None
-        return self.sum_of_branches(x, grid_size, mask, count_q, count_kv, near, rotate)
+    def _check_map(self, x: Tensor, mask: Tensor | None) -> None:
+        """``x`` is (B, H, W, C), ``mask`` (B, H, W)."""
+        batch, height, width, channels = x.shape
+        if channels != self.dim:
+            raise ValueError(
+                f"x: expected {self.dim} channels, got {channels} "
+                f"(channel_first={self.channel_first})"
+            )
+        if height < 1 or width < 1:
+            raise ValueError(
+                f"x: expected a map of at least one token, got H = {height}, W = {width}"
+            )
+        check_mask("mask", mask, (batch, height, width))
 
-    def _softmax(
-        self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None, count_q: tuple, count_kv: tuple
-    ) -> Tensor:
-        to_q, to_kv = shared_logits(self.q_router, self.kv_router, x)
-        routed_q = self.route_queries(x, grid_size, mask, count_q, to_q)
-        q, k, v = (split_heads(t, self.heads) for t in self.to_qkv(self.norm(x)).chunk(3, -1))
-        if self.kv_router.router == "mean_query":
-            to_kv = {"query": q, "key": k}
-        routed_kv = self.kv_router(x, **numbers(*count_kv), mask=mask, grid_size=grid_size, **to_kv)
-        if self.rotary_emb:
-            everywhere = torch.arange(x.shape[1], device=x.device)
-            q, k = _rotate(q, everywhere, grid_size[1]), _rotate(k, everywhere, grid_size[1])
-            if torch.is_grad_enabled():
-                v = v.contiguous()  # a view would keep the q and k of before until backward
-        call = {"grid_size": grid_size, "window_size": self.window_size, "key_mask": mask}
-        routed = {
-            "routed_indices": torch.where(routed_kv.mask, routed_kv.indices, -1),
-            "log_weights": routed_kv.log_weights,
-        }
-        if routed_q is None:
-            return self.to_out(merge_heads(routed_window_attention(q, k, v, **routed, **call)))
-        # a routed query sees window ∪ routed keys, any other its window: its gate blends between the two
-        out = merge_heads(window_attention(q, k, v, **call))
-        both = merge_heads(routed_window_attention(q, k, v, **routed, **call, query_indices=routed_q.indices))
-        gain = (both - gather_tokens(out, routed_q.indices)) * routed_q.gates.to(out.dtype).unsqueeze(-1)
-        return self.to_out(out.scatter_add(1, routed_q.indices.unsqueeze(-1).expand_as(gain), gain))
+
+def check_counts(queries, keys) -> tuple[TokenCount | None, TokenCount]:
+    """A layer's own ``num_heavy_tokens_q`` and ``num_heavy_tokens_kv``."""
+    if queries is not None:
+        queries = check_token_count("num_heavy_tokens_q", queries)
+    return queries, check_token_count("num_heavy_tokens_kv", keys)
+
+
+def counts_of(layer: ScheduledLayer, batch: int, queries, keys):
+    """The :class:`Count` of queries and of keys of a call, against those of the layer."""
+    own = layer.queries_now(layer.num_heavy_tokens_q)
+    if queries is not None and own is None:
+        raise ValueError(
+            "num_heavy_tokens_q: the module was made without a query router "
+            "(num_heavy_tokens_q=None)"
+        )
+    count_q = check_count("num_heavy_tokens_q", queries, own, batch)
+    own = layer.keys_now(layer.num_heavy_tokens_kv)
+    return count_q, check_count("num_heavy_tokens_kv", keys, own, batch)

@@ -1,23 +1,50 @@
 """Argument checks shared by the public functions and modules.
 
-Every error names the argument, what was expected and what came. Checks read Python values and tensor metadata
-only, unless said otherwise, so they cost nothing on an accelerator and stay out of a compiled graph.
+Every error names the argument, what was expected and what came. Checks read Python values and
+tensor metadata only, unless said otherwise, so they cost nothing on an accelerator and stay out of
+a compiled graph.
 """
 
 import math
 import numbers
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._torch_internals import has_values
 
 TokenCount = int | float
 """An int >= 1, that many tokens, or a float in (0, 1], that share of the map."""
 
 
+ROUTERS = ("learned", "sampled", "grouped", "mean_query", "random", "grid", "window")
+"""Every kind of routing there is; a layer or a swap takes some of them."""
+
+
+def check_router(router, allowed: tuple[str, ...]) -> str:
+    """``router`` as one of the kinds ``allowed``, which are among :data:`ROUTERS`."""
+    if router not in allowed:
+        raise ValueError(f"router: expected one of {allowed}, got {router!r}")
+    return router
+
+
+def check_heads(heads_name: str, heads, routes_name: str, routes) -> None:
+    """``heads`` is a number of heads that divides over ``routes``."""
+    if check_int(heads_name, heads) % check_int(routes_name, routes):
+        raise ValueError(
+            f"{routes_name}: {heads} {heads_name} are not divisible by {routes} routes"
+        )
+
+
 def check_int(name: str, value, *, minimum: int = 1) -> int:
     """``value`` as an int of at least ``minimum``."""
+    if isinstance(value, Tensor) and torch.jit.is_tracing():  # a size, as torch.jit.trace has it
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
-        raise TypeError(f"{name}: expected an integer >= {minimum}, got {value!r} ({type(value).__name__})")
+        raise TypeError(
+            f"{name}: expected an integer >= {minimum}, got {value!r} ({type(value).__name__})"
+        )
     if value < minimum:
         raise ValueError(f"{name}: expected an integer >= {minimum}, got {value}")
     return value if isinstance(value, torch.SymInt) else int(value)
@@ -27,16 +54,24 @@ def check_pair(name: str, value, *, minimum: int = 1) -> tuple[int, int]:
     """``value`` (an int, or two of them) as a (height, width) pair."""
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
-            raise ValueError(f"{name}: expected an integer or a (height, width) pair, got {value!r}")
-        return check_int(f"{name}[0]", value[0], minimum=minimum), check_int(f"{name}[1]", value[1], minimum=minimum)
+            raise ValueError(
+                f"{name}: expected an integer or a (height, width) pair, got {value!r}"
+            )
+        return check_int(f"{name}[0]", value[0], minimum=minimum), check_int(
+            f"{name}[1]", value[1], minimum=minimum
+        )
     return (check_int(name, value, minimum=minimum),) * 2
 
 
 def check_positive(name: str, value) -> float:
     """``value`` as a finite float above 0."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
-        raise TypeError(f"{name}: expected a positive number, got {value!r} ({type(value).__name__})")
-    if not 0 < value < math.inf:  # NaN fails too; comparisons stay in a compiled graph, math.isfinite would not
+        raise TypeError(
+            f"{name}: expected a positive number, got {value!r} ({type(value).__name__})"
+        )
+    if (
+        not 0 < value < math.inf
+    ):  # NaN fails too; comparisons stay in a compiled graph, math.isfinite would not
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
     return value
 
@@ -64,7 +99,8 @@ def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
 
 
 def check_token_count(name: str, value) -> TokenCount:
-    """``value`` as a token count: an int >= 1 (that many) or a float in (0, 1] (that share of the map)."""
+    """``value`` as a token count: an int >= 1 (that many) or a float in (0, 1] (that share of the
+    map)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
             f"{name}: expected an int >= 1 (that many tokens) or a float in (0, 1] (that share), "
@@ -78,51 +114,78 @@ def check_token_count(name: str, value) -> TokenCount:
 
 
 def token_count(name: str, value: TokenCount, num_tokens: int) -> int:
-    """Resolve a token count against a map of ``num_tokens``; a count above that means every token."""
+    """Resolve a token count against a map of ``num_tokens``; a count above that means every
+    token."""
     value = check_token_count(name, value)
+    if isinstance(num_tokens, Tensor):  # a size, as torch.jit.trace has it
+        num_tokens = int(num_tokens)
     if isinstance(value, float):
         value = max(1, round(value * num_tokens))
     return min(value, num_tokens)
 
 
-def slots_and_counts(name: str, value, own: TokenCount, batch: int) -> tuple[TokenCount, Tensor | None]:
-    """A token count given with a call, against a module's own: the number of slots, and each sample's number or None.
+class Count(NamedTuple):
+    """How many tokens to route.
+
+    Attributes:
+        slots: an int, that many, or a float, that share of the tokens: the same for every sample.
+        filled: (B,) how many of its slots each sample fills: integers, or floats, that share of its
+            valid tokens. None: all of them.
+    """
+
+    slots: TokenCount
+    filled: Tensor | None = None
+
+
+def check_count(name: str, value, own: TokenCount, batch: int) -> Count:
+    """A token count given with a call, against a module's own.
 
     Args:
         name: of the argument, for errors.
-        value: None (the module's own), a token count, or a tensor (batch,): integers, that many tokens of each sample,
-            or floats in (0, 1], that share of its valid tokens. A tensor leaves the slots at the module's own count,
-            so that shapes do not hang on values; what exceeds them is cut.
+        value: None (the module's own), a token count, or a tensor (batch,), see :class:`Count`. A
+            tensor leaves the slots at the module's own count, so that shapes do not hang on values.
+            What exceeds them is cut.
         own: the module's count.
         batch: number of samples.
     """
     if value is None:
-        return own, None
+        return Count(own)
     if not isinstance(value, Tensor):
-        return check_token_count(name, value), None
+        return Count(check_token_count(name, value))
+    check_filled(name, value, batch)
+    return Count(own, value)
+
+
+def check_filled(name: str, value, batch: int) -> Tensor:
+    """``value`` as counts (batch,) of each sample: integers >= 1 or floats in (0, 1]."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor of shape ({batch},) or None, got {type(value).__name__}"
+        )
     if value.dtype == torch.bool or value.is_complex():
         raise TypeError(f"{name}: expected integers or floats, got {value.dtype}")
     if tuple(value.shape) != (batch,):
-        raise ValueError(f"{name}: expected a number or a tensor of shape ({batch},), got shape {tuple(value.shape)}")
-    if value.device.type == "cpu" and value.numel() and not torch.compiler.is_compiling():
-        if value.is_floating_point():
-            good, expected = (value > 0) & (value <= 1), "shares in (0, 1]"
-        else:
-            good, expected = value >= 1, "integers >= 1"
+        raise ValueError(
+            f"{name}: expected a number or a tensor of shape ({batch},), "
+            f"got shape {tuple(value.shape)}"
+        )
+    # reading values costs nothing on the CPU; elsewhere it would be a host sync
+    if value.numel() and has_values(value):
+        shares = value.is_floating_point()
+        good = (value > 0) & (value <= 1) if shares else value >= 1
         if not bool(good.all()):
+            expected = "shares in (0, 1]" if shares else "integers >= 1"
             raise ValueError(f"{name}: expected {expected}, got {value.tolist()}")
-    return own, value
+    return value
 
 
-def filled_slots(name: str, counts, slots: int, x: Tensor, mask: Tensor | None) -> Tensor:
-    """(B,) int64 in [1, slots]: how many slots each sample of x (B, N, C) fills, of checked x and mask (B, N).
+def filled_slots(filled: Tensor, slots: int, num_tokens: int, mask: Tensor | None) -> Tensor:
+    """(B,) int64 in [1, slots]: how many slots each sample fills.
 
-    ``counts`` is the second part of :func:`slots_and_counts`; shares are of the valid tokens, rounded, at least one.
+    ``filled`` is that of a :class:`Count`, ``mask`` (B, N). Shares are of the valid tokens,
+    rounded, at least one.
     """
-    if not isinstance(counts, Tensor):
-        raise TypeError(f"{name}: expected a tensor of shape ({x.shape[0]},) or None, got {type(counts).__name__}")
-    counts = slots_and_counts(name, counts, slots, x.shape[0])[1].to(x.device)
-    return share_of(counts, x.shape[1] if mask is None else mask.sum(-1)).clamp(1, slots)
+    return share_of(filled, num_tokens if mask is None else mask.sum(-1)).clamp(1, slots)
 
 
 def share_of(counts: Tensor, total: int | Tensor) -> Tensor:

@@ -3,19 +3,19 @@
 import torch
 from torch import Tensor, nn
 
-from .branches import own_output
 from .checks import (
     TokenCount,
+    check_count,
     check_float_tensor,
     check_int,
     check_mask,
     check_positive,
     check_token_count,
-    slots_and_counts,
 )
-from .ops import gated_scatter_add_
-from .predecessor import check_predecessor_options
-from .router import CoordinateDescentRouter, gather_tokens, router_options
+from .init import init_weights
+from .ops import join
+from .router import CoordinateDescentRouter, check_router_kwargs
+from .routing import gather_tokens
 
 
 def feed_forward(dim: int, mult: float, device=None, dtype=None) -> nn.Sequential:
@@ -33,19 +33,22 @@ def feed_forward(dim: int, mult: float, device=None, dtype=None) -> nn.Sequentia
 class ConditionalRoutedFeedForward(nn.Module):
     """``light(x) + scatter(gate · heavy(x_routed))``, normalisation included, residual not.
 
+        x ─┬─ light_ff, every token ─────────────────┐
+           └─ router ─ routed tokens ─ heavy_ff ─────┴─ join ─ out
+
     Args:
         dim: width C.
         num_heavy_tokens: tokens that get the heavy branch, an int >= 1 or a share in (0, 1].
         light_ff_mult, heavy_ff_mult: hidden width over ``dim``.
-        router_straight_through: gates of exactly 1 in forward; False: the soft gates themselves. None: True.
+        router_straight_through: gates of exactly 1 in forward; False: the soft gates themselves.
+            None: True.
         router: kind of router, see :class:`CoordinateDescentRouter`.
         router_kwargs: further arguments of the router.
-        use_triton: of the predecessor: None or True, kernels are used wherever they can run.
         channel_first: maps come as (B, C, H, W); False: (B, H, W, C).
         device, dtype: of the parameters.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: for bad arguments.
 
     Source: CoLT5 (arXiv 2303.09752) section 3.1.
     """
@@ -60,59 +63,70 @@ class ConditionalRoutedFeedForward(nn.Module):
         router_straight_through: bool | None = None,
         router: str = "learned",
         router_kwargs: dict | None = None,
-        use_triton: bool | None = None,
         channel_first: bool = True,
         device=None,
         dtype=None,
     ):
         super().__init__()
-        check_predecessor_options(use_triton=use_triton)
         factory = {"device": device, "dtype": dtype}
         self.dim = check_int("dim", dim)
         self.num_heavy_tokens = check_token_count("num_heavy_tokens", num_heavy_tokens)
         self.channel_first = channel_first
-        options = router_options(router_kwargs, "the feed-forward has one route")
-        straight_through = True if router_straight_through is None else router_straight_through
-        self.router = CoordinateDescentRouter(dim, straight_through, router=router, **options, **factory)
+
+        straight = True if router_straight_through is None else router_straight_through
+        options = check_router_kwargs(router_kwargs, "the feed-forward has one route")
+        self.router = CoordinateDescentRouter(dim, straight, router=router, **options, **factory)
         self.light_ff = feed_forward(dim, check_positive("light_ff_mult", light_ff_mult), **factory)
         self.heavy_ff = feed_forward(dim, check_positive("heavy_ff_mult", heavy_ff_mult), **factory)
 
+    def init_weights(self) -> None:
+        """Draw all weights anew, as the constructor did."""
+        init_weights(self)
+
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, num_heavy_tokens: TokenCount | Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        num_heavy_tokens: TokenCount | Tensor | None = None,
     ) -> Tensor:
         """Map x to the same shape.
 
         Args:
             x: tokens (B, N, C), or a map (B, C, H, W) (``channel_first``) or (B, H, W, C).
-            mask: (B, N) or (B, H, W) bool, True = valid. Masked tokens are not read, not routed, and come out as 0.
-            num_heavy_tokens: overrides the module's. A tensor (B,) is a count of each sample: integers, or floats, that
-                share of its valid tokens; at most the module's own count.
+            mask: (B, N) or (B, H, W) bool, True = valid. Masked tokens are not read, not routed,
+                and come out as 0.
+            num_heavy_tokens: overrides the module's. A tensor (B,) is a count of each sample:
+                integers, or floats, that share of its valid tokens; at most the module's own count.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
+            TypeError, ValueError: for bad arguments.
         """
         check_float_tensor("x", x)
         if x.ndim not in (3, 4):
-            raise ValueError(f"x: expected (B, N, C) or a map of 4 dimensions, got shape {tuple(x.shape)}")
-        if x.ndim == 3:
-            return self._tokens(x, mask, num_heavy_tokens, None)
-        x = x.permute(0, 2, 3, 1) if self.channel_first else x
-        height, width = x.shape[1:3]
-        check_mask("mask", mask, x.shape[:3])
-        flat = None if mask is None else mask.flatten(1)
-        out = self._tokens(x.flatten(1, 2), flat, num_heavy_tokens, (height, width)).unflatten(1, (height, width))
-        return out.permute(0, 3, 1, 2) if self.channel_first else out
-
-    def _tokens(self, x: Tensor, mask: Tensor | None, count, grid_size: tuple[int, int] | None) -> Tensor:
+            raise ValueError(
+                f"x: expected (B, N, C) or a map of 4 dimensions, got shape {tuple(x.shape)}"
+            )
+        channel_first = self.channel_first and x.ndim == 4
+        x = x.permute(0, 2, 3, 1) if channel_first else x
         if x.shape[-1] != self.dim:
             raise ValueError(f"x: expected {self.dim} channels, got {x.shape[-1]}")
-        check_mask("mask", mask, x.shape[:2])
+        check_mask("mask", mask, x.shape[:-1])
+        count = check_count("num_heavy_tokens", num_heavy_tokens, self.num_heavy_tokens, x.shape[0])
+
+        if x.ndim == 3:
+            return self._tokens(x, mask, count, (1, x.shape[1]))
+        grid_size = tuple(x.shape[1:3])
+        mask = None if mask is None else mask.flatten(1)
+        out = self._tokens(x.flatten(1, 2), mask, count, grid_size).unflatten(1, grid_size)
+        return out.permute(0, 3, 1, 2) if channel_first else out
+
+    def _tokens(self, x: Tensor, mask: Tensor | None, count, grid_size) -> Tensor:
+        """x (B, N, C), mask (B, N) -> (B, N, C)."""
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), x, 0)
-        slots, counts = slots_and_counts("num_heavy_tokens", count, self.num_heavy_tokens, x.shape[0])
-        # an empty slot has a gate of 0: it leaves the token it points at as it was
-        routing = self.router(x, num_tokens=slots, counts=counts, mask=mask, grid_size=grid_size)
-        indices, gates = routing.indices.squeeze(1), routing.gates.squeeze(1)
-        light, heavy = self.light_ff(x), self.heavy_ff(gather_tokens(x, indices))
-        out = gated_scatter_add_(own_output(light, self.light_ff), heavy, indices, gates=gates)
+        place = {"mask": mask, "grid_size": grid_size}
+        routing = self.router(x, num_tokens=count.slots, counts=count.filled, **place).only_route()
+        heavy = self.heavy_ff(gather_tokens(x, routing.indices))
+        out = join(self.light_ff(x), heavy, routing)
         return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)

@@ -4,10 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_float_tensor
+from .ops.dtypes import wide_dtype
 
 
-def mean_query_logits(query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """What the mean query attends to: ``log softmax_j(mean_i(q_i) · k_j · scale)`` of each head, in O(N).
+def mean_query_logits(
+    query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """What the mean query attends to: ``log softmax_j(mean_i(q_i) · k_j · scale)`` of each head, in
+    O(N).
 
     Args:
         query, key: (B, heads, N, head_dim).
@@ -17,13 +21,17 @@ def mean_query_logits(query: Tensor, key: Tensor, mask: Tensor | None = None, sc
     Returns:
         (B, heads, N), float32 (float64 for float64).
     """
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(query)
     if mask is None:
         mean = query.to(wide).mean(2, keepdim=True)
     else:
         valid = mask[:, None, :, None]
-        mean = query.to(wide).masked_fill(~valid, 0).sum(2, keepdim=True) / valid.sum(2, keepdim=True).clamp_min(1)
-    logits = (mean @ key.to(wide).mT).squeeze(2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        mean = query.to(wide).masked_fill(~valid, 0).sum(2, keepdim=True) / valid.sum(
+            2, keepdim=True
+        ).clamp_min(1)
+    logits = (mean @ key.to(wide).mT).squeeze(2) * (
+        query.shape[-1] ** -0.5 if scale is None else scale
+    )
     if mask is not None:
         logits = logits.masked_fill(~mask.unsqueeze(1), torch.finfo(wide).min)
     return logits.log_softmax(-1)
@@ -52,7 +60,11 @@ def route_by_mean_query(
         query = key = query.expand(-1, num_routes, -1, -1)
     for name, tensor in (("query", query), ("key", key)):
         check_float_tensor(name, tensor, ndim=4)
-        if tensor.shape[0] != x.shape[0] or tensor.shape[2] != x.shape[1] or tensor.shape != query.shape:
+        if (
+            tensor.shape[0] != x.shape[0]
+            or tensor.shape[2] != x.shape[1]
+            or tensor.shape != query.shape
+        ):
             expected = f"({x.shape[0]}, heads, {x.shape[1]}, head_dim), the same for both"
             raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
     heads = query.shape[1]

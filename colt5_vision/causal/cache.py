@@ -5,29 +5,32 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .causal_routing import Threshold, best_keys, key_limit, query_threshold
-from .router import CoordinateDescentRouter
-
-Count = tuple[int, Tensor | None]  # slots, and how many of them each sample uses
+from ..checks import Count
+from ..router import CoordinateDescentRouter
+from .routing import Threshold, best_keys, key_limit, query_threshold
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoregressiveCache:
-    """What :class:`ConditionalRoutedAutoregressiveAttention` must know of the tokens so far to go on.
+    """What :class:`ConditionalRoutedAutoregressiveAttention` must know of the tokens so far to go
+    on.
 
-    Its size depends on the windows and the number of routed keys, not on the number of tokens so far. It is never
-    changed in place: one cache may be continued in several ways.
+    Its size depends on the windows and the number of routed keys, not on the number of tokens so
+    far. It is never changed in place: one cache may be continued in several ways.
 
     Attributes:
         position: tokens so far, padding included.
-        light: (2, B, P, heads, head_dim) keys and values of the light branch, of at most two windows; ``light_valid``
-            (B, P) bool.
-        routed: (B, K, R, heads / R, 2, head_dim) keys and values that the window in progress attends to, of each route,
-            with ``routed_logits``, ``routed_valid``, ``routed_used`` (see :class:`RoutedKeys`) and ``routed_gates``
-            (None: 1), all (B, R, K). ``past`` (B,): valid tokens before that window.
-        pending: (B, o, R, heads / R, 2, head_dim) keys and values of the window in progress, with ``pending_logits``
-            (B, R, o), ``pending_queries`` (B, o) (logits; None: every token is a query) and ``pending_valid`` (B, o).
-        threshold: of the window before, for queries. ``used`` (B,): queries routed in the window in progress.
+        light: (2, B, P, heads, head_dim) keys and values of the light branch, of at most two
+            windows; ``light_valid`` (B, P) bool.
+        routed: (B, K, R, heads / R, 2, head_dim) keys and values that the window in progress
+            attends to, of each route, with ``routed_logits``, ``routed_valid``, ``routed_used``
+            (see :class:`RoutedKeys`) and ``routed_gates`` (None: 1), all (B, R, K). ``past`` (B,):
+            valid tokens before that window.
+        pending: (B, o, R, heads / R, 2, head_dim) keys and values of the window in progress, with
+            ``pending_logits`` (B, R, o), ``pending_queries`` (B, o) (logits; None: every token is a
+            query) and ``pending_valid`` (B, o).
+        threshold: of the window before, for queries. ``used`` (B,): queries routed in the window in
+            progress.
         count_q, count_kv: the numbers of tokens that the sequence was begun with.
     """
 
@@ -50,27 +53,40 @@ class AutoregressiveCache:
     count_kv: Count
 
     def select(self, samples: Tensor) -> "AutoregressiveCache":
-        """The cache of ``samples``, int64 indices of any number: for beam search, or to drop what is finished."""
+        """The cache of ``samples``, int64 indices of any number: for beam search, or to drop what
+        is finished."""
 
         def pick(name: str, value):
             if isinstance(value, Threshold):
                 return Threshold(*(pick(name, part) for part in value))
             if isinstance(value, tuple):
-                return tuple(pick(name, part) for part in value)
-            return value.index_select(int(name == "light"), samples) if isinstance(value, Tensor) else value
+                return Count(*(pick(name, part) for part in value))
+            return (
+                value.index_select(int(name == "light"), samples)
+                if isinstance(value, Tensor)
+                else value
+            )
 
-        return type(self)(**{f.name: pick(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)})
+        return type(self)(
+            **{f.name: pick(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)}
+        )
 
 
 def check_cache(cache, module, batch: int, counts: tuple) -> None:
-    """``cache`` fits the module and a batch of that many samples; ``counts`` given with the call are none."""
+    """``cache`` fits the module and a batch of that many samples; ``counts`` given with the call
+    are none."""
     if not isinstance(cache, AutoregressiveCache):
-        raise TypeError(f"cache: expected an AutoregressiveCache, as the module returns, got {type(cache).__name__}")
+        raise TypeError(
+            "cache: expected an AutoregressiveCache, as the module returns, got "
+            f"{type(cache).__name__}"
+        )
     if any(count is not None for count in counts):
-        raise ValueError("num_heavy_tokens_q, num_heavy_tokens_kv: a cache keeps those that it began with")
+        raise ValueError(
+            "num_heavy_tokens_q, num_heavy_tokens_kv: a cache keeps those that it began with"
+        )
     heavy, light = module.heavy_attn, module.light_attn
     expected = [
-        (batch, heavy.routes, heavy.heads // heavy.routes, 2, heavy.null_kv.shape[-1]),
+        (batch, heavy.routes, heavy.heads // heavy.routes, 2, heavy.null_key.kv.shape[-1]),
         (2, batch, light.heads, light.to_out.in_features // light.heads),
         (module.q_router is not None and cache.count_q is not None,),
     ]
@@ -81,15 +97,20 @@ def check_cache(cache, module, batch: int, counts: tuple) -> None:
     ]
     if got != expected:
         raise ValueError(
-            "cache: expected one of this module and batch, (samples, routes, heads of a route, 2, head_dim) = "
-            f"{expected[0]}, light (2, samples, heads, head_dim) = {expected[1]}, got {got[0]} and {got[1]}"
+            "cache: expected one of this module and batch, (samples, routes, heads of a route, 2, "
+            "head_dim) = "
+            f"{expected[0]}, light (2, samples, heads, head_dim) = {expected[1]}, got {got[0]} "
+            f"and {got[1]}"
         )
 
 
 def rolled_over(
-    cache: AutoregressiveCache, q_router: CoordinateDescentRouter | None, kv_router: CoordinateDescentRouter
+    cache: AutoregressiveCache,
+    q_router: CoordinateDescentRouter | None,
+    kv_router: CoordinateDescentRouter,
 ) -> AutoregressiveCache:
-    """The window in progress is full: its tokens become candidates for keys, its logits the next threshold."""
+    """The window in progress is full: its tokens become candidates for keys, its logits the next
+    threshold."""
     logits = torch.cat([cache.routed_logits, cache.pending_logits], 2)
     valid = cache.pending_valid.unsqueeze(1).expand(cache.pending_logits.shape)
     valid = torch.cat([cache.routed_valid, valid], 2)
@@ -110,7 +131,9 @@ def rolled_over(
         "pending_valid": cache.pending_valid[:, :0],
     }
     if cache.count_q is not None:
-        threshold = query_threshold(q_router, cache.pending_queries, cache.pending_valid, *cache.count_q)
+        threshold = query_threshold(
+            q_router, cache.pending_queries, cache.pending_valid, *cache.count_q
+        )
         used = torch.zeros_like(cache.used)
         fresh.update(threshold=threshold, used=used, pending_queries=cache.pending_queries[:, :0])
     return dataclasses.replace(cache, **fresh)

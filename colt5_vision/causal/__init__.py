@@ -1,0 +1,1 @@
+"""The autoregressive attention: its branches, its routing and its cache."""

@@ -1,0 +1,88 @@
+"""What an import needs, and what it brings along."""
+
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import colt5_vision
+
+BLOCKED = ("timm", "diffusers", "torchvision", "triton")
+
+# None in sys.modules: an import raises ModuleNotFoundError, and find_spec, by which torch looks for
+# triton, finds nothing
+BLOCK = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED}))\n"
+
+USE = """
+import torch, colt5_vision
+module = colt5_vision.ConditionalRoutedTransformerBlock(
+    8, num_heavy_attn_tokens_q=4, num_heavy_attn_tokens_kv=4, num_heavy_ff_tokens=4,
+    light_window_size=3,
+)
+module(torch.randn(2, 8, 5, 6)).sum().backward()
+print("done")
+"""
+
+
+def python(code, cwd):
+    """Run in a fresh interpreter, from another folder."""
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_core_needs_torch_and_einops_only(tmp_path):
+    done = python(BLOCK + USE, tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("room", "needs", "use"),
+    [
+        ("models", "timm", "from colt5_vision.models import Colt5VisionTransformer"),
+        ("pipelines", "diffusers", "import colt5_vision.pipelines"),
+    ],
+)
+def test_a_room_without_its_library_says_what_to_install(room, needs, use, tmp_path):
+    done = python(BLOCK + use, tmp_path)
+    assert done.returncode != 0
+    assert f"colt5_vision.{room} needs {needs}: pip install" in done.stderr
+
+
+def test_the_core_never_imports_an_adapter_library():
+    files = [
+        path
+        for path in Path(colt5_vision.__file__).parent.rglob("*.py")
+        if path.relative_to(Path(colt5_vision.__file__).parent).parts[0]
+        not in ("models", "pipelines")
+    ]
+    assert len(files) > 10
+    pattern = re.compile(
+        r"^\s*(?:import|from)\s+(timm|diffusers|torchvision|transformers|colt5_attention)\b",
+        re.MULTILINE,
+    )
+    assert not {str(path): found for path in files if (found := pattern.findall(path.read_text()))}
+
+
+@pytest.mark.parametrize("name", ["models", "pipelines"])
+def test_no_generic_package_reaches_the_path(name, tmp_path):
+    done = python(f"import {name}", tmp_path)
+    assert done.returncode != 0 and f"No module named '{name}'" in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+def test_models_is_a_room_of_the_package_and_registers_with_timm(tmp_path):
+    code = "import timm, colt5_vision.models; print(*timm.list_models('colt5_*'), sep='\\n')"
+    done = python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split(), "no colt5_* model is registered"
+
+
+def test_public_names():
+    assert set(colt5_vision.__all__) <= set(dir(colt5_vision))
+    assert colt5_vision.__version__ == importlib.metadata.version("colt5-vision")
+    assert all(getattr(colt5_vision, name).__doc__ for name in colt5_vision.__all__)
