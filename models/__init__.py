@@ -1,24 +1,21 @@
-"""timm backbones of routed attention; importing ``colt5_vision.models`` registers ``colt5_*`` with timm."""
+"""timm backbones of routed attention, and which layers of timm and transformers can be routed.
 
-try:
-    import timm  # noqa: F401
-except ImportError as error:
-    raise ImportError("colt5_vision.models needs timm: pip install 'colt5-vision[timm]'") from error
+Importing ``colt5_vision.models`` registers ``colt5_*`` with timm, where timm is installed.
+"""
 
-from .colt5_pyramid import Colt5Pyramid
-from .colt5_vit import Colt5VisionTransformer
-from .distill import distill_routers
-from .routed_attention import routed_layers
-from .store import load_routed_attention, save_routed_attention
-from .swap import route_attention, unroute_attention
+import importlib.util
 
-__all__ = [
-    "Colt5Pyramid",
-    "Colt5VisionTransformer",
-    "distill_routers",
-    "load_routed_attention",
-    "route_attention",
-    "routed_layers",
-    "save_routed_attention",
-    "unroute_attention",
-]
+if importlib.util.find_spec("timm") is not None:
+    from .colt5_pyramid import Colt5Pyramid
+    from .colt5_vit import Colt5VisionTransformer
+
+    __all__ = ["Colt5Pyramid", "Colt5VisionTransformer"]
+else:
+    __all__ = []
+
+    def __getattr__(name: str):
+        if name in ("Colt5Pyramid", "Colt5VisionTransformer"):
+            raise ImportError(
+                "colt5_vision.models needs timm: pip install 'colt5-vision[timm]'"
+            ) from None
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

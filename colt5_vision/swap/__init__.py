@@ -1,0 +1,1 @@
+"""Pretrained weights: attention trained in full, run routed; one file a step."""

@@ -1,0 +1,371 @@
+"""Training the routers of a routed model, and nothing else, against its own full attention, layer
+by layer."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..checks import TokenCount, check_int, check_positive, token_count
+from ..ops import routed_window_attention
+from ..ops.autocast import without_autocast
+from ..ops.dtypes import wide_dtype
+from ..store import save_atomically
+from .reroute import RoutedLayer
+from .sampling import inclusion_gates
+from .verb import routed_layers
+from .volume import window_of_token
+from .window import check_window, window_of_grid
+
+__all__ = ["distill_routers"]
+
+
+def sampling_error(logits: Tensor, cost: Tensor, count: TokenCount) -> Tensor:
+    """(B,) expected squared error of the attention output when ``count`` keys are sampled by
+    ``logits``, up to a factor.
+
+    A key sampled with probability π_j and weighted 1/π_j adds a variance of
+    ``(1/π_j - 1) · cost_j``, where ``cost_j`` is what a query's output loses without the key,
+    squared and summed over queries (delta method of the ratio of sums).
+
+    Args:
+        logits, cost: (B, N).
+    """
+    slots = token_count("num_heavy_tokens_kv", count, logits.shape[-1])
+    gates = inclusion_gates(logits, slots, None).clamp_min(1e-12)
+    return ((1 / gates - 1) * cost).sum(-1)
+
+
+class Teacher:
+    """Stands in for the routed attention of a layer: gives the full attention's output and trains
+    the router on it."""
+
+    def __init__(self, num_queries: int):
+        self.num_queries = num_queries
+        self.generator = torch.Generator()
+        self.errors: dict[RoutedLayer, tuple[float, float]] = {}
+
+    def __call__(
+        self,
+        layer: RoutedLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        grid_size: tuple[int, ...],
+        num_prefix_tokens: int,
+        features: Tensor,
+        key_mask: Tensor | None,
+        pair_bias,
+        scale: float | None,
+        window_size: int | tuple[int, ...] | None = None,
+        num_heavy_tokens_kv: TokenCount | None = None,
+        num_heavy_tokens_q: TokenCount | None = None,  # every query tells what it needs
+    ) -> Tensor:
+        if key_mask is not None:
+            raise ValueError("attn_mask: distillation takes whole images, got a mask")
+        attention = layer.attention
+        window = attention.window_size if window_size is None else window_size
+        window = window_of_grid(check_window("window_size", window), grid_size)
+        count = (
+            attention.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
+        )
+        how = {"num_prefix_tokens": num_prefix_tokens, "pair_bias": pair_bias, "scale": scale}
+        where = {"grid_size": grid_size, "window_size": window}
+
+        # what full attention gives, and what it would lose without each key
+        out = _full(q, k, v, **how, **where)
+        with without_autocast(q.device.type):
+            cost = self._cost(q, k, v, out, **how, **where)
+
+        # the router's error, over that of the router as it began
+        with torch.enable_grad(), without_autocast(q.device.type):
+            logits = attention.logits(attention.importance(q, k, v, **how, **where), features)
+            error = sampling_error(logits, cost, count).mean()
+            base = (logits - attention.correct(features)).detach()
+            reference = sampling_error(base, cost, count).mean()
+            (error / reference.clamp_min(1e-30)).backward()
+        self.errors[layer] = (error.item(), reference.item())
+        return out
+
+    def _cost(
+        self, q, k, v, out, *, num_prefix_tokens, pair_bias, scale, grid_size, window_size
+    ) -> Tensor:
+        """(B, N): sum over heads and sampled queries outside key j's window of
+        ``(p_ij |v_j - o_i|)²``."""
+        # some queries of the map, their attention
+        prefix, tokens = num_prefix_tokens, math.prod(grid_size)
+        rows = torch.randperm(tokens, generator=self.generator)[: self.num_queries].to(q.device)
+        at = rows + prefix
+        # half precision overflows unscaled
+        wide = wide_dtype(q)
+        query = q[:, :, at].to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        logits = query @ k.to(wide).mT
+        if pair_bias is not None:
+            every = torch.arange(k.shape[2], device=q.device)
+            bias = pair_bias(at.view(1, 1, 1, -1, 1), every.view(1, 1, 1, 1, -1))
+            logits = logits + bias.squeeze(2)
+        p = logits.softmax(-1)[..., prefix:]
+
+        # squared distance of each value from the output
+        values, o = v[:, :, prefix:].to(wide), out[:, :, at].to(wide)
+        squares = values.square().sum(-1).unsqueeze(2) + o.square().sum(-1, keepdim=True)
+        distance = (squares - 2 * o @ values.mT).clamp_min(0)
+
+        window = window_of_token(grid_size, window_size, q.device)
+        outside = window[rows].unsqueeze(-1) != window
+        return (p.square() * distance * outside).sum((1, 2))
+
+
+def _full(q, k, v, *, num_prefix_tokens, pair_bias, scale, grid_size, window_size) -> Tensor:
+    """Full attention, with nothing of size N x N."""
+    if pair_bias is None:
+        return scaled_dot_product_attention(q, k, v, scale=scale)
+    tokens = math.prod(grid_size)
+    every = torch.arange(tokens, device=q.device).expand(q.shape[0], -1)
+    return routed_window_attention(
+        q,
+        k,
+        v,
+        routed_indices=every,
+        grid_size=(tokens // grid_size[-1], grid_size[-1]),
+        window_size=window_size[-2:],
+        num_prefix_tokens=num_prefix_tokens,
+        pair_bias=pair_bias,
+        scale=scale,
+    )
+
+
+def distill_routers(
+    model: nn.Module,
+    inputs: Iterable[Tensor | Mapping[str, Any]],
+    *,
+    steps: int = 100,
+    lr: float = 3e-3,
+    num_queries: int = 256,
+    seed: int = 0,
+    checkpoint: str | os.PathLike | None = None,
+    save_every: int = 20,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train the learned routers of a routed model to match the outputs of full attention, layer by
+    layer.
+
+    The model is frozen and runs with full attention; every layer's router minimises the expected
+    squared error that sampling by its logits makes in that layer's output. Routers start as
+    ``"sampled"``. Layers train on maps of at least ``min_tokens``, with the settings that the
+    schedule gives them. In a process group the processes' gradients are averaged; the first one
+    shows the bar and saves.
+
+    Args:
+        model: a timm, transformers or diffusers model through
+            :func:`~colt5_vision.route_attention` with ``router="learned"``. Its mode and its
+            parameters' ``requires_grad`` come back as they were.
+        inputs: what ``model`` takes, on its device: tensors, or mappings of its arguments by name;
+            an iterable that starts over, a list or a data loader. It is repeated until ``steps``.
+            In a process group, this process's own.
+        steps: batches to train on.
+        lr: learning rate of Adam, cosine to 0.
+        num_queries: queries per image and step that stand for all.
+        seed: of the queries drawn.
+        checkpoint: file to resume from if it is there, and to save to every ``save_every`` steps
+            and on interruption.
+        save_every: see ``checkpoint``.
+        progress: show a bar.
+
+    Returns:
+        One dict a step, name of a layer to its error over that of ``"sampled"`` (below 1: better).
+
+    Raises:
+        TypeError, ValueError: naming the argument; a checkpoint of other layers or settings; an
+            error that is not finite, before it reaches a router.
+
+    Source: layer-wise distillation (FitNets, arXiv 1412.6550); optimal sampling by Neyman (1934).
+    """
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("distill_routers needs tqdm: pip install tqdm") from error
+
+    # checks
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a model, such as pipe.unet, got {type(model).__name__}")
+    if isinstance(inputs, (Tensor, Mapping)) or not isinstance(inputs, Iterable):
+        raise TypeError(f"inputs: expected an iterable of batches, got one {type(inputs).__name__}")
+    for name, value in (("steps", steps), ("num_queries", num_queries), ("save_every", save_every)):
+        check_int(name, value)
+    check_int("seed", seed, minimum=0)
+    check_positive("lr", lr)
+    layers = {
+        n: one for n, one in routed_layers(model).items() if one.attention.router == "learned"
+    }
+    if not layers:
+        raise ValueError(
+            "model: has no learned router, expected one that went through "
+            "route_attention(router='learned')"
+        )
+
+    # what is trained, how, and what a checkpoint must agree with
+    routers = nn.ModuleDict({name.replace(".", "/"): one.attention for name, one in layers.items()})
+    settings: dict[str, Any] = {"steps": steps, "lr": lr, "num_queries": num_queries, "seed": seed}
+    for name, one in layers.items():
+        settings[name] = repr(one.attention) + json.dumps(one.config.to_dict(), sort_keys=True)
+    optimizer = torch.optim.Adam(routers.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    history: list[dict[str, float]] = []
+    rank = distributed.get_rank() if _several() else 0
+
+    def save() -> None:
+        if checkpoint is not None and rank == 0:
+            state = {"routers": routers, "optimizer": optimizer, "schedule": schedule}
+            state = {name: part.state_dict() for name, part in state.items()}
+            state |= {"history": history, "settings": settings}
+            save_atomically(Path(checkpoint), lambda path: torch.save(state, path))
+
+    # the model stands still, its layers have a teacher
+    frozen = {p: p.requires_grad for p in model.parameters()}
+    training, teacher = {m: m.training for m in model.modules()}, Teacher(num_queries)
+    model.eval().requires_grad_(False)
+    for layer in layers.values():
+        layer.teacher = teacher
+    bar = tqdm(total=steps, desc="distil routers", disable=not progress or rank > 0)
+    try:
+        if checkpoint is not None and Path(checkpoint).exists():
+            _resume(Path(checkpoint), settings, routers, optimizer, schedule, history)
+            bar.update(len(history))
+        _start_alike(routers)
+        batches = _repeat(inputs, skip=len(history))
+        while len(history) < steps:
+            optimizer.zero_grad(set_to_none=True)
+            teacher.errors.clear()
+            # of the step and the process: resuming changes nothing
+            teacher.generator.manual_seed(seed + 1_000_003 * len(history) + 7_919 * rank)
+            with torch.no_grad():
+                _run(model, next(batches))
+            ratios = _ratios(teacher, layers, len(history))
+            _average_gradients(routers)
+            optimizer.step()
+            schedule.step()
+            history.append(ratios)
+            bar.update()
+            error = sum(ratios.values()) / len(ratios)
+            bar.set_postfix(error_vs_sampled=f"{error:.3f}")
+            if len(history) % save_every == 0 or len(history) == steps:
+                save()
+    except KeyboardInterrupt:
+        save()
+        raise
+    finally:
+        bar.close()
+        for layer in layers.values():
+            layer.teacher = None
+        optimizer.zero_grad(set_to_none=True)
+        for parameter, requires_grad in frozen.items():
+            parameter.requires_grad_(requires_grad)
+        for module, mode in training.items():
+            module.training = mode
+    return history
+
+
+def _run(model: nn.Module, batch: Any) -> None:
+    """Run a model on one of the inputs."""
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, Tensor):
+        model(batch)
+    else:
+        raise TypeError(
+            "inputs: expected tensors or mappings of the model's arguments, got "
+            f"{type(batch).__name__}; of (images, labels), give the images"
+        )
+
+
+def _ratios(teacher: Teacher, layers: dict[str, RoutedLayer], step: int) -> dict[str, float]:
+    """Each layer's error over that of ``"sampled"``."""
+    if not teacher.errors:
+        raise ValueError(f"inputs: batch {step} reached no map that is routed")
+    names = {layer: name for name, layer in layers.items()}
+    ratios = {
+        names[layer]: error / max(reference, 1e-30)
+        for layer, (error, reference) in teacher.errors.items()
+    }
+    wrong = [name for name, ratio in ratios.items() if not math.isfinite(ratio)]
+    if wrong:
+        raise ValueError(f"inputs: batch {step} gives an error that is not finite in {wrong[0]}")
+    return ratios
+
+
+def _several() -> bool:
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
+
+
+def _start_alike(routers: nn.Module) -> None:
+    if _several():
+        for parameter in routers.parameters():
+            distributed.broadcast(parameter.data, 0)
+
+
+def _average_gradients(routers: nn.Module) -> None:
+    if _several():
+        for parameter in routers.parameters():
+            if parameter.grad is None:  # of a layer that this process's map was too small for
+                parameter.grad = torch.zeros_like(parameter)
+            distributed.all_reduce(parameter.grad)
+            parameter.grad /= distributed.get_world_size()
+
+
+def _repeat(batches: Iterable, skip: int):
+    """Batches over and over, from the one after ``skip``."""
+    count = 0
+    while True:
+        before = count
+        for batch in batches:
+            count += 1
+            if count > skip:
+                yield batch
+        if count == before:
+            raise ValueError(
+                "inputs: expected an iterable of batches that starts over, got none (left)"
+            )
+
+
+def _resume(
+    path: Path, settings: dict, routers: nn.Module, optimizer, schedule, history: list
+) -> None:
+    try:
+        state = torch.load(path, weights_only=True)
+        saved, own, before = state["routers"], routers.state_dict(), state["settings"]
+        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
+            raise KeyError(f"its layers are {sorted({k.split('.')[0] for k in saved})}")
+    except (
+        RuntimeError,
+        KeyError,
+        EOFError,
+        OSError,
+        TypeError,
+        AttributeError,
+        UnpicklingError,
+    ) as error:
+        raise ValueError(
+            f"checkpoint: {path} does not belong to these routers or is damaged: {error}"
+        ) from error
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{name}: expected that of the checkpoint {path}, {before.get(name)}, got {value}"
+            )
+    routers.load_state_dict(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    history += state["history"]

@@ -1,0 +1,140 @@
+"""A few queries of a map that attend to everything: how much each key matters, and what routed
+attention gets wrong."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..ops.autocast import without_autocast
+from ..ops.dtypes import wide_dtype
+from ..ops.grid import window_of_token
+from ..ops.routed_window_attention.gathered import PairBias
+from ..positions import morton_order
+
+_PROBES = 64  # spread over the map
+_CHUNK = 32  # of them at once
+# of the interpolation between them, over the mean square distance of their queries from the mean
+_SHARPNESS = 4.0
+
+
+class Probes(NamedTuple):
+    """What :func:`probe` finds for n queries."""
+
+    rows: Tensor  # (n,) raster indices
+    valid: Tensor  # (B, 1 or heads, n, 1) bool, False for a masked query, or one that sees nothing
+    out: Tensor  # (B, heads, n, head_dim), their full attention, float32 (float64 for float64)
+    importance: Tensor  # (B, N), log
+
+
+@torch.no_grad()
+def probe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid_size: tuple[int, int],
+    window_size: tuple[int, int],
+    num_prefix_tokens: int = 0,
+    key_mask: Tensor | None = None,
+    pair_bias: PairBias | None = None,
+    scale: float | None = None,
+    curve: Tensor | None = None,
+) -> Probes:
+    """Full attention of a few queries spread over the map; O(N).
+
+    From it, the log of each key's importance, its root mean square part in the outputs beyond its
+    own window: a query's attention times the distance of the key's value from their mean, over
+    heads and queries of other windows. Sampled with probabilities in that proportion, keys make
+    about the least expected squared error.
+
+    Args:
+        q, k, v: (B, heads, P + N, head_dim).
+        window_size: (height, width).
+        grid_size, num_prefix_tokens, key_mask, pair_bias, scale: see
+            :func:`~colt5_vision.ops.routed_window_attention`.
+        curve: (M,) raster indices along which the queries are spread; default: a Z-order curve.
+
+    Source: optimal allocation (Neyman 1934), to a ratio of sums.
+    """
+    prefix, length = num_prefix_tokens, k.shape[2]
+    wide = wide_dtype(q)
+    lowest, tiny = torch.finfo(wide).min, torch.finfo(wide).tiny
+    tokens = length - prefix
+    curve = morton_order(*grid_size, q.device) if curve is None else curve
+    count = min(_PROBES, curve.shape[0])
+    rows = curve[(torch.arange(count, device=q.device) * 2 + 1) * curve.shape[0] // (2 * count)]
+    window = window_of_token(*grid_size, window_size, q.device)
+    beyond = window[rows].unsqueeze(-1) != window
+    at = rows + prefix
+    every = torch.arange(length, device=q.device).view(1, 1, 1, 1, -1)
+    squared = torch.zeros(*k.shape[:2], tokens, dtype=wide, device=q.device)
+    outs, valids = [], []
+    with without_autocast(q.device.type):
+        query = q[:, :, at].to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        valid = torch.ones(q.shape[0], 1, count, 1, dtype=torch.bool, device=q.device)
+        key, value = k.to(wide).contiguous().mT, v.to(wide)
+        if (
+            key_mask is not None
+        ):  # a masked token asks for nothing and gives nothing, whatever stands in it
+            valid = key_mask[:, None, at, None]
+            query = query.masked_fill(~valid, 0)
+            value = value.masked_fill(~key_mask[:, None, :, None], 0)
+        for start in range(0, count, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            logits, sees = query[:, :, part] @ key, valid[:, :, part]
+            if pair_bias is not None:
+                logits = logits + pair_bias(at[part].view(1, 1, 1, -1, 1), every).squeeze(2)
+            if key_mask is not None:
+                logits = logits.masked_fill(~key_mask[:, None, None], lowest)
+            if key_mask is not None or pair_bias is not None:
+                logits = logits.clamp_min(lowest)  # a row of -inf would give NaN
+                sees = sees & (logits.amax(-1, keepdim=True) > lowest / 2)
+            attention = logits.softmax(-1)
+            outs.append(attention @ value)
+            valids.append(sees)
+            squared = squared + (attention[..., prefix:] * (beyond[part] & sees)).square().sum(2)
+        value, weight = value[:, :, prefix:], squared.sqrt().unsqueeze(2)
+        mean = weight @ value / weight.sum(-1, keepdim=True).clamp_min(tiny)
+        importance = (squared * (value - mean).square().sum(-1)).sum(1).clamp_min(tiny).log() / 2
+    return Probes(rows, torch.cat(valids, 2), torch.cat(outs, 2), importance)
+
+
+@torch.no_grad()
+def correction(probes: Probes, estimate: Tensor, q: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """What is missing to full attention: known at the probes, for all others the mean over probes
+    with like queries.
+
+    An estimate from one sample of keys errs alike for like queries.
+
+    Args:
+        estimate: (B, heads, n, head_dim), what the probes got.
+        q: (B, heads, P + N, head_dim).
+
+    Returns:
+        (B, heads, N, head_dim), in the dtype of ``q``.
+
+    Source: kernel regression (Nadaraya 1964, Watson 1964), with a Gaussian kernel.
+    """
+    wide, image = probes.out.dtype, q[:, :, num_prefix_tokens:]
+    with without_autocast(q.device.type):
+        error = (probes.out - estimate.to(wide)).masked_fill(~probes.valid, 0)
+        query = image[:, :, probes.rows].to(wide).masked_fill(~probes.valid, 0)
+        count = probes.valid.sum(2, keepdim=True).clamp_min(1)
+        mean = query.sum(2, keepdim=True) / count
+        key = (query - mean).masked_fill(~probes.valid, 0)
+        square = key.square().sum(-1, keepdim=True)
+        least = 1e-6 * mean.square().sum(-1, keepdim=True)
+        spread = (square.sum(2, keepdim=True) / count).maximum(least)
+        # queries that are all zero are all alike
+        alike = spread < torch.finfo(wide).tiny ** 0.5
+        unit = spread.masked_fill(alike, 1).rsqrt().masked_fill(alike, 0)
+        image = ((image.to(wide) - mean) * unit).to(q.dtype)
+        key = (2 * _SHARPNESS * unit * key).to(q.dtype)
+        # -sharpness |q - q_p|², in that unit, but for what is the same for all probes
+        bias = (-_SHARPNESS * unit.square() * square).to(q.dtype)
+        bias = bias.masked_fill(~probes.valid, torch.finfo(q.dtype).min).mT
+        return scaled_dot_product_attention(
+            image, key, error.to(q.dtype), attn_mask=bias, scale=1.0
+        )

@@ -1,0 +1,103 @@
+"""What is routed, what is not and why, and what has happened since."""
+
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+
+from .config import BY_SCHEDULE, TOO_SMALL
+
+_COUNTING = threading.Lock()
+_ASKED_FOR = (TOO_SMALL, BY_SCHEDULE)
+
+
+class Calls:
+    """How often one layer attended, since it was routed or the counters were reset.
+
+    Calls in a compiled graph are not counted, nor those in a copy of the model.
+
+    Attributes:
+        routed: calls that were routed.
+        exact: calls with full attention, by the reason.
+    """
+
+    def __init__(self):
+        self.routed = 0
+        self.exact: Counter[str] = Counter()
+        self.warned = False
+
+    def count(self, reason: str | None) -> None:
+        """A call: routed (None), or exact for a reason."""
+        with _COUNTING:
+            if reason is None:
+                self.routed += 1
+            else:
+                self.exact[reason] += 1
+
+    def reset(self) -> None:
+        with _COUNTING:
+            self.routed = 0
+            self.exact.clear()
+
+    def warn_if_never_routed(self, name: str, reasons: list[str]) -> None:
+        """Say once that a layer's forward did not route, if none ever did and nobody asked for
+        that."""
+        unwanted = [reason for reason in reasons if reason not in _ASKED_FOR]
+        if self.routed or self.warned or not unwanted:
+            return
+        self.warned = True
+        warnings.warn(
+            f"{name} is routed, and still ran with full attention: {unwanted[0]}; the report's "
+            "calls tell how often",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def __repr__(self) -> str:
+        return f"Calls(routed={self.routed}, exact={dict(self.exact)})"
+
+
+class RoutedAttentionReport(dict):
+    """Names of the routed layers and the tokens they see at ``sample_size`` (None: unknown before a
+    run).
+
+    Attributes:
+        exact: names of the other attention layers, and why each keeps full attention.
+        layer_calls: by name of each layer that may be routed, its live :class:`Calls`. A layer too
+            small for routing at ``sample_size`` is among them.
+    """
+
+    def __init__(
+        self,
+        routed: Mapping[str, int | None],
+        exact: Mapping[str, str],
+        layer_calls: Mapping[str, Calls],
+    ):
+        super().__init__(routed)
+        self.exact = dict(exact)
+        self.layer_calls = dict(layer_calls)
+
+    @property
+    def calls(self) -> Calls:
+        """The counters of all layers together, as they are now."""
+        total = Calls()
+        for calls in self.layer_calls.values():
+            total.routed += calls.routed
+            total.exact.update(calls.exact)
+        return total
+
+    def reset_calls(self) -> None:
+        """Set the counters to 0."""
+        for calls in self.layer_calls.values():
+            calls.reset()
+
+    def __str__(self) -> str:
+        lines = [f"{len(self)} layers routed, {len(self.exact)} as they were"]
+        for name, tokens in self.items():
+            lines.append(f"  {name}: {'?' if tokens is None else f'{tokens:,}'} tokens")
+        lines += [f"  {name}: full attention, {reason}" for name, reason in self.exact.items()]
+        calls = self.calls
+        if calls.routed or calls.exact:
+            lines.append(f"calls since: {calls.routed} routed, {calls.exact.total()} exact")
+            lines += [f"  {count} exact: {reason}" for reason, count in calls.exact.most_common()]
+        return "\n".join(lines)

@@ -1,0 +1,370 @@
+"""route_attention on every family: the original at 1.0, no trace after unroute, nothing touched by
+an error."""
+
+import copy
+import io
+import sys
+
+import pytest
+import timm
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from colt5_vision import route_attention, routed_layers, unroute_attention
+from colt5_vision.swap import probes
+from tests.support.swap_cases import (
+    CASES,
+    build,
+    every_family,
+    gradients,
+    image,
+    routed,
+    some,
+    trace,
+    unrouted,
+)
+
+eager = sys.modules["colt5_vision.ops.routed_window_attention.eager"]
+
+
+@every_family
+def test_every_key_routed_is_the_original_and_fewer_differ(case, monkeypatch):
+    monkeypatch.setattr(
+        probes, "_PROBES", 2
+    )  # of maps as small as these every token would be a probe, and exact
+    model, x = build(case), image(case)
+    with torch.no_grad():
+        expected = model(x)
+        assert expected.std() > 0.1
+        torch.testing.assert_close(routed(model, 1.0)(x), expected, rtol=1e-10, atol=1e-10)
+        found = routed(unrouted(model))(x)
+    assert (found - expected).abs().max() > 1e-3
+    assert found.isfinite().all()
+
+
+@every_family
+def test_every_key_routed_is_the_original_in_single_precision(case):
+    model, x = build(case, torch.float32), image(case, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(routed(model, 1.0)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@every_family
+def test_gradients_are_the_originals_when_every_key_is_routed(case):
+    model, x = build(case), image(case)
+    expected = gradients(model, x)
+    assert all(grad.any() for grad in expected.values())
+    found = gradients(routed(model, 1.0), x)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@every_family
+def test_gradients_reach_every_parameter_when_few_keys_are_routed(case):
+    found = gradients(routed(build(case)), image(case))
+    assert [
+        n
+        for n, grad in found.items()
+        if grad is None or not grad.any() or not grad.isfinite().all()
+    ] == []
+
+
+@every_family
+def test_unroute_leaves_no_trace(case):
+    model, x = build(case), image(case)
+    embed = getattr(model, "patch_embed", None) or getattr(model, "embeds", model)
+    embed.register_forward_hook(lambda *_: None)  # the user's own stays
+    with torch.no_grad():
+        expected = model(x)
+        before, state = trace(model), {k: v.clone() for k, v in model.state_dict().items()}
+        routed(model, num_heavy_tokens_q=0.5)
+        assert trace(model) != before
+        assert list(model.state_dict()) == list(state)
+        model(x)
+        unroute_attention(model)
+        assert trace(model) == before
+        assert len(embed._forward_hooks) == 1
+        assert torch.equal(model(x), expected)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@every_family
+def test_a_batch_gives_what_its_samples_give(case):
+    model, x = routed(build(case), num_heavy_tokens_q=0.5), image(case, batch=3)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(x), torch.cat([model(one) for one in x.split(1)]), rtol=1e-9, atol=1e-9
+        )
+
+
+@some("vit", "dinov2-registers", "eva02", "beit", "sam", "volo")
+def test_copies_and_pickles_route_on_their_own(case):
+    model, x = routed(build(case), router="learned"), image(case)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    with torch.no_grad():
+        expected = model(x)
+        for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+            assert list(routed_layers(twin)) == list(routed_layers(model))
+            assert torch.equal(twin(x), expected)
+            unroute_attention(twin)
+            assert not torch.equal(twin(x), expected)
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("router", ["sampled", "learned", "mean_query", "random", "grid", "window"])
+def test_every_router_runs_and_keeps_the_mode_and_dtype(router):
+    case = CASES["vit"]
+    model, x = build(case, torch.bfloat16).train(), image(case, dtype=torch.bfloat16)
+    routed(model, router=router)
+    assert all(layer.attention.router == router for layer in routed_layers(model).values())
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert model(x).isfinite().all()
+
+
+def test_routers_choose_differently():
+    case = CASES["vit"]
+    x = image(case)
+    with torch.no_grad():
+        outs = [
+            routed(build(case), router=r)(x)
+            for r in ("sampled", "mean_query", "random", "grid", "window")
+        ]
+        assert torch.equal(routed(build(case), router="learned")(x), outs[0])
+    assert all((a - b).abs().max() > 1e-4 for i, a in enumerate(outs) for b in outs[:i])
+
+
+def test_layers_are_chosen_by_index_negative_index_and_name():
+    case = CASES["sam"]
+    names = ["blocks.1.attn", "blocks.2.attn"]  # the first block attends in windows
+    assert list(routed_layers(routed(build(case)))) == names
+    for layers, expected in (
+        ([0], names[:1]),
+        ([-1], names[1:]),
+        (["blocks.1.attn"], names[:1]),
+        ((1, -2), names),
+    ):
+        model = routed(build(case), layers=layers)
+        assert sorted(routed_layers(model)) == expected
+    model = routed(build(CASES["vit"]), layers=iter([1]))
+    assert list(routed_layers(model)) == ["blocks.1.attn"]
+
+
+def make(name, **args):
+    return lambda: timm.create_model(name, **args).eval()
+
+
+VIT = ("vit_tiny_patch16_224", {"depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 5})
+BAD = {
+    "swin": (
+        make("swin_tiny_patch4_window7_224"),
+        {},
+        ValueError,
+        r"WindowAttention: it attends in windows of its own \(12\)",
+    ),
+    "cait": (make("cait_xxs24_224"), {}, ValueError, "TalkingHeadAttn: it mixes heads"),
+    "resnet": (make("resnet18"), {}, ValueError, "no attention over a map that is known"),
+    "pit": (make("pit_ti_224"), {}, ValueError, "no patch embedding around it"),
+    "differential": (make("vit_dlittle_patch16_reg1_gap_256"), {}, ValueError, "DiffAttention"),
+    "small": (None, {"min_tokens": 1000}, ValueError, "196 tokens: fewer tokens than min_tokens"),
+    "config": (None, {"config": {}}, TypeError, "config: expected a RoutedAttentionConfig"),
+    "unknown": (None, {"window": 3}, TypeError, "window: expected an argument among"),
+    "router": (None, {"router": "oracle"}, ValueError, "router: expected one of .* got 'oracle'"),
+    "window": (None, {"window_size": 0}, ValueError, "window_size"),
+    "count": (None, {"num_heavy_tokens_kv": 0}, ValueError, "num_heavy_tokens_kv"),
+    "share": (None, {"num_heavy_tokens_kv": 1.5}, ValueError, "num_heavy_tokens_kv"),
+    "queries": (None, {"num_heavy_tokens_q": -1}, ValueError, "num_heavy_tokens_q"),
+    "index": (None, {"layers": [0, 2]}, ValueError, r"layers: expected indices in \[0, 2\), got 2"),
+    "negative": (None, {"layers": [-3]}, ValueError, "layers: expected indices"),
+    "name": (
+        None,
+        {"layers": ["blocks.0"]},
+        ValueError,
+        r"layers: 'blocks\.0' is no layer that can be routed; there are blocks\.0\.attn",
+    ),
+    "bool": (None, {"layers": [True]}, TypeError, "layers: expected names, patterns or indices"),
+    "float": (None, {"layers": [1.0]}, TypeError, "layers: expected names, patterns or indices"),
+    "one index": (None, {"layers": 0}, TypeError, "layers: expected names, patterns or indices"),
+    "nested": (None, {"layers": [[0]]}, TypeError, "layers: expected names, patterns or indices"),
+    "empty": (None, {"layers": []}, ValueError, "layers: expected at least one"),
+    "string": (None, {"layers": "blocks.0.attn"}, TypeError, "layers: .*'blocks.0.attn'"),
+}
+
+
+@pytest.mark.parametrize(("build_model", "how", "error", "match"), BAD.values(), ids=BAD)
+def test_an_error_leaves_the_model_untouched(build_model, how, error, match):
+    model = (build_model or make(*VIT[:1], **VIT[1]))()
+    before = trace(model)
+    with pytest.raises(error, match=match):
+        routed(model, **how)
+    assert trace(model) == before
+    with pytest.raises(ValueError, match="nothing is routed"):
+        unroute_attention(model)
+
+
+def test_routed_twice_is_an_error_and_keeps_the_first():
+    model, x = routed(build(CASES["vit"]), layers=[0]), image(CASES["vit"])
+    with torch.no_grad():
+        expected, before = model(x), trace(model)
+        with pytest.raises(ValueError, match="routed already"):
+            routed(model, layers=[1])
+        assert trace(model) == before
+        assert torch.equal(model(x), expected)
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module or .*got str"):
+        routed("vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    ("extra", "call", "reason"),
+    [
+        ({}, {"is_causal": True}, "causal attention"),
+        ({"attn_drop_rate": 0.5}, {}, "dropout of attention weights"),
+        ({"patch_drop_rate": 0.5}, {}, "18 keys are not a map of 5 x 7 tokens"),
+    ],
+)
+def test_what_cannot_be_routed_is_exact_counted_and_told(extra, call, reason):
+    """Causal attention, and what training drops."""
+    model, x = build(CASES["vit"], **extra).train(), image(CASES["vit"])
+    torch.manual_seed(0)
+    expected = model(x, **call)
+    report = route_attention(model, window_size=3, num_heavy_tokens_kv=0.25, min_tokens=0)
+    torch.manual_seed(0)
+    with pytest.warns(RuntimeWarning, match="blocks.0.attn is routed, and still ran.*full"):
+        assert torch.equal(model(x, **call), expected)
+    assert report.calls.routed == 0
+    assert [reason in found for found in report.calls.exact] == [True]
+    assert report.calls.exact.total() == 2
+
+
+def test_calls_are_counted_and_a_layer_that_was_routed_once_warns_no_more(recwarn):
+    model, x = build(CASES["vit"]), image(CASES["vit"])
+    report = route_attention(model, window_size=3, num_heavy_tokens_kv=0.25, min_tokens=0)
+    assert list(report) == ["blocks.0.attn", "blocks.1.attn"] and report.exact == {}
+    assert report["blocks.0.attn"] == 35
+    with torch.no_grad():
+        model(x)
+        model(x, is_causal=True)
+    assert report.calls.routed == 2 and report.calls.exact == {"causal attention": 2}
+    assert routed_layers(model)["blocks.0.attn"].calls is report.layer_calls["blocks.0.attn"]
+    assert "2 routed, 2 exact" in str(report) and "2 exact: causal attention" in str(report)
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+    report.reset_calls()
+    assert report.calls.routed == 0 and not report.calls.exact
+
+
+def test_small_maps_stay_exact_without_a_word(recwarn):
+    model, x = build(CASES["vit"]), image(CASES["vit"])
+    with torch.no_grad():
+        expected = model(x)
+        report = route_attention(model, sample_size=(640, 640))
+        assert report == {"blocks.0.attn": 1600, "blocks.1.attn": 1600}
+        assert torch.equal(model(x), expected)
+    assert report.calls.exact == {"fewer tokens than min_tokens": 2}
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+def test_fused_attention_can_be_switched_off_and_is_given_back():
+    model, x = build(CASES["vit"]), image(CASES["vit"])
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    with torch.no_grad():
+        expected = model(x)
+        report = route_attention(model, window_size=3, num_heavy_tokens_kv=0.25, min_tokens=0)
+        found = model(x)
+        model.blocks[0].attn.fused_attn = False  # by anyone: routing goes on
+        assert torch.equal(model(x), found)
+        assert report.calls.routed == 4
+        unroute_attention(model)
+        assert torch.equal(model(x), expected)
+    assert not any(block.attn.fused_attn for block in model.blocks)
+
+
+def test_beit_at_another_size_than_its_table_is_an_error_until_resized():
+    case = CASES["beit"]
+    model, x = routed(build(case), 1.0), image(case, size=(112, 80))
+    model.patch_embed.strict_img_size = False
+    with torch.no_grad():
+        with pytest.raises(
+            ValueError, match="5 x 7 tokens of the relative position table.*set_input_size"
+        ):
+            model(x)  # as many tokens, another map
+        model.set_input_size((112, 80))
+        found = model(x)
+        torch.testing.assert_close(found, unrouted(model)(x), rtol=1e-9, atol=1e-9)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return out
+
+
+@pytest.fixture
+def largest(monkeypatch):
+    """A mode that looks inside the registered operator as well."""
+    mode = Largest()
+
+    def seen(function):
+        def run(*args):
+            with mode:
+                return function(*args)
+
+        return run
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(eager, name, seen(getattr(eager, name)))
+    return mode
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [("vit", 64), ("sam", 64), ("deit3", 32), ("beit", 32), ("eva02", 32)]
+)
+def test_nothing_as_large_as_the_attention_matrix_is_made(name, side, largest):
+    case, size = CASES[name], (4 * side, 4 * side)
+    depth = 3 if name == "sam" else 1
+    model = build(
+        case, torch.float32, img_size=size, patch_size=4, embed_dim=16, depth=depth, num_heads=1
+    )
+    routed(model, 1 / 64, window_size=8 if side == 64 else 4)
+    with largest:
+        model.forward_features(
+            image(case, batch=1, size=size, dtype=torch.float32)
+        ).sum().backward()
+    assert side**2 < largest.numel < side**4
+
+
+def test_the_originals_sam_makes_the_whole_matrix(largest):
+    model = build(
+        CASES["sam"], torch.float32, img_size=128, embed_dim=16, num_heads=1, patch_size=4
+    )
+    with largest, torch.no_grad():
+        model(image(CASES["sam"], batch=1, size=(128, 128), dtype=torch.float32))
+    assert largest.numel >= 32**4
+
+
+def test_hieras_tokens_are_found_in_their_units():
+    """timm's own way back to a raster says where each token is."""
+    case, seen = CASES["hiera"], []
+    model = routed(build(case), 1.0)
+    for layer in routed_layers(model).values():
+        original = layer.route
+        layer.route = lambda *args, original=original: seen.append(args[1].site) or original(*args)
+    with torch.no_grad():
+        model(image(case))
+    names = list(routed_layers(model))
+    assert names == ["blocks.3.attn", "blocks.4.attn", "blocks.6.attn"]
+    for name, site in zip(names, seen):
+        place = torch.arange(site.tokens).view(1, -1, 1)
+        raster = model.reroll(place, int(name.split(".")[1])).flatten()
+        order = torch.arange(site.tokens) if site.order is None else site.order[0]
+        assert torch.equal(raster, order)
