@@ -1,4 +1,5 @@
-"""diffusers UNets to train with CoLT5's light and heavy branches, in place of attention that has weights already."""
+"""diffusers UNets to train with CoLT5's light and heavy branches, in place of attention that has
+weights already."""
 
 from collections.abc import Sequence
 
@@ -6,6 +7,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from colt5_vision._torch_internals import put_hook
 from colt5_vision.attention import ConditionalRoutedImageAttention
 from colt5_vision.checks import (
     TokenCount,
@@ -13,41 +15,50 @@ from colt5_vision.checks import (
     check_int,
     check_positive,
 )
-from colt5_vision.reroute import BlockMarker, MapSize
+from colt5_vision.swap.config import RoutedAttentionConfig
+from colt5_vision.swap.site import EntranceHook, ExitHook, MarkHook, Scope
+from colt5_vision.swap.verb import Chosen, plan, routed_layers
+from colt5_vision.swap.wrappers import unwrapped
 
-from .config import check_layers
-from .layers import Layer, attention_layers, choose, counted
-from .sizes import MapSizeHook
-from .swap import routed_layers
+from . import sites
 
 __all__ = ["ConditionalRoutedAttentionBlock", "build_routed_attention"]
 
-_OF_THE_LAYER = ("dim", "channel_first", "norm_num_groups", "eps", "residual_connection", "rescale_output_factor")
+_ENTRANCE, _EXIT, _MARK = (f"colt5_vision.blocks.{name}" for name in ("entrance", "exit", "mark"))
+_OF_THE_LAYER = (
+    "dim",
+    "channel_first",
+    "norm_num_groups",
+    "eps",
+    "residual_connection",
+    "rescale_output_factor",
+)
 
 
 class ConditionalRoutedAttentionBlock(nn.Module):
-    """What diffusers' ``Attention`` does to itself, with conditionally routed attention and weights of its own.
+    """What diffusers' ``Attention`` does to itself, with conditionally routed attention and weights
+    of its own.
 
-    ``(dropout(attention(group_norm(x))) + x) / rescale_output_factor`` for a map x, the norm and the residual where
-    ``Attention`` has them. The map comes as (B, C, H, W), or as (B, N, C) inside a transformer whose map size
-    :func:`build_routed_attention` has hooked.
+    ``(dropout(attention(group_norm(x))) + x) / rescale_output_factor`` for a map x, the norm and
+    the residual where ``Attention`` has them. The map comes as (B, C, H, W), or as (B, N, C) inside
+    a transformer whose map size :func:`build_routed_attention` has hooked.
 
     Args:
         dim: channels C.
-        num_heavy_tokens_kv: routed keys that every token (or, with ``num_heavy_tokens_q``, every routed one) sees, an
-            int >= 1 (that many) or a float in (0, 1] (that share of the map).
-        heads, dim_head: heads and their width, of the light and of the heavy branch alike unless ``attention`` says
-            otherwise.
+        num_heavy_tokens_kv: routed keys that every token (or, with ``num_heavy_tokens_q``, every
+            routed one) sees, an int >= 1 (that many) or a float in (0, 1] (that share of the map).
+        heads, dim_head: heads and their width, of the light and of the heavy branch alike unless
+            ``attention`` says otherwise.
         norm_num_groups, eps: of the group norm; None: no norm besides the attention's own.
         residual_connection: add the input.
         rescale_output_factor: divide by it, at the end.
         dropout: of the attention's output.
         device, dtype: of the parameters.
-        attention: further arguments of :class:`~colt5_vision.ConditionalRoutedImageAttention`: ``fusion``,
-            ``light_window_size``, ``num_heavy_tokens_q``, ``rotary_emb``, ...
+        attention: further arguments of :class:`~colt5_vision.ConditionalRoutedImageAttention`:
+            ``fusion``, ``light_window_size``, ``num_heavy_tokens_q``, ``rotary_emb``, ...
 
     Attributes:
-        map_size: tells the (H, W) behind (B, N, C); None: only maps (B, C, H, W) are taken.
+        scope: tells the (H, W) behind (B, N, C); None: only maps (B, C, H, W) are taken.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -81,19 +92,29 @@ class ConditionalRoutedAttentionBlock(nn.Module):
         self.group_norm = None
         if norm_num_groups is not None:
             if dim % check_int("norm_num_groups", norm_num_groups):
-                raise ValueError(f"norm_num_groups: {dim} channels are not divisible by {norm_num_groups} groups")
+                raise ValueError(
+                    f"norm_num_groups: {dim} channels are not divisible by {norm_num_groups} groups"
+                )
             self.group_norm = nn.GroupNorm(norm_num_groups, dim, eps=eps, **factory)
         if attention.pop("channel_first", True) is not True:
             raise ValueError("channel_first: expected True, the block gets maps (B, C, H, W)")
-        branches = {"light_heads": heads, "light_dim_head": dim_head, "heavy_heads": heads, "heavy_dim_head": dim_head}
+        branches = {
+            "light_heads": heads,
+            "light_dim_head": dim_head,
+            "heavy_heads": heads,
+            "heavy_dim_head": dim_head,
+        }
         self.attention = ConditionalRoutedImageAttention(
             dim, num_heavy_tokens_kv=num_heavy_tokens_kv, **(branches | attention), **factory
         )
         self.dropout = nn.Dropout(dropout)
-        self.map_size: MapSize | None = None
+        self.scope: Scope | None = None
 
     def extra_repr(self) -> str:
-        return f"residual_connection={self.residual_connection}, rescale_output_factor={self.rescale_output_factor}"
+        return (
+            f"residual_connection={self.residual_connection}, "
+            f"rescale_output_factor={self.rescale_output_factor}"
+        )
 
     def forward(
         self,
@@ -106,7 +127,8 @@ class ConditionalRoutedAttentionBlock(nn.Module):
         """Attend.
 
         Args:
-            hidden_states: (B, C, H, W), or (B, N, C) in raster order of a map whose size is known; any H and W.
+            hidden_states: (B, C, H, W), or (B, N, C) in raster order of a map whose size is known;
+                any H and W.
             encoder_hidden_states, attention_mask: must be None.
             temb, cross_attention_kwargs: of no use here, as in the ``Attention`` replaced.
 
@@ -114,23 +136,30 @@ class ConditionalRoutedAttentionBlock(nn.Module):
             The shape of ``hidden_states``.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came; (B, N, C) of a map of unknown
-                size.
+            TypeError, ValueError: naming the argument, what was expected and what came; (B, N, C)
+                of a map of unknown size.
         """
-        for name, value in (("encoder_hidden_states", encoder_hidden_states), ("attention_mask", attention_mask)):
+        for name, value in (
+            ("encoder_hidden_states", encoder_hidden_states),
+            ("attention_mask", attention_mask),
+        ):
             if value is not None:
                 raise ValueError(
-                    f"{name}: expected None, a ConditionalRoutedAttentionBlock lets a whole map attend to itself; "
+                    f"{name}: expected None, a ConditionalRoutedAttentionBlock lets a whole map "
+                    "attend to itself; "
                     f"got {type(value).__name__}"
                 )
         x = check_float_tensor("hidden_states", hidden_states)
         if x.ndim == 3:
             x = x.transpose(1, 2).unflatten(2, self._size(x.shape[1]))
         elif x.ndim != 4:
-            raise ValueError(f"hidden_states: expected (B, C, H, W) or (B, N, C), got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"hidden_states: expected (B, C, H, W) or (B, N, C), got shape {tuple(x.shape)}"
+            )
         if x.shape[1] != self.attention.dim:
             raise ValueError(
-                f"hidden_states: expected {self.attention.dim} channels, got shape {tuple(hidden_states.shape)}"
+                f"hidden_states: expected {self.attention.dim} channels, "
+                f"got shape {tuple(hidden_states.shape)}"
             )
         if self.group_norm is not None:
             x = self.group_norm(x)
@@ -142,18 +171,21 @@ class ConditionalRoutedAttentionBlock(nn.Module):
         return x / self.rescale_output_factor
 
     def _size(self, num_tokens: int) -> tuple[int, int]:
-        if self.map_size is None:
+        if self.scope is None:
             raise ValueError(
-                f"hidden_states: expected a map (B, C, H, W), got {num_tokens} tokens (B, N, C) and nothing that tells "
-                "the size of their map; build_routed_attention sets that up inside a UNet2DConditionModel"
+                f"hidden_states: expected a map (B, C, H, W), got {num_tokens} tokens (B, N, C) "
+                "and nothing that tells the size of their map; build_routed_attention sets that up "
+                "inside a UNet2DConditionModel"
             )
-        found = self.map_size.for_tokens(self, num_tokens)
-        if found is None:
+        now = self.scope.serve(self)
+        if now.site is None or now.site.tokens != num_tokens:
+            known = now.reason if now.site is None else f"its map has {now.site.grid[1:]} tokens"
             raise ValueError(
-                f"hidden_states: expected the tokens of the map that the Transformer2DModel around this block was last "
-                f"called with, {self.map_size.size}, got {num_tokens} tokens; call the transformer, not its blocks"
+                "hidden_states: expected the tokens of the map that the Transformer2DModel around "
+                f"this block was called with, got {num_tokens} tokens: {known}; call the "
+                "transformer, not its blocks"
             )
-        return found.size
+        return now.site.grid[1:]
 
 
 def build_routed_attention(
@@ -163,64 +195,80 @@ def build_routed_attention(
     layers: Sequence[int | str] | None = None,
     **attention,
 ) -> list[str]:
-    """Replace the self-attention of a UNet by :class:`ConditionalRoutedAttentionBlock`, in place, to train it so.
+    """Replace the self-attention of a UNet by :class:`ConditionalRoutedAttentionBlock`, in place,
+    to train it so.
 
-    The weights of the attention replaced are gone; to keep them use :func:`enable_routed_attention`. Do it before
-    wrapping or compiling the model and before making its optimizer. Call it again for other settings in other layers.
-    A UNet loaded with ``from_pretrained`` knows nothing of it: build, then ``load_state_dict``.
+    The weights of the attention replaced are gone; to keep them use
+    :func:`~colt5_vision.route_attention`. Do it before wrapping or compiling the model and before
+    making its optimizer. Call it again for other settings in other layers. A UNet loaded with
+    ``from_pretrained`` knows nothing of it: build, then ``load_state_dict``.
 
     Args:
-        model: a ``UNet2DModel`` (layers that get maps) or a ``UNet2DConditionModel`` (``attn1`` of its transformers too).
-            Cross-attention and the layers that GLIGEN adds stay.
-        num_heavy_tokens_kv: routed keys, an int >= 1 (that many) or a float in (0, 1] (that share of each map).
-        layers: names, patterns (``"up_blocks.*"``, see :mod:`fnmatch`) or indices among those that can be replaced;
-            None: all.
+        model: a ``UNet2DModel`` (layers that get maps) or a ``UNet2DConditionModel`` (``attn1`` of
+            its transformers too). Cross-attention and the layers that GLIGEN adds stay.
+        num_heavy_tokens_kv: routed keys, an int >= 1 (that many) or a float in (0, 1] (that share
+            of each map).
+        layers: names, patterns (``"up_blocks.*"``, see :mod:`fnmatch`) or indices among those that
+            can be replaced; None: all.
         attention: further arguments of :class:`ConditionalRoutedAttentionBlock`, thus of
-            :class:`~colt5_vision.ConditionalRoutedImageAttention`; ``heads`` and ``dim_head`` default to those of the
-            layer replaced.
+            :class:`~colt5_vision.ConditionalRoutedImageAttention`; ``heads`` and ``dim_head``
+            default to those of the layer replaced.
 
     Returns:
         Names of the layers replaced.
 
     Raises:
-        TypeError, ValueError: naming the argument, or saying why no layer can be replaced; nothing is changed then.
+        TypeError, ValueError: naming the argument, or saying why no layer can be replaced; nothing
+            is changed then.
 
     Source: CoLT5 (arXiv 2303.09752).
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     if not isinstance(model, (UNet2DModel, UNet2DConditionModel)):
-        raise TypeError(f"model: expected a UNet2DModel or UNet2DConditionModel, got {type(model).__name__}")
+        raise TypeError(
+            f"model: expected a UNet2DModel or UNet2DConditionModel, got {type(model).__name__}"
+        )
     if fixed := [name for name in _OF_THE_LAYER if name in attention]:
-        raise TypeError(f"{', '.join(fixed)}: expected no such argument, it is that of the layer replaced")
+        raise TypeError(
+            f"{', '.join(fixed)}: expected no such argument, it is that of the layer replaced"
+        )
     if routed_layers(model):
-        raise ValueError("model: its pretrained attention is routed, call disable_routed_attention first")
-    found = {layer.name: layer for layer in attention_layers(model)}
-    for layer in found.values():
-        if layer.reason is None and layer.attn.spatial_norm is not None:
-            layer.reason = "its norm is conditioned on another map"
-    chosen = choose(found, check_layers(layers))
-    if not chosen:
-        reasons = counted([layer.reason for layer in found.values()]) or "it has no attention left to replace"
-        raise ValueError(f"model: no layer of {type(model).__name__} can be replaced: {reasons}")
-    blocks = {name: _block(layer, num_heavy_tokens_kv, attention) for name, layer in chosen.items()}
+        raise ValueError("model: its pretrained attention is routed, call unroute_attention first")
+
+    # which layers, and what takes their places
+    wanted = plan(model, RoutedAttentionConfig(layers=layers), must_route=False).chosen
+    chosen = {name: one for name, one in wanted.items() if _obstacle(model, one) is None}
+    refused = {name: _obstacle(model, wanted[name]) for name in wanted if name not in chosen}
+    if refused and (layers is not None or not chosen):
+        name, reason = next(iter(refused.items()))
+        raise ValueError(f"layers: {name} of {type(model).__name__} cannot be replaced: {reason}")
+    blocks = {
+        name: _block(model.get_submodule(name), name, num_heavy_tokens_kv, attention)
+        for name in chosen
+    }
+
     # nothing can fail from here on
-    hooks: dict[nn.Module, MapSizeHook] = {}
-    for name, layer in chosen.items():
-        if layer.parent is not None:
-            if layer.parent not in hooks:
-                hooks[layer.parent] = MapSizeHook(layer.parent)
-                _hook(layer.parent, hooks[layer.parent])
-            blocks[name].map_size = hooks[layer.parent].map_size
+    for name, one in chosen.items():
+        if one.spec.entrance != name:  # a layer that gets tokens
+            blocks[name].scope = _scope(model.get_submodule(one.spec.entrance))
         around, _, last = name.rpartition(".")
         setattr(model.get_submodule(around), last, blocks[name])
-    for parent, hook in hooks.items():
-        for block in parent.transformer_blocks:
-            _hook(block, BlockMarker(hook.map_size))
     return list(chosen)
 
 
-def _block(layer: Layer, num_heavy_tokens_kv: TokenCount, attention: dict) -> ConditionalRoutedAttentionBlock:
-    attn: Attention = layer.attn
+def _obstacle(model: nn.Module, one: Chosen) -> str | None:
+    """Why a layer that can be routed cannot be replaced."""
+    if one.spec.place != "map":
+        return "it attends to more than the map"
+    if getattr(model.get_submodule(one.path), "spatial_norm", None) is not None:
+        return "its norm is conditioned on another map"
+    return None
+
+
+def _block(
+    attn: Attention, name: str, num_heavy_tokens_kv: TokenCount, attention: dict
+) -> ConditionalRoutedAttentionBlock:
+    """A block of the shape of a layer."""
     norm, weight = attn.group_norm, attn.to_q.weight
     own = {
         "heads": attn.heads,
@@ -238,10 +286,18 @@ def _block(layer: Layer, num_heavy_tokens_kv: TokenCount, attention: dict) -> Co
             attn.query_dim, num_heavy_tokens_kv=num_heavy_tokens_kv, **(own | attention)
         )
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{error} (for layer {layer.name}, {attn.query_dim} channels)") from error
+        raise type(error)(f"{error} (for layer {name}, {attn.query_dim} channels)") from error
     return block.train(attn.training)
 
 
-def _hook(module: nn.Module, hook: MapSizeHook | BlockMarker) -> None:
-    # the bound method: disable_routed_attention takes off every hook of these classes
-    module.register_forward_pre_hook(hook.__call__, with_kwargs=True)
+def _scope(transformer: nn.Module) -> Scope:
+    """What tells the blocks in a transformer the size of their map; one for all of them."""
+    found = transformer._forward_pre_hooks.get(_ENTRANCE)
+    if found is not None:
+        return found.scope
+    scope = Scope()
+    put_hook(transformer, _ENTRANCE, EntranceHook(transformer, scope, sites.inner_latents))
+    put_hook(transformer, _EXIT, ExitHook(scope), after=True)
+    for block in transformer.transformer_blocks:
+        put_hook(block, _MARK, MarkHook([scope]))
+    return scope

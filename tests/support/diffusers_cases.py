@@ -1,4 +1,4 @@
-"""Tiny diffusers models of every family that enable_routed_attention takes, made in memory."""
+"""Tiny diffusers models of the families most used, made in memory."""
 
 import copy
 from collections.abc import Callable
@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import diffusers
 import pytest
 import torch
-from colt5_vision.pipelines import RoutedAttentionConfig
+
+from colt5_vision import RoutedAttentionConfig
 
 diffusers.utils.logging.set_verbosity_error()
 TEXT = 5  # tokens of the text in calls without a tokenizer
@@ -26,7 +27,9 @@ class Case(NamedTuple):
 
 
 def noise(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def spread(model, seed=1):
@@ -34,9 +37,16 @@ def spread(model, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         value = torch.randn(parameter.shape, generator=generator)
-        asks = any(part in name for part in ("to_q", "to_k", "add_q", "add_k", "norm_q", "norm_k", "norm_added"))
+        asks = any(
+            part in name
+            for part in ("to_q", "to_k", "add_q", "add_k", "norm_q", "norm_k", "norm_added")
+        )
+        if parameter.numel() == 0:
+            continue
         if parameter.ndim > 1:
-            value = value * (2.0 if asks else 1.0) * (parameter.numel() / parameter.shape[0]) ** -0.5
+            value = (
+                value * (2.0 if asks else 1.0) * (parameter.numel() / parameter.shape[0]) ** -0.5
+            )
         elif name.endswith("weight"):
             value = (2 if asks else 1) * (1 + 0.2 * value)
         else:
@@ -75,7 +85,13 @@ def sdxl():
 
 def ddpm(**how):
     return diffusers.UNet2DModel(
-        **{"sample_size": 16, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8} | how,
+        **{
+            "sample_size": 16,
+            "block_out_channels": (16, 32),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+        }
+        | how,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
@@ -98,7 +114,9 @@ def pixart(**how):
 
 
 def dit():
-    return transformer(diffusers.DiTTransformer2DModel, out_channels=4, sample_size=20, num_embeds_ada_norm=1000)
+    return transformer(
+        diffusers.DiTTransformer2DModel, out_channels=4, sample_size=20, num_embeds_ada_norm=1000
+    )
 
 
 def sd3(**how):
@@ -129,11 +147,17 @@ def flux(**how):
 
 
 def text(batch, dtype, width=WIDTH):
-    return {"encoder_hidden_states": noise(batch, TEXT, width, seed=7, dtype=dtype), "timestep": torch.tensor(500)}
+    return {
+        "encoder_hidden_states": noise(batch, TEXT, width, seed=7, dtype=dtype),
+        "timestep": torch.tensor(500),
+    }
 
 
 def pooled(batch, dtype):
-    each = {"timestep": torch.full((batch,), 500), "pooled_projections": noise(batch, WIDTH, seed=8, dtype=dtype)}
+    each = {
+        "timestep": torch.full((batch,), 500),
+        "pooled_projections": noise(batch, WIDTH, seed=8, dtype=dtype),
+    }
     return text(batch, dtype) | each
 
 
@@ -148,7 +172,11 @@ def classes(batch, dtype):
 
 
 def unet_layers(blocks, part="attn1"):
-    return {f"{name}.transformer_blocks.{i}.{part}": n for name, count, n in blocks for i in range(count)}
+    return {
+        f"{name}.transformer_blocks.{i}.{part}": n
+        for name, count, n in blocks
+        for i in range(count)
+    }
 
 
 SD = (
@@ -209,7 +237,9 @@ CASES = {
         {},
         sizes=((20, 20), (12, 12), (16, 16)),
     ),
-    "sd3": Case(sd3, pooled, 4, (26, 26), {f"transformer_blocks.{i}.attn": 169 for i in range(2)}, {}),
+    "sd3": Case(
+        sd3, pooled, 4, (26, 26), {f"transformer_blocks.{i}.attn": 169 for i in range(2)}, {}
+    ),
     "sd35": Case(
         sd35,
         pooled,
@@ -220,7 +250,9 @@ CASES = {
     ),
     "flux": Case(
         flux,
-        lambda batch, dtype: pooled(batch, dtype) | {"timestep": torch.full((batch,), 0.5, dtype=dtype)},
+        lambda batch, dtype: (
+            pooled(batch, dtype) | {"timestep": torch.full((batch,), 0.5, dtype=dtype)}
+        ),
         16,
         (26, 42),
         {f"{kind}transformer_blocks.{i}.attn": 273 for kind in ("", "single_") for i in range(2)},
@@ -257,7 +289,11 @@ def arguments(case, size=None, batch=2, dtype=torch.float64, seed=0):
     if "single_transformer_blocks.0.attn" in case.tokens:
         tokens = height // 2 * (width // 2)
         packed = {"hidden_states": noise(batch, tokens, case.channels, seed=seed, dtype=dtype)}
-        return call | packed | {"img_ids": positions(height // 2, width // 2), "txt_ids": torch.zeros(TEXT, 3)}
+        return (
+            call
+            | packed
+            | {"img_ids": positions(height // 2, width // 2), "txt_ids": torch.zeros(TEXT, 3)}
+        )
     x = noise(batch, case.channels, height, width, seed=seed, dtype=dtype)
     a_transformer = all(name.startswith("transformer_blocks.") for name in case.tokens)
     return call | {"hidden_states" if a_transformer else "sample": x}
@@ -270,7 +306,9 @@ def run(model, case, size=None, **how):
 
 
 def config(share=0.25, **how):
-    return RoutedAttentionConfig(**{"window_size": 3, "num_heavy_tokens_kv": share, "min_tokens": 1} | how)
+    return RoutedAttentionConfig(
+        **{"window_size": 3, "num_heavy_tokens_kv": share, "min_tokens": 1} | how
+    )
 
 
 def close(found, expected, tolerance=1e-9):

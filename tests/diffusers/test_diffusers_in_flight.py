@@ -1,11 +1,16 @@
-"""Several forwards in flight, broken off, checkpointed in other ways than diffusers' own, and attention that is not torch's."""
+"""Several forwards in flight, broken off, checkpointed in other ways than diffusers' own, and
+attention that is not torch's."""
 
 import diffusers
 import pytest
 import torch
-from colt5_vision.pipelines import enable_routed_attention, routed_layers
 from diffusers.models import Transformer2DModel
-from diffusers_cases import (
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from colt5_vision import route_attention
+from colt5_vision.swap.reroute import NOT_CALLED
+from tests.support.diffusers_cases import (
     CASES,
     WIDTH,
     arguments,
@@ -15,8 +20,6 @@ from diffusers_cases import (
     run,
     some,
 )
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 RULES = {
     "window": {"min_timestep": 500, "window_size": 5},
@@ -26,7 +29,7 @@ RULES = {
 
 
 def enable(model, **how):
-    enable_routed_attention(model, config(**how))
+    route_attention(model, config(**how))
     return model.train()
 
 
@@ -42,7 +45,8 @@ def gradient(model):
 @pytest.mark.parametrize("rule", RULES)
 @some("sd15", "sd35", "flux")
 def test_a_checkpointed_forward_keeps_its_own_timestep(case, rule):
-    """As in consistency training: the student at one timestep, its target at another, backward after both."""
+    """As in consistency training: the student at one timestep, its target at another, backward
+    after both."""
     grads = []
     for checkpointing in (False, True):
         model = enable(build(case), schedule=[RULES[rule]])
@@ -59,9 +63,13 @@ def test_a_checkpointed_forward_keeps_its_own_timestep(case, rule):
 @some("sd15", "flux")
 def test_reentrant_checkpointing_is_an_error(case):
     model = enable(build(case))
-    model.enable_gradient_checkpointing(lambda block, *args: checkpoint(block, *args, use_reentrant=True))
+    model.enable_gradient_checkpointing(
+        lambda block, *args: checkpoint(block, *args, use_reentrant=True)
+    )
     call = arguments(case)
-    call |= {name: call[name].requires_grad_() for name in ("sample", "hidden_states") if name in call}
+    call |= {
+        name: call[name].requires_grad_() for name in ("sample", "hidden_states") if name in call
+    }
     loss = model(**call, return_dict=False)[0].square().mean()
     with pytest.raises(ValueError, match="use_reentrant=False"):
         loss.backward()
@@ -77,10 +85,15 @@ def test_a_whole_transformer_can_be_checkpointed(frozen, monkeypatch):
     for checkpointing in (False, True):
         model = enable(build(case))
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not frozen or "attn1.to_q" in name)  # as with LoRA: inputs need no gradient
+            parameter.requires_grad_(
+                not frozen or "attn1.to_q" in name
+            )  # as with LoRA: inputs need no gradient
         if checkpointing:
             monkeypatch.setattr(Transformer2DModel, "__call__", whole)
-        losses = [model(**arguments(case, size), return_dict=False)[0].square().mean() for size in case.sizes[:2]]
+        losses = [
+            model(**arguments(case, size), return_dict=False)[0].square().mean()
+            for size in case.sizes[:2]
+        ]
         sum(losses).backward()
         grads.append(gradient(model))
     assert grads[0]
@@ -103,17 +116,26 @@ def test_a_forward_that_breaks_off_leaves_nothing_behind(case):
     assert torch.equal(run(model, case, other), expected)
 
 
-def test_attention_that_other_code_has_replaced_is_an_error(monkeypatch):
+def test_attention_that_other_code_has_replaced_is_counted_and_told(monkeypatch):
     case = CASES["pixart"]
-    model, original = enable(build(case)), functional.scaled_dot_product_attention
-    run(model, case)
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", lambda *args, **kwargs: original(*args, **kwargs))
-    run(model, case)  # it calls torch's own in the end
+    model, original = build(case), functional.scaled_dot_product_attention
+    report = route_attention(model, config())
     monkeypatch.setattr(
-        functional, "scaled_dot_product_attention", lambda q, k, v, **kwargs: (q @ k.mT).softmax(-1) @ v
+        functional,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: original(*args, **kwargs),
     )
-    with pytest.raises(RuntimeError, match="has other code replaced it"):
+    run(model, case)  # it calls torch's own in the end
+    assert report.calls.routed == len(report)
+    report.reset_calls()
+    monkeypatch.setattr(
+        functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **kwargs: (q @ k.mT).softmax(-1) @ v,
+    )
+    with pytest.warns(RuntimeWarning, match="is routed, and still ran with full attention"):
         run(model, case)
+    assert report.calls.exact == {NOT_CALLED: len(report)} and not report.calls.routed
 
 
 def test_the_mode_tokens_of_a_flux_controlnet_count_as_text():
@@ -129,11 +151,8 @@ def test_the_mode_tokens_of_a_flux_controlnet_count_as_text():
         axes_dims_rope=model.config.axes_dims_rope,
         num_mode=3,
     ).double()
-    enable_routed_attention(net, config())
-    ran = []
-    for name, processor in routed_layers(net).items():
-        processor.routing.register_forward_hook(lambda *_, name=name: ran.append(name))
+    report = route_attention(net, config())
     call = arguments(case, batch=1)
     with torch.no_grad():
         net(**call, controlnet_cond=call["hidden_states"], controlnet_mode=torch.tensor([[1]]))
-    assert ran == list(routed_layers(net)) and len(ran) == 3
+    assert report.calls.routed == len(report) == 3

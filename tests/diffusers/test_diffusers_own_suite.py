@@ -1,7 +1,8 @@
-"""Every test of diffusers' own that passes with its attention processors passes with routed ones, all tokens routed.
+"""Every test of diffusers' own that passes passes with routed models, all tokens routed.
 
-By default the suites that run in seconds; ``COLT5_DIFFUSERS_TESTS=all`` for all. See :mod:`diffusers_own_tests` for where
-they come from; without them the suites are skipped, with the reason, and what runs them is tested on a small one.
+By default the suites that run in seconds; ``COLT5_DIFFUSERS_TESTS=all`` for all. See
+:mod:`diffusers_own_tests` for where they come from; without them the suites are skipped, with the
+reason, and what runs them is tested on a small one.
 """
 
 import os
@@ -9,11 +10,16 @@ import shutil
 from pathlib import Path
 
 import diffusers
-import diffusers_own_tests
 import pytest
-from diffusers_own_tests import Unavailable, fetch, passed, run
 
-UNETS, TRANSFORMERS, PIPELINES = "tests/models/unets", "tests/models/transformers", "tests/pipelines"
+from tests.support import diffusers_own_tests
+from tests.support.diffusers_own_tests import Unavailable, fetch, passed, run
+
+UNETS, TRANSFORMERS, PIPELINES = (
+    "tests/models/unets",
+    "tests/models/transformers",
+    "tests/pipelines",
+)
 FAST = {
     "unet_2d": f"{UNETS}/test_models_unet_2d.py",
     "dit": f"{TRANSFORMERS}/test_models_dit_transformer2d.py",
@@ -33,21 +39,25 @@ SLOW = {
     "pipeline_controlnet": f"{PIPELINES}/controlnet",
 }
 SUITES = FAST | (SLOW if os.environ.get("COLT5_DIFFUSERS_TESTS") == "all" else {})
-# that many pass with routing live; low, as long as no release could be counted here. None of pipelines, whose tokenizers
-# are on the hub, nor of Flux, whose models get positions that are no map
+# that many pass with routing live; low, as long as no release could be counted here. None of
+# pipelines, whose tokenizers are on the hub, nor of Flux, whose models get positions that are no
+# map
 MINIMUM = {"unet_2d": 10, "unet_2d_condition": 10, "dit": 3, "pixart": 3, "sd3": 10}
 EXPECTED: dict[str, dict[str, str]] = {}
-"""By suite and test id: tests that must fail when routed, and what they assert about the processors."""
+"""By suite and test id: tests that must fail when routed, and what they assert about the
+processors."""
 
 SMALL_SUITE = """
 import torch
 from diffusers import ControlNetModel, DiTTransformer2DModel, Transformer2DModel, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-BLOCKS = {"block_out_channels": (8, 8), "norm_num_groups": 4, "attention_head_dim": 4, "sample_size": 8}
+BLOCKS = {"block_out_channels": (8, 8), "norm_num_groups": 4, "attention_head_dim": 4}
+BLOCKS |= {"sample_size": 8}
 
 def dit():
-    return DiTTransformer2DModel(2, 4, in_channels=4, num_layers=1, sample_size=8, num_embeds_ada_norm=8)
+    sizes = {"num_layers": 1, "sample_size": 8, "num_embeds_ada_norm": 8}
+    return DiTTransformer2DModel(2, 4, in_channels=4, **sizes)
 
 def unet(kinds=("AttnDownBlock2D", "AttnUpBlock2D")):
     down, up = ((kind, kind) for kind in kinds)
@@ -64,15 +74,19 @@ def test_dit():
     dit()(torch.randn(1, 4, 8, 8), timestep=torch.ones(1).long(), class_labels=torch.ones(1).long())
 
 def test_nested():
-    kinds = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "cross_attention_dim": 8, "layers_per_block": 1}
+    kinds = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "cross_attention_dim": 8}
+    kinds |= {"layers_per_block": 1}
     ControlNetModel(**kinds, block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=4)
 
 def test_nothing_to_route():
-    UNet2DModel(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), block_out_channels=(8,),
-                norm_num_groups=4, add_attention=False)
+    kinds = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    UNet2DModel(**kinds, block_out_channels=(8,), norm_num_groups=4, add_attention=False)
 
 def test_processor():
     assert isinstance(dit().transformer_blocks[0].attn1.processor, AttnProcessor2_0)
+
+def test_hooks():
+    assert not dit().transformer_blocks[0].attn1._forward_pre_hooks
 
 def test_fails():
     assert False
@@ -105,8 +119,8 @@ def test_what_runs_them_routes_and_notices(tmp_path):
     stock, routed = (run(tmp_path, "tests", routed=kind) for kind in (False, True))
     test = "tests/test_small.py::test_{}".format
     assert set(stock) - passed(stock) == {test("fails")}
-    assert passed(stock) - passed(routed) == {test("processor")}
-    assert "AssertionError" in routed[test("processor")]["why"]
+    assert passed(stock) - passed(routed) == {test("hooks")}
+    assert "AssertionError" in routed[test("hooks")]["why"]
     assert {name for name in routed if routed[name]["routed_calls"]} == {test("save"), test("dit")}
     assert not any(result["routed_calls"] for result in stock.values())
 

@@ -1,4 +1,5 @@
-"""enable_routed_attention on every family: what it reports, the original at 1.0, no trace after it is disabled."""
+"""route_attention on every family: what it reports, the original at 1.0, no trace after it
+is disabled."""
 
 import copy
 import io
@@ -7,14 +8,14 @@ import pickle
 import diffusers
 import pytest
 import torch
-from colt5_vision.pipelines import (
+
+from colt5_vision import (
     RoutedAttentionConfig,
-    RoutedAttnProcessor,
-    disable_routed_attention,
-    enable_routed_attention,
+    route_attention,
     routed_layers,
+    unroute_attention,
 )
-from diffusers_cases import (
+from tests.support.diffusers_cases import (
     CASES,
     arguments,
     build,
@@ -25,25 +26,31 @@ from diffusers_cases import (
     some,
     unet,
 )
-from diffusers_pipes import every_pipeline, generate, ip_adapter, pipeline
-from swap_cases import trace
+from tests.support.diffusers_pipes import every_pipeline, generate, pipeline
+from tests.support.swap_cases import trace
 
 
 def enable(model, share=0.25, size=None, **how):
-    enable_routed_attention(model, config(share, **how), sample_size=size)
+    route_attention(model, config(share, **how), sample_size=size)
     return model
 
 
 def processors_of(model):
-    return {name: module.processor for name, module in model.named_modules() if hasattr(module, "set_processor")}
+    return {
+        name: module.processor
+        for name, module in model.named_modules()
+        if hasattr(module, "set_processor")
+    }
 
 
 def grids(model, case, size=None, **how):
     """(H, W) that each layer's routing was given in a forward, and the output."""
     seen, hooks = {}, []
-    for name, processor in routed_layers(model).items():
-        record = lambda _, args, kwargs, name=name: seen.setdefault(name, []).append(kwargs["grid_size"])
-        hooks.append(processor.routing.register_forward_pre_hook(record, with_kwargs=True))
+    for name, layer in routed_layers(model).items():
+        record = lambda _, args, kwargs, name=name: seen.setdefault(name, []).append(
+            kwargs["grid_size"]
+        )
+        hooks.append(layer.attention.register_forward_pre_hook(record, with_kwargs=True))
     out = run(model, case, size, **how)
     for hook in hooks:
         hook.remove()
@@ -53,10 +60,11 @@ def grids(model, case, size=None, **how):
 @every_family
 def test_the_report_lists_layers_tokens_and_reasons(case):
     model = build(case)
-    report = enable_routed_attention(model, config(), sample_size=case.size)
+    report = route_attention(model, config(), sample_size=case.size)
     assert dict(report) == case.tokens and report.exact == case.exact
-    assert list(routed_layers(model)) == [name for name, _ in model.named_modules() if name in case.tokens]
-    assert all(type(p) is RoutedAttnProcessor for p in routed_layers(model).values())
+    assert list(routed_layers(model)) == [
+        name for name, _ in model.named_modules() if name in case.tokens
+    ]
     text = str(report)
     assert text.startswith(f"{len(case.tokens)} layers routed, {len(case.exact)} as they were")
     assert all(f"{name}: {tokens} tokens" in text for name, tokens in case.tokens.items())
@@ -67,13 +75,20 @@ def test_the_report_lists_layers_tokens_and_reasons(case):
 def test_tokens_in_the_report_are_those_of_the_maps_that_are_routed(case):
     for size in case.sizes:
         model = build(case)
-        report = enable_routed_attention(model, config(), sample_size=size)
+        report = route_attention(model, config(), sample_size=size)
         seen, _ = grids(model, case, size)
-        assert {name: [h * w for h, w in found] for name, found in seen.items()} == {n: [t] for n, t in report.items()}
+        assert {name: [h * w for h, w in found] for name, found in seen.items()} == {
+            n: [t] for n, t in report.items()
+        }
 
 
 def test_maps_that_no_stride_divides_have_the_models_own_sizes():
-    expected = {"sd15": {(13, 21), (7, 11)}, "pixart": {(6, 10)}, "sd35": {(6, 10)}, "sdxl": {(7, 11)}}
+    expected = {
+        "sd15": {(13, 21), (7, 11)},
+        "pixart": {(6, 10)},
+        "sd35": {(6, 10)},
+        "sdxl": {(7, 11)},
+    }
     for name, sizes in expected.items():
         seen, _ = grids(enable(build(CASES[name])), CASES[name], (13, 21))
         assert {size for found in seen.values() for size in found} == sizes
@@ -82,7 +97,7 @@ def test_maps_that_no_stride_divides_have_the_models_own_sizes():
 
 
 def test_a_model_that_does_not_say_its_size_is_routed_at_any():
-    report = enable_routed_attention(build(CASES["flux"]), RoutedAttentionConfig())
+    report = route_attention(build(CASES["flux"]), RoutedAttentionConfig())
     assert dict(report) == dict.fromkeys(CASES["flux"].tokens)
     assert "single_transformer_blocks.1.attn: ? tokens" in str(report)
 
@@ -94,9 +109,9 @@ def test_every_key_routed_is_the_original_and_fewer_differ(case):
         expected = run(model, case, size)
         assert expected.std() > 0.1
         close(run(enable(model, 1.0), case, size), expected)
-        disable_routed_attention(model)
+        unroute_attention(model)
         found = run(enable(model), case, size)
-        disable_routed_attention(model)
+        unroute_attention(model)
         assert (found - expected).abs().max() > 1e-2 and found.isfinite().all()
 
 
@@ -106,10 +121,10 @@ def test_disabling_leaves_no_trace(case):
     model.register_forward_pre_hook(lambda *_: None)  # the user's own stays
     expected, before, processors = run(model, case), trace(model), processors_of(model)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    enable(model, router="mean_query", schedule=[{"min_timestep": 2000, "full": True}])
+    enable(model, schedule=[{"min_timestep": 2000, "full": True}])
     assert trace(model) != before and list(model.state_dict()) == list(state)
     assert not torch.equal(run(model, case), expected)
-    assert disable_routed_attention(model) is None
+    assert unroute_attention(model) is None
     assert trace(model) == before and len(model._forward_pre_hooks) == 1
     assert all(found is processors[name] for name, found in processors_of(model).items())
     assert not routed_layers(model) and torch.equal(run(model, case), expected)
@@ -121,15 +136,21 @@ def test_pipelines_are_routed_and_restored(name):
     pipe = pipeline(name)
     model = "transformer" if hasattr(pipe, "transformer") else "unet"
     expected, before = generate(pipe, name), trace(getattr(pipe, model))
-    report = enable_routed_attention(pipe, config(1.0))
-    assert set(report) == {f"{model}.{layer}" for layer in CASES[name].tokens} == set(routed_layers(pipe))
+    report = route_attention(pipe, config(1.0))
+    assert (
+        set(report)
+        == {f"{model}.{layer}" for layer in CASES[name].tokens}
+        == set(routed_layers(pipe))
+    )
     tokens = {layer: 64 * 64 for layer in report} if name == "flux" else None
-    assert dict(report) == (tokens or {f"{model}.{layer}": n for layer, n in CASES[name].tokens.items()})
+    assert dict(report) == (
+        tokens or {f"{model}.{layer}": n for layer, n in CASES[name].tokens.items()}
+    )
     close(generate(pipe, name), expected)
-    disable_routed_attention(pipe)
-    enable_routed_attention(pipe, config())
+    unroute_attention(pipe)
+    route_attention(pipe, config())
     assert (generate(pipe, name) - expected).abs().max() > 1e-2
-    disable_routed_attention(pipe)
+    unroute_attention(pipe)
     assert trace(getattr(pipe, model)) == before and torch.equal(generate(pipe, name), expected)
 
 
@@ -138,18 +159,6 @@ def test_sizes_change_between_calls(case):
     model = enable(build(case))
     for size in case.sizes:
         assert torch.equal(run(model, case, size), run(enable(build(case)), case, size))
-
-
-@some("sd15", "pixart", "sd35", "flux")
-def test_transposed_sizes_are_not_confused(case):
-    """The reshaped map of the wrong size gives another result: the test above can tell."""
-    model, size = enable(build(case)), case.sizes[0]
-    expected = run(model, case, size)
-    for processor in routed_layers(model).values():
-        processor.map_size.for_tokens = lambda *_, map_size=processor.map_size: map_size.now._replace(
-            size=map_size.size[::-1]
-        )
-    assert (run(model, case, size) - expected).abs().max() > 1e-4
 
 
 @every_family
@@ -164,7 +173,9 @@ def test_a_batch_gives_what_its_samples_give(case):
                 return {n: cut(n, v) for n, v in value.items()}
             return value if name in shared or value.ndim == 0 else value[i : i + 1]
 
-        return model(**{name: cut(name, value) for name, value in given.items()}, return_dict=False)[0]
+        return model(
+            **{name: cut(name, value) for name, value in given.items()}, return_dict=False
+        )[0]
 
     with torch.no_grad():
         close(model(**given, return_dict=False)[0], torch.cat([one(0), one(1)]))
@@ -179,7 +190,7 @@ def test_copies_and_pickles_route_on_their_own(case):
     for twin in (copy.deepcopy(model), pickle.load(file)):
         assert list(routed_layers(twin)) == list(routed_layers(model))
         assert torch.equal(run(twin, case, case.sizes[1]), run(model, case, case.sizes[1]))
-        disable_routed_attention(twin)
+        unroute_attention(twin)
         assert not torch.equal(run(twin, case), expected)
     assert torch.equal(run(model, case), expected)
 
@@ -192,39 +203,49 @@ def test_layers_are_chosen_by_name_pattern_and_index():
     case, names = CASES["sd15"], layer_names(CASES["sd15"])
     assert set(names) == set(case.tokens)
     up = [name for name in names if name.startswith("up_blocks.")]
-    chosen = (([0], names[:1]), ([-1, 1], [names[1], names[-1]]), ([names[3]], [names[3]]), (["up_blocks.*"], up))
+    chosen = (
+        ([0], names[:1]),
+        ([-1, 1], [names[1], names[-1]]),
+        ([names[3]], [names[3]]),
+        (["up_blocks.*"], up),
+    )
     for layers, expected in (*chosen, (["up_blocks.*", -1], up + names[-1:])):
         model = build(case)
-        report = enable_routed_attention(model, config(layers=layers))
+        report = route_attention(model, config(layers=layers))
         assert set(report) == set(expected) == set(routed_layers(model))
         rest = {name: "not among layers" for name in names if name not in expected}
         assert report.exact == case.exact | rest
     pipe = pipeline("sd15")
-    assert list(enable_routed_attention(pipe, config(layers=["unet.mid_block.*"]))) == [f"unet.{names[-1]}"]
+    assert list(route_attention(pipe, config(layers=["unet.mid_block.*"]))) == [f"unet.{names[-1]}"]
 
 
 @some("sd15", "sdxl")
 def test_min_tokens_is_of_each_call_not_of_the_report(case):
     kept = 100 if case is CASES["sd15"] else 64
     model, original = build(case), build(case)
-    report = enable_routed_attention(model, config(min_tokens=kept))
-    few = {name: f"64 tokens, fewer than min_tokens = {kept}" for name, n in case.tokens.items() if n < kept}
+    report = route_attention(model, config(min_tokens=kept))
+    few = {
+        name: "64 tokens: fewer tokens than min_tokens"
+        for name, n in case.tokens.items()
+        if n < kept
+    }
     assert report.exact == case.exact | few and set(report) == set(case.tokens) - set(few)
     assert set(grids(model, case)[0]) == set(report)
     assert set(grids(model, case, (26, 26))[0]) == set(case.tokens)
     assert torch.equal(run(model, case, (8, 8)), run(original, case, (8, 8)))
 
 
-def flux2():
-    return diffusers.Flux2Transformer2DModel(
+def linear():
+    return diffusers.SanaTransformer2DModel(
         in_channels=4,
+        out_channels=4,
         num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
+        attention_head_dim=4,
         num_attention_heads=2,
-        joint_attention_dim=16,
-        timestep_guidance_channels=16,
-        axes_dims_rope=(4, 4, 4, 4),
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
     )
 
 
@@ -232,31 +253,49 @@ def only_cross():
     return unet(only_cross_attention=True, mid_block_type=None)
 
 
-def added():
-    blocks = {"down_block_types": ("SimpleCrossAttnDownBlock2D",), "up_block_types": ("SimpleCrossAttnUpBlock2D",)}
-    return unet(**blocks, block_out_channels=(16,), mid_block_type="UNetMidBlock2DSimpleCrossAttn")
-
-
 def sd15():
     return build(CASES["sd15"])
 
 
 BAD = {
-    "flux2": (flux2, {}, ValueError, r"no layer of Flux2.* would be routed: no routed form of Flux2Attention \(1\)"),
-    "only cross": (only_cross, {}, ValueError, r"no layer of UNet2DCond.* would be routed: cross-attention \(12\)"),
-    "added": (added, {}, ValueError, r"would be routed: cross-attention \(4\)"),
-    "no attention": (lambda: torch.nn.Linear(2, 2), {}, ValueError, "it has no attention processors"),
-    "own": ("processor", {}, ValueError, r"no routed form of the processor IPAdapter\w+ \(1\)"),
+    "linear": (
+        linear,
+        {},
+        ValueError,
+        r"Sana\w+ has no attention that can be routed: its attention is linear \(1\), cross-at",
+    ),
+    "only cross": (
+        only_cross,
+        {},
+        ValueError,
+        r"UNet2DCond\w+ has no attention that can be routed: cross-attention \(12\)",
+    ),
+    "no attention": (
+        lambda: torch.nn.Linear(2, 2),
+        {},
+        ValueError,
+        "Linear has no attention over a map that is known",
+    ),
     "few": (
         sd15,
         {"min_tokens": 257},
         ValueError,
-        r"latents of \(16, 16\).*256 tokens, fewer than min_tokens = 257 \(3\)",
+        r"256 tokens: fewer tokens than min_tokens \(3\), 64 .*min_tokens is 257",
     ),
-    "schedule": (sd15, {"schedule": [{"full": True}]}, ValueError, "the schedule says so for 256 tokens"),
+    "schedule": (
+        sd15,
+        {"schedule": [{"full": True}]},
+        ValueError,
+        "256 tokens: the schedule says so",
+    ),
     "index": (sd15, {"layers": [0, 7]}, ValueError, r"layers: expected indices in \[0, 7\), got 7"),
     "negative": (sd15, {"layers": [-8]}, ValueError, "layers: expected indices"),
-    "name": (sd15, {"layers": ["mid_block"]}, ValueError, "layers: 'mid_block' is no layer.*there are down_blocks"),
+    "name": (
+        sd15,
+        {"layers": ["mid_block"]},
+        ValueError,
+        "layers: 'mid_block' is no layer.*there are down_blocks",
+    ),
     "cross": (
         sd15,
         {"layers": ["mid_block.attentions.0.transformer_blocks.0.attn2"]},
@@ -265,27 +304,30 @@ BAD = {
     ),
     "size": (sd15, {"sample_size": (16, 0)}, ValueError, "sample_size"),
     "size type": (sd15, {"sample_size": "16"}, TypeError, "sample_size"),
-    "config": (sd15, {"config": {"min_tokens": 1}}, TypeError, "config: expected a RoutedAttentionConfig, got dict"),
+    "config": (
+        sd15,
+        {"config": {"min_tokens": 1}},
+        TypeError,
+        "config: expected a RoutedAttentionConfig, got dict",
+    ),
 }
 
 
 @pytest.mark.parametrize(("make", "how", "error", "match"), BAD.values(), ids=BAD)
 def test_an_error_says_why_and_leaves_the_model_untouched(make, how, error, match):
-    if make == "processor":
-        model, how = sd15(), {"layers": None}
-        ip_adapter(model)
-        for name in CASES["sd15"].tokens:  # a processor that is not known
-            attn = model.get_submodule(name)
-            attn.set_processor(model.get_submodule(name.replace("attn1", "attn2")).processor)
-        match = r"no routed form of the processor IPAdapterAttnProcessor2_0 \(7\)"
-    else:
-        model = make()
-    before, size, given = trace(model), how.pop("sample_size", None) if "sample_size" in how else None, how
+    model = make()
+    before, size, given = (
+        trace(model),
+        how.pop("sample_size", None) if "sample_size" in how else None,
+        how,
+    )
     with pytest.raises(error, match=match):
-        enable_routed_attention(model, given["config"] if "config" in given else config(**given), sample_size=size)
+        route_attention(
+            model, given["config"] if "config" in given else config(**given), sample_size=size
+        )
     assert trace(model) == before
     with pytest.raises(ValueError, match="nothing is routed"):
-        disable_routed_attention(model)
+        unroute_attention(model)
 
 
 class Own(diffusers.UNet2DConditionModel):
@@ -297,32 +339,38 @@ def test_models_of_subclasses_are_routed_in_a_pipeline():
     own = Own.from_config(pipe.unet.config).double().eval()
     own.load_state_dict(pipe.unet.state_dict())
     pipe.unet = own
-    assert set(enable_routed_attention(pipe, config())) == {f"unet.{name}" for name in case.tokens}
+    assert set(route_attention(pipe, config())) == {f"unet.{name}" for name in case.tokens}
 
 
 def test_patterns_match_in_a_pipeline_without_its_prefix():
     pipe, model = pipeline("sd15"), build(CASES["sd15"])
-    short = enable_routed_attention(pipe, config(layers=["up_blocks.*"]))
-    assert set(short) == {f"unet.{name}" for name in enable_routed_attention(model, config(layers=["up_blocks.*"]))}
-    disable_routed_attention(pipe)
-    assert enable_routed_attention(pipe, config(layers=["unet.up_blocks.*"])) == short
+    short = route_attention(pipe, config(layers=["up_blocks.*"]))
+    assert set(short) == {
+        f"unet.{name}" for name in route_attention(model, config(layers=["up_blocks.*"]))
+    }
+    unroute_attention(pipe)
+    assert route_attention(pipe, config(layers=["unet.up_blocks.*"])) == short
 
 
 def test_a_controlnet_is_judged_by_the_size_of_the_unet_beside_it():
     pipe = pipeline("sd15")
     net = diffusers.ControlNetModel.from_unet(pipe.unet).double()
     parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
-    both = diffusers.StableDiffusionControlNetPipeline(**parts, controlnet=net, requires_safety_checker=False)
-    report = enable_routed_attention(both, config())
+    both = diffusers.StableDiffusionControlNetPipeline(
+        **parts, controlnet=net, requires_safety_checker=False
+    )
+    report = route_attention(both, config())
     assert None not in report.values() and any(name.startswith("controlnet.") for name in report)
-    disable_routed_attention(both)
-    with pytest.raises(ValueError, match="fewer than min_tokens = 10000"):
-        enable_routed_attention(both, config(min_tokens=10_000))
+    unroute_attention(both)
+    with pytest.raises(ValueError, match="256 tokens: fewer tokens than min_tokens"):
+        route_attention(both, config(min_tokens=10_000))
 
 
 def test_a_schedule_by_timestep_needs_a_model_that_takes_one():
     model = torch.nn.Sequential(build(CASES["sd15"]))
     before = trace(model)
-    with pytest.raises(ValueError, match="schedule: expected a model that takes timestep, got Sequential"):
-        enable_routed_attention(model, config(schedule=[{"min_timestep": 500, "full": True}]))
+    with pytest.raises(
+        ValueError, match="schedule: expected a model that takes timestep, got Sequential"
+    ):
+        route_attention(model, config(schedule=[{"min_timestep": 500, "full": True}]))
     assert trace(model) == before

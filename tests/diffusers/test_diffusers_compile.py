@@ -5,12 +5,14 @@ from functools import partial
 import diffusers
 import pytest
 import torch
-from colt5_vision.pipelines import (
-    disable_routed_attention,
-    enable_routed_attention,
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from colt5_vision import (
+    route_attention,
     routed_layers,
+    unroute_attention,
 )
-from diffusers_cases import (
+from tests.support.diffusers_cases import (
     CASES,
     arguments,
     build,
@@ -24,8 +26,6 @@ from diffusers_cases import (
     some,
     unet,
 )
-from diffusers_pipes import pipeline
-from torch._dynamo.testing import CompileCounterWithBackend
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def fresh_compiler():
 
 
 def enable(model, share=0.25, size=None, **how):
-    enable_routed_attention(model, config(share, **how), sample_size=size)
+    route_attention(model, config(share, **how), sample_size=size)
     return model
 
 
@@ -51,7 +51,11 @@ def one_block():
 
 
 def one_map():
-    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False}
+    blocks = {
+        "down_block_types": ("AttnDownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "add_attention": False,
+    }
     return diffusers.UNet2DModel(
         **blocks, block_out_channels=(16,), layers_per_block=1, norm_num_groups=8, sample_size=16
     )
@@ -67,7 +71,9 @@ SHALLOW = {
 FLUX = CASES["flux"]._replace(make=partial(flux, num_layers=1, num_single_layers=1))
 
 
-@pytest.mark.parametrize(("name", "router"), [(name, "mean_query") for name in SHALLOW] + [("sd15", "learned")])
+@pytest.mark.parametrize(
+    ("name", "router"), [(name, "sampled") for name in SHALLOW] + [("sd15", "learned")]
+)
 def test_one_graph_serves_all_sizes_as_many_as_the_stock_model_makes(name, router):
     case = SHALLOW[name]
     sizes, graphs = (case.sizes[0], case.sizes[2]), []
@@ -80,32 +86,27 @@ def test_one_graph_serves_all_sizes_as_many_as_the_stock_model_makes(name, route
     assert graphs[1] == graphs[0]
 
 
-def test_flux_compiled_whole_must_be_told_its_size():
-    model = build(FLUX)
-    report = enable_routed_attention(model, config(), sample_size=FLUX.size)
-    expected = run(model, FLUX)
-    assert set(report.values()) == {273}
-    close(run(compiled(model)[0], FLUX), expected)
-    torch.compiler.reset()
-    disable_routed_attention(model)
-    enable_routed_attention(model, config())
-    with pytest.raises(Exception, match="sample_size: Flux gets its map packed"):
-        run(compiled(model)[0], FLUX)
-    torch.compiler.reset()
-    disable_routed_attention(model)
-    enable_routed_attention(model, config(), sample_size=(8, 12))
-    with pytest.raises(Exception, match="sample_size: expected the 4 x 6 tokens told .*, got 273"):
-        run(compiled(model)[0], FLUX)
+def test_flux_compiled_whole_reads_the_size_of_each_call():
+    model = enable(build(FLUX))
+    sizes = (FLUX.size, (18, 24), FLUX.size)
+    expected = [run(model, FLUX, size) for size in sizes]
+    fast, _ = compiled(model)
+    for size, out in zip(sizes, expected, strict=True):
+        close(run(fast, FLUX, size), out)
 
 
-def test_a_pipelines_own_size_is_not_taken_for_one_that_was_told():
-    pipe = pipeline("flux")
-    enable_routed_attention(pipe, config())
-    with pytest.raises(Exception, match="sample_size: Flux gets its map packed"):
-        run(compiled(pipe.transformer)[0], FLUX)
-
-
-SEVERAL = ((26, 42), (42, 26), (18, 24), (24, 18), (30, 30), (34, 22), (38, 26), (40, 28), (44, 20), (22, 46))
+SEVERAL = (
+    (26, 42),
+    (42, 26),
+    (18, 24),
+    (24, 18),
+    (30, 30),
+    (34, 22),
+    (38, 26),
+    (40, 28),
+    (44, 20),
+    (22, 46),
+)
 
 
 @pytest.mark.parametrize(("case", "more"), [(SHALLOW["sd15"], 0), (FLUX, 2)], ids=["sd15", "flux"])
@@ -138,24 +139,26 @@ def test_routing_is_switched_after_compiling(which):
     else:
         fast = torch.compile(model, fullgraph=True, backend="eager")
     close(run(fast, case), expected)
-    enable_routed_attention(fast, config())
+    route_attention(fast, config())
     assert set(routed_layers(model)) == set(routed_layers(fast)) == {"transformer_blocks.0.attn1"}
     close(run(fast, case), few)
-    disable_routed_attention(fast)
+    unroute_attention(fast)
     close(run(fast, case), expected)
 
 
-def test_a_compiled_schedule_by_timestep_is_an_error_and_by_size_is_not():
+def test_a_compiled_model_keeps_its_schedule():
     case = SHALLOW["pixart"]
-    model = enable(build(case), schedule=[{"min_timestep": 600, "full": True}])
-    with pytest.raises(Exception, match="schedule: a compiled graph cannot look at its timestep"):
-        run(compiled(model)[0], case)
-    torch.compiler.reset()
-    disable_routed_attention(model)
-    enable(model, schedule=[{"max_tokens": 100, "num_heavy_tokens_kv": 0.5}])
-    expected = [run(model, case, size) for size in ((26, 26), (13, 21))]
-    fast = compiled(model)[0]
-    close([run(fast, case, size) for size in ((26, 26), (13, 21))], expected)
+    rules = [
+        {"min_timestep": 600, "full": True},
+        {"max_tokens": 100, "num_heavy_tokens_kv": 0.5},
+    ]
+    model = enable(build(case), schedule=rules)
+    calls = [arguments(case, size) for size in ((26, 26), (13, 21))]
+    calls += [call | {"timestep": torch.full_like(call["timestep"], 900)} for call in calls]
+    with torch.no_grad():
+        expected = [model(**call, return_dict=False)[0] for call in calls]
+        fast = compiled(model)[0]
+        close([fast(**call, return_dict=False)[0] for call in calls], expected)
 
 
 def gradients(model, *calls):
@@ -175,7 +178,7 @@ def test_checkpointing_gives_the_same_gradients(case):
     assert any((expected[name] - full[name]).abs().max() > 1e-4 for name in full)
     ran, count = [], len(case.tokens)
     for processor in routed_layers(model).values():
-        processor.routing.register_forward_hook(lambda *_: ran.append(1))
+        processor.attention.register_forward_hook(lambda *_: ran.append(1))
     model.enable_gradient_checkpointing()
     for _ in range(2):
         ran.clear()

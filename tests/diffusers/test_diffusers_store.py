@@ -5,42 +5,48 @@ import shutil
 
 import pytest
 import torch
-from colt5_vision.pipelines import (
-    disable_routed_attention,
-    enable_routed_attention,
-    load_routed_attention,
+
+from colt5_vision import (
+    load_routing,
+    route_attention,
     routed_layers,
-    save_routed_attention,
+    save_routing,
+    unroute_attention,
 )
-from diffusers_cases import CASES, build, config, every_family, run, some
-from diffusers_pipes import generate, pipeline
-from swap_cases import trace
+from tests.support.diffusers_cases import CASES, build, config, every_family, run, some
+from tests.support.diffusers_pipes import generate, pipeline
+from tests.support.swap_cases import trace
 
 
 def trained(model, dtype=torch.float64, **how):
     """Routed, with routers that say something."""
-    enable_routed_attention(model, config(router="learned", **how))
+    route_attention(model, config(router="learned", **how))
     generator = torch.Generator().manual_seed(3)
     for processor in routed_layers(model).values():
-        for parameter in processor.routing.parameters():
+        for parameter in processor.attention.parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
     return model
 
 
 def weights(model):
-    return {name: dict(part.routing.state_dict()) for name, part in routed_layers(model).items()}
+    return {name: dict(part.attention.state_dict()) for name, part in routed_layers(model).items()}
 
 
 @every_family
 def test_a_round_trip_is_bit_exact(case, tmp_path):
-    schedule = [{"min_tokens": 10**6, "full": True}, {"max_timestep": 3.5, "num_heavy_tokens_kv": 7}]
+    schedule = [
+        {"min_tokens": 10**6, "full": True},
+        {"max_timestep": 3.5, "num_heavy_tokens_kv": 7},
+    ]
     model = trained(build(case), schedule=schedule, num_heavy_tokens_q=0.5)
-    save_routed_attention(model, tmp_path / "new" / "routed")
+    save_routing(model, tmp_path / "new" / "routed")
     twin = build(case)
-    report = load_routed_attention(twin, tmp_path / "new" / "routed")
+    report = load_routing(twin, tmp_path / "new" / "routed")
     assert set(report) == set(case.tokens) == set(routed_layers(twin))
     for name, tensors in weights(model).items():
-        assert all(torch.equal(x, weights(twin)[name][key]) for key, x in tensors.items()) and tensors
+        assert (
+            all(torch.equal(x, weights(twin)[name][key]) for key, x in tensors.items()) and tensors
+        )
         assert routed_layers(twin)[name].config == routed_layers(model)[name].config
     assert torch.equal(run(twin, case), run(model, case))
 
@@ -48,9 +54,9 @@ def test_a_round_trip_is_bit_exact(case, tmp_path):
 def test_without_weights_the_configuration_is_kept(tmp_path):
     case = CASES["sd15"]
     model, twin = build(case), build(case)
-    enable_routed_attention(model, config(layers=["mid_block.*"]))
-    save_routed_attention(model, str(tmp_path))
-    assert list(load_routed_attention(twin, str(tmp_path))) == list(routed_layers(model))
+    route_attention(model, config(layers=["mid_block.*"]))
+    save_routing(model, str(tmp_path))
+    assert list(load_routing(twin, str(tmp_path))) == list(routed_layers(model))
     assert torch.equal(run(twin, case), run(model, case))
 
 
@@ -58,9 +64,9 @@ def test_a_pipeline_is_saved_whole(tmp_path):
     pipe = pipeline("sd15")
     trained(pipe)
     expected = generate(pipe)
-    save_routed_attention(pipe, tmp_path)
-    disable_routed_attention(pipe)
-    load_routed_attention(pipe, tmp_path)
+    save_routing(pipe, tmp_path)
+    unroute_attention(pipe)
+    load_routing(pipe, tmp_path)
     assert torch.equal(torch.as_tensor(generate(pipe)), torch.as_tensor(expected))
     assert all(name.startswith("unet.") for name in routed_layers(pipe))
 
@@ -68,20 +74,20 @@ def test_a_pipeline_is_saved_whole(tmp_path):
 def test_loading_replaces_earlier_routing(tmp_path):
     case = CASES["pixart"]
     model = trained(build(case))
-    save_routed_attention(model, tmp_path)
+    save_routing(model, tmp_path)
     twin = trained(build(case), layers=[0], share=0.5)
-    load_routed_attention(twin, tmp_path)
+    load_routing(twin, tmp_path)
     assert torch.equal(run(twin, case), run(model, case))
-    disable_routed_attention(twin)
+    unroute_attention(twin)
     assert torch.equal(run(twin, case), run(build(case), case))
 
 
 def test_maps_smaller_than_min_tokens_do_not_stop_loading(tmp_path):
     case = CASES["sd15"]
     model = build(case)
-    enable_routed_attention(model, config(min_tokens=10_000), sample_size=(256, 256))
-    save_routed_attention(model, tmp_path)
-    assert load_routed_attention(build(case), tmp_path) == {}
+    route_attention(model, config(min_tokens=10_000), sample_size=(256, 256))
+    save_routing(model, tmp_path)
+    assert load_routing(build(case), tmp_path) == {}
 
 
 def test_saving_again_leaves_one_set_of_files(tmp_path):
@@ -89,24 +95,26 @@ def test_saving_again_leaves_one_set_of_files(tmp_path):
     for seed in (0, 1):
         model = trained(build(case))
         for processor in routed_layers(model).values():
-            processor.routing.correction[0].bias.data.fill_(seed)
-        save_routed_attention(model, tmp_path)
+            processor.attention.correction[0].bias.data.fill_(seed)
+        save_routing(model, tmp_path)
         assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
-    load_routed_attention(twin := build(case), tmp_path)
+    load_routing(twin := build(case), tmp_path)
     assert torch.equal(run(twin, case), run(model, case))
 
 
 def test_an_interrupted_save_leaves_the_old_files_readable(tmp_path, monkeypatch):
     case = CASES["ddpm"]
     model = trained(build(case))
-    save_routed_attention(model, tmp_path)
+    save_routing(model, tmp_path)
     expected = run(model, case)
     for processor in routed_layers(model).values():
-        processor.routing.correction[0].bias.data.fill_(5)
-    monkeypatch.setattr(json, "dumps", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        processor.attention.correction[0].bias.data.fill_(5)
+    monkeypatch.setattr(
+        json, "dumps", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
-        save_routed_attention(model, tmp_path)
-    load_routed_attention(twin := build(case), tmp_path)
+        save_routing(model, tmp_path)
+    load_routing(twin := build(case), tmp_path)
     assert torch.equal(run(twin, case), expected)
 
 
@@ -127,14 +135,26 @@ DAMAGE = {
     "no json": (lambda d: (d / "routed_attention.json").unlink(), "missing, damaged or foreign"),
     "no weights": (lambda d: next(d.glob("*.safetensors")).unlink(), "missing, damaged or foreign"),
     "cut weights": (_cut, "sha256"),
-    "cut json": (lambda d: (d / "routed_attention.json").write_text("{"), "missing, damaged or foreign"),
-    "another json": (lambda d: (d / "routed_attention.json").write_text("[1]"), "format 1"),
-    "a later format": (lambda d: _edit(d, lambda about: about.update(format=2)), "format 1"),
-    "unknown settings": (lambda d: _edit(d, lambda about: about["config"].update(speed=3)), "speed"),
-    "wrong settings": (lambda d: _edit(d, lambda about: about["config"].update(window_size=0)), "window_size"),
+    "cut json": (
+        lambda d: (d / "routed_attention.json").write_text("{"),
+        "missing, damaged or foreign",
+    ),
+    "another json": (lambda d: (d / "routed_attention.json").write_text("[1]"), "format 2"),
+    "a later format": (lambda d: _edit(d, lambda about: about.update(format=3)), "format 2"),
+    "unknown settings": (
+        lambda d: _edit(d, lambda about: about["config"].update(speed=3)),
+        "speed",
+    ),
+    "wrong settings": (
+        lambda d: _edit(d, lambda about: about["config"].update(window_size=0)),
+        "window_size",
+    ),
     "other layers": (lambda d: _edit(d, lambda about: about["layers"].pop()), "1 layers differ"),
     "no weights named": (lambda d: _edit(d, lambda about: about.pop("weights")), "weights"),
-    "other shapes": (lambda d: _edit(d, lambda about: about["config"].update(router="mean_query")), "tensors"),
+    "other shapes": (
+        lambda d: _edit(d, lambda about: about["config"].update(router="sampled")),
+        "tensors",
+    ),
 }
 
 
@@ -142,51 +162,53 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_what_does_not_fit_changes_nothing_and_says_why(damage, routed, tmp_path):
     case, (spoil, message) = CASES["sd15"], DAMAGE[damage]
-    save_routed_attention(trained(build(case)), tmp_path / "saved")
+    save_routing(trained(build(case)), tmp_path / "saved")
     spoil(tmp_path / "saved")
     model = build(case)
     if routed:
-        enable_routed_attention(model, config(0.5))
+        route_attention(model, config(0.5))
     expected, before = run(model, case), trace(model)
     with pytest.raises(ValueError, match=message):
-        load_routed_attention(model, tmp_path / "saved")
+        load_routing(model, tmp_path / "saved")
     assert trace(model) == before and torch.equal(run(model, case), expected)
     assert len(routed_layers(model)) == (len(case.tokens) if routed else 0)
 
 
 @some("pixart", "flux")
 def test_a_directory_of_another_model_is_refused(case, tmp_path):
-    save_routed_attention(trained(build(CASES["sd15"])), tmp_path)
+    save_routing(trained(build(CASES["sd15"])), tmp_path)
     model = build(case)
-    with pytest.raises(ValueError, match="is of another model, .* layers differ"):
-        load_routed_attention(model, tmp_path)
+    with pytest.raises(ValueError, match="is of another model than .* layers differ"):
+        load_routing(model, tmp_path)
     assert routed_layers(model) == {}
 
 
 def test_the_size_is_told_again_when_loading(tmp_path):
     case = CASES["flux"]
     model = build(case)
-    enable_routed_attention(model, config())
-    save_routed_attention(model, tmp_path)
-    assert set(load_routed_attention(build(case), tmp_path, sample_size=(8, 12)).values()) == {24}
+    route_attention(model, config())
+    save_routing(model, tmp_path)
+    assert set(load_routing(build(case), tmp_path, sample_size=(8, 12)).values()) == {24}
 
 
 def test_several_configurations_are_not_saved_as_one(tmp_path):
     pipe = pipeline("sd15")
-    enable_routed_attention(pipe.unet, config(layers=[0]))
-    other = build(CASES["sd15"])
-    enable_routed_attention(other, config(0.5, layers=[1]))
-    name, processor = next(iter(routed_layers(other).items()))
-    pipe.unet.get_submodule(name).set_processor(processor)
+    route_attention(pipe, config())
+    next(iter(routed_layers(pipe).values())).config = config(0.5)
     with pytest.raises(ValueError, match="expected one configuration for all layers, got several"):
-        save_routed_attention(pipe, tmp_path)
+        save_routing(pipe, tmp_path)
 
 
-def test_what_cannot_be_saved_says_so(tmp_path):
-    case = CASES["ddpm"]
+def test_what_is_not_routed_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="nothing is routed"):
-        save_routed_attention(build(case), tmp_path)
-    model = trained(build(case)).to("meta")
-    with pytest.raises(ValueError, match="is offloaded, save before offloading"):
-        save_routed_attention(model, tmp_path)
+        save_routing(build(CASES["ddpm"]), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_offloaded_models_routers_are_saved(tmp_path):
+    case = CASES["ddpm"]
+    model = trained(build(case))
+    expected = run(model, case)
+    save_routing(model.to("meta"), tmp_path)
+    load_routing(twin := build(case), tmp_path)
+    assert torch.equal(run(twin, case), expected)

@@ -1,4 +1,4 @@
-"""Tiny diffusers pipelines of every family that enable_routed_attention takes, made in memory."""
+"""Tiny diffusers pipelines of the families most used, made in memory."""
 
 import copy
 from functools import cache
@@ -6,7 +6,6 @@ from functools import cache
 import diffusers
 import pytest
 import torch
-from diffusers_cases import CASES, TEXT, WIDTH, build, noise, spread
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -14,10 +13,13 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from tests.support.diffusers_cases import CASES, TEXT, WIDTH, build, noise, spread
+
 
 @cache
 def _parts():
-    """Autoencoder, text encoders and tokenizer, as many times smaller than latents as the real ones."""
+    """Autoencoder, text encoders and tokenizer, as many times smaller than latents as the real
+    ones."""
     torch.manual_seed(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{x}</w>" for x in letters)]
@@ -60,29 +62,44 @@ def ddim(**how):
 
 def stable(kind=diffusers.StableDiffusionPipeline, case="sd15", scheduler=None, **more):
     parts = {name: part(name) for name in ("vae", "text_encoder", "tokenizer")}
-    parts |= {"unet": build(CASES[case]), "scheduler": scheduler or ddim(clip_sample=False, set_alpha_to_one=False)}
+    parts |= {
+        "unet": build(CASES[case]),
+        "scheduler": scheduler or ddim(clip_sample=False, set_alpha_to_one=False),
+    }
     parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return kind(**parts | more)
 
 
 def embeddings(*negative):
     """Conditions of pipelines without text encoders."""
-    call = {f"{sign}prompt_embeds": noise(1, TEXT, WIDTH, seed=i) for i, sign in enumerate(("", *negative))}
+    call = {
+        f"{sign}prompt_embeds": noise(1, TEXT, WIDTH, seed=i)
+        for i, sign in enumerate(("", *negative))
+    }
     return call | {"height": 208, "width": 336, "guidance_scale": 3.0}
 
 
 def pooled_embeddings(*negative):
-    return {f"{sign}pooled_prompt_embeds": noise(1, WIDTH, seed=i + 5) for i, sign in enumerate(("", *negative))}
+    return {
+        f"{sign}pooled_prompt_embeds": noise(1, WIDTH, seed=i + 5)
+        for i, sign in enumerate(("", *negative))
+    }
 
 
 def make_pipe(name):
     if name in ("sd15", "sd21"):
-        later = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, prediction_type="v_prediction")
+        later = diffusers.PNDMScheduler(
+            skip_prk_steps=True, steps_offset=1, prediction_type="v_prediction"
+        )
         return stable(case=name, scheduler=later if name == "sd21" else None)
     if name == "sdxl":
-        parts = {name: part(name) for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer")}
+        parts = {
+            name: part(name) for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer")
+        }
         parts |= {"tokenizer_2": part("tokenizer"), "unet": build(CASES[name])}
-        return diffusers.StableDiffusionXLPipeline(**parts, scheduler=diffusers.EulerDiscreteScheduler())
+        return diffusers.StableDiffusionXLPipeline(
+            **parts, scheduler=diffusers.EulerDiscreteScheduler()
+        )
     if name == "ddpm":
         return diffusers.DDPMPipeline(build(CASES[name]), diffusers.DDPMScheduler())
     model = build(CASES[name])
@@ -90,7 +107,9 @@ def make_pipe(name):
         return diffusers.DiTPipeline(model, part("vae"), ddim())
     none = {f"{kind}{i}": None for kind in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
     if name == "pixart":
-        return diffusers.PixArtAlphaPipeline(None, None, part("vae"), model, diffusers.DPMSolverMultistepScheduler())
+        return diffusers.PixArtAlphaPipeline(
+            None, None, part("vae"), model, diffusers.DPMSolverMultistepScheduler()
+        )
     flow = diffusers.FlowMatchEulerDiscreteScheduler()
     if name in ("sd3", "sd35"):
         return diffusers.StableDiffusion3Pipeline(model, flow, part("vae"), **none)
@@ -104,7 +123,13 @@ def pipeline(name):
     return pipe.to(torch.float64)
 
 
-PROMPT = {"prompt": "a cat", "negative_prompt": "a dog", "guidance_scale": 3.0, "height": 104, "width": 168}
+PROMPT = {
+    "prompt": "a cat",
+    "negative_prompt": "a dog",
+    "guidance_scale": 3.0,
+    "height": 104,
+    "width": 168,
+}
 NEGATIVE = "negative_"
 MASKS = {f"{sign}prompt_attention_mask": torch.ones(1, TEXT) for sign in ("", NEGATIVE)}
 CALLS = {
@@ -113,7 +138,9 @@ CALLS = {
     "sdxl": PROMPT,
     "ddpm": {},
     "dit": {"class_labels": [3], "guidance_scale": 3.0},
-    "pixart": embeddings(NEGATIVE) | MASKS | {"negative_prompt": None, "use_resolution_binning": False},
+    "pixart": embeddings(NEGATIVE)
+    | MASKS
+    | {"negative_prompt": None, "use_resolution_binning": False},
     "sd3": embeddings(NEGATIVE) | pooled_embeddings(NEGATIVE),
     "sd35": embeddings(NEGATIVE) | pooled_embeddings(NEGATIVE),
     "flux": embeddings() | pooled_embeddings(),
@@ -125,7 +152,9 @@ def generate(pipe, name="sd15", drop=(), **how):
     """Two steps; latents where the pipeline can give them."""
     call = CALLS[name] | {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
     call |= {"output_type": "np"} if name in ("ddpm", "dit") else {"output_type": "latent"}
-    return torch.as_tensor(pipe(**{key: value for key, value in (call | how).items() if key not in drop})[0])
+    return torch.as_tensor(
+        pipe(**{key: value for key, value in (call | how).items() if key not in drop})[0]
+    )
 
 
 EMBED = 8  # channels of an IP-Adapter's image
@@ -135,7 +164,11 @@ def ip_adapter(model):
     """Load a random IP-Adapter into a UNet or Flux, as their pipelines' load_ip_adapter does."""
     flux = isinstance(model, diffusers.FluxTransformer2DModel)
     joint = model.config.joint_attention_dim if flux else model.config.cross_attention_dim
-    names = [n for n in model.attn_processors if not n.startswith("single") and (flux or n.endswith("attn2.processor"))]
+    names = [
+        n
+        for n in model.attn_processors
+        if not n.startswith("single") and (flux or n.endswith("attn2.processor"))
+    ]
     weights = {}
     for i, name in enumerate(names):
         width = model.get_submodule(name.removesuffix(".processor")).inner_dim
@@ -143,7 +176,12 @@ def ip_adapter(model):
             key = f"{i if flux else 2 * i + 1}.to_{letter}_ip"
             weights[f"{key}.weight"] = noise(width, joint, seed=i + ord(letter)) * joint**-0.5
             weights |= {f"{key}.bias": noise(width, seed=i)} if flux else {}
-    project = {"proj.weight": noise(4 * joint, EMBED, seed=3), "proj.bias": noise(4 * joint, seed=4)}
+    project = {
+        "proj.weight": noise(4 * joint, EMBED, seed=3),
+        "proj.bias": noise(4 * joint, seed=4),
+    }
     project |= {"norm.weight": torch.ones(joint).double(), "norm.bias": torch.zeros(joint).double()}
-    model._load_ip_adapter_weights([{"image_proj": project, "ip_adapter": weights}], low_cpu_mem_usage=False)
+    model._load_ip_adapter_weights(
+        [{"image_proj": project, "ip_adapter": weights}], low_cpu_mem_usage=False
+    )
     return model.to(torch.float64)

@@ -7,18 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from colt5_vision.pipelines import (
-    disable_routed_attention,
+
+from colt5_vision import (
     distill_routers,
-    enable_routed_attention,
+    route_attention,
     routed_layers,
+    unroute_attention,
 )
-from diffusers_cases import CASES, arguments, build, config, every_family, run, some
+from tests.support.diffusers_cases import (
+    CASES,
+    arguments,
+    build,
+    config,
+    every_family,
+    run,
+    some,
+)
 
 
 def learned(case, dtype=torch.float32, **how):
     model = build(case, dtype)
-    enable_routed_attention(model, config(router="learned", **how))
+    route_attention(model, config(router="learned", **how))
     return model
 
 
@@ -27,23 +36,28 @@ def inputs(case, count=2, dtype=torch.float32):
 
 
 def weights(model):
-    return {name: part.routing.correction[2].weight.clone() for name, part in routed_layers(model).items()}
+    return {
+        name: part.attention.correction[2].weight.clone()
+        for name, part in routed_layers(model).items()
+    }
 
 
 @every_family
 def test_routers_learn_and_nothing_else_changes(case):
     model, original = learned(case), build(case, torch.float32)
-    state = {name: x.clone() for name, x in model.state_dict().items() if ".routing." not in name}
+    state = {name: x.clone() for name, x in model.state_dict().items()}
     history = distill_routers(model, inputs(case), steps=12, lr=3e-2, progress=False)
     assert len(history) == 12 and set(history[0]) == set(case.tokens)
-    assert all(abs(ratio - 1) < 1e-4 for ratio in history[0].values())  # starts as the mean query
+    assert all(abs(ratio - 1) < 1e-4 for ratio in history[0].values())  # starts as router="sampled"
     mean = lambda part: sum(sum(step.values()) / len(step) for step in part) / len(part)
     assert mean(history[-2:]) < 0.99
     assert all(torch.equal(model.state_dict()[name], x) for name, x in state.items())
     assert all(weight.abs().max() > 0 for weight in weights(model).values())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
-    disable_routed_attention(model)
-    assert torch.equal(run(model, case, dtype=torch.float32), run(original, case, dtype=torch.float32))
+    unroute_attention(model)
+    assert torch.equal(
+        run(model, case, dtype=torch.float32), run(original, case, dtype=torch.float32)
+    )
 
 
 @some("sd15", "ddpm", "flux")
@@ -73,7 +87,9 @@ def test_resuming_gives_what_one_go_gives(tmp_path):
     resumed = distill_routers(second, inputs(case), checkpoint=tmp_path / "c.pt", **how)
     history = distill_routers(one_go, inputs(case), **how)
     assert resumed == history
-    assert all(torch.equal(weight, weights(one_go)[name]) for name, weight in weights(second).items())
+    assert all(
+        torch.equal(weight, weights(one_go)[name]) for name, weight in weights(second).items()
+    )
 
 
 def test_layers_below_min_tokens_are_left_alone():
@@ -88,13 +104,15 @@ def test_layers_below_min_tokens_are_left_alone():
 
 def test_errors_name_the_argument():
     case = CASES["ddpm"]
-    with pytest.raises(TypeError, match="model: expected a diffusers model, such as pipe.unet, got str"):
+    with pytest.raises(TypeError, match="model: expected a model, such as pipe.unet, got str"):
         distill_routers("unet", [])
     model = build(case, torch.float32)
-    enable_routed_attention(model, config())
+    route_attention(model, config())
     with pytest.raises(ValueError, match="model: has no learned router"):
         distill_routers(model, inputs(case))
-    with pytest.raises(ValueError, match="inputs: expected an iterable of batches that starts over"):
+    with pytest.raises(
+        ValueError, match="inputs: expected an iterable of batches that starts over"
+    ):
         distill_routers(learned(case), [], progress=False)
     with pytest.raises(ValueError, match="steps"):
         distill_routers(learned(case), inputs(case), steps=0)
@@ -113,7 +131,7 @@ def test_another_schedule_does_not_resume(tmp_path):
     case, how = CASES["sd15"], {"steps": 2, "progress": False, "checkpoint": tmp_path / "c.pt"}
     distill_routers(learned(case), inputs(case), **how)
     other = learned(case, schedule=[{"min_tokens": 100, "num_heavy_tokens_kv": 7}])
-    with pytest.raises(ValueError, match="config: expected that of the checkpoint"):
+    with pytest.raises(ValueError, match="expected that of the checkpoint"):
         distill_routers(other, inputs(case), **how)
 
 
@@ -123,38 +141,56 @@ def test_autocast_changes_the_errors_little(case):
     for enabled in (False, True):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            ratios.append(distill_routers(learned(case), inputs(case), steps=4, lr=3e-2, progress=False)[-1])
+            ratios.append(
+                distill_routers(learned(case), inputs(case), steps=4, lr=3e-2, progress=False)[-1]
+            )
     for name, ratio in ratios[0].items():
         assert abs(ratios[1][name] - ratio) < 0.1 * ratio, name
 
 
 def enable_small(case):
     model = build(case, torch.float32)
-    enable_routed_attention(model, config(router="learned", min_tokens=1024), sample_size=128)
+    route_attention(model, config(router="learned", min_tokens=1024), sample_size=128)
     return model
 
 
 WORKER = """
 import sys, torch
 from torch import distributed
-from colt5_vision.pipelines import distill_routers, routed_layers
-from test_diffusers_distill import CASES, inputs, learned, weights
+from colt5_vision import distill_routers, routed_layers
+from tests.diffusers.test_diffusers_distill import CASES, inputs, learned, weights
 
 distributed.init_process_group("gloo")
 rank, case = distributed.get_rank(), CASES["ddpm"]
 torch.manual_seed(rank)  # routers start alike all the same
 model = learned(case)
 own = inputs(case, 4)[rank::2]
-history = distill_routers(model, own, steps=4, progress=True, checkpoint=sys.argv[1] + "/c.pt", save_every=4)
+how = dict(steps=4, progress=True, checkpoint=sys.argv[1] + "/c.pt", save_every=4)
+history = distill_routers(model, own, **how)
 torch.save(weights(model), f"{sys.argv[1]}/{rank}.pt")
 """
 
 
 def test_two_processes_train_one_router(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(tmp_path / "worker.py"), str(tmp_path)]
-    path = str(Path(__file__).parent)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+    ]
+    command += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        str(tmp_path / "worker.py"),
+        str(tmp_path),
+    ]
+    path = str(Path(__file__).parents[2])
     done = subprocess.run(
         command,
         capture_output=True,
@@ -165,5 +201,7 @@ def test_two_processes_train_one_router(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert all(torch.equal(weight, two[name]) and weight.abs().max() > 0 for name, weight in one.items())
+    assert all(
+        torch.equal(weight, two[name]) and weight.abs().max() > 0 for name, weight in one.items()
+    )
     assert done.stderr.count("4/4") >= 1 and (tmp_path / "c.pt").exists()

@@ -1,0 +1,201 @@
+"""Rows of figures in README.md and docs/results.md, made of the committed files in
+benchmarks/results.
+
+``python -m tests.support.published`` prints them.
+"""
+
+import json
+import re
+from pathlib import Path
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+SAMPLED = "mean query + weighted tail"  # of these files: ``router="sampled"``
+
+
+def table(name: str, first: str, which: int = 0) -> dict[str, list[str]]:
+    """Cells of a table in a results file, by the first cell of each row, its head among them.
+
+    Args:
+        first: first cell of the head.
+        which: of the tables with that cell.
+    """
+    found = []
+    for part in re.split(r"\n\s*\n", (RESULTS / name).read_text()):
+        lines = [line for line in part.splitlines() if line.startswith("|")]
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        if rows and rows[0][0] == first:
+            found.append({row[0]: row[1:] for row in (rows[0], *rows[2:])})
+    return found[which]
+
+
+def record(name: str) -> dict:
+    """A JSON file."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def line(*cells: str) -> str:
+    """A row of a table in Markdown."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def times(value: float) -> str:
+    """A ratio, as 0.608×, 8.85×, 33.6×."""
+    return f"{value:.3g}×"
+
+
+def cosines() -> list[str]:
+    """A pretrained ViT: cosine of its features to those of full attention."""
+    found = table("swap_cpu.md", "attention")
+    sizes = ("518 px", "1526 px")
+    columns = [i for i, head in enumerate(found["attention"]) if head.split(", ")[1] in sizes]
+    names = {
+        "`window`": "window only",
+        "`grid`": "grid, weighted",
+        "ToDo, keys subsampled": "ToDo (keys subsampled)",
+        "ToMe-style, keys merged": "ToMe-style (keys merged)",
+        "`sampled`": SAMPLED,
+        "`sampled`, 1/4 of the keys": f"{SAMPLED}, keys 1/4",
+    }
+    return [line(ours, *(found[name][i] for i in columns)) for ours, name in names.items()]
+
+
+def held_out() -> tuple[str, str]:
+    """The same on four held-out photographs, 1/16 of the keys: mean and worst draw."""
+    text = (RESULTS / "training_free_cpu.md").read_text()
+    return re.search(r"^\| 1/16 \| default \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE).groups()
+
+
+def errors() -> list[str]:
+    """A consistency UNet: relative error of its picture, the mean over noises."""
+    found = table("terrain_cpu.md", "attention")
+    names = {
+        "`window`": "window only",
+        "`random`": "random keys, weighted",
+        "ToDo, keys subsampled": "keys subsampled 2 x 2 (ToDo)",
+        "`sampled`": "routed, keys 1/16",
+        "`sampled`, 1/4 of the keys": "routed, keys 1/4",
+    }
+    return [
+        line(ours, *(cell.split(" ")[0] for cell in found[name])) for ours, name in names.items()
+    ]
+
+
+def whole_networks() -> list[str]:
+    """Seconds of a whole network, with full and with routed attention."""
+    rows = []
+    for image, cells in table("swap_cpu.md", "image").items():
+        if image != "image" and not image.startswith("1022"):  # as 1036
+            size, tokens = re.match(r"(\d+) px, (\d+) tokens", image).groups()
+            full, routed, ratio = cells[3:6]
+            rows.append(("DINOv2 ViT-S/14", size, tokens, full, routed, ratio))
+
+    heads = table("terrain_cpu.md", "attention")["attention"]
+    seconds = table("terrain_cpu.md", "attention", which=1)
+    both = zip(seconds["full attention"], seconds["routed, keys 1/16"], strict=True)
+    for head, (full, routed) in zip(heads, both, strict=True):
+        size, tokens = re.match(r"(\d+) px, (\d+) tokens", head).groups()
+        ratio = re.search(r"\((.*)\)", routed)[1]
+        rows.append(("Consistency UNet", size, tokens, full.split()[0], routed.split()[0], ratio))
+    return [
+        line(name, size, f"{int(tokens):,}", full, routed, ratio.replace("x", "×"))
+        for name, size, tokens, full, routed, ratio in rows
+    ]
+
+
+def layers() -> list[str]:
+    """One layer over full attention, forward and with backward."""
+    found = []
+    for side in (64, 128, 256):
+        kinds = [
+            (what, f) for what in ("forward", "forward + backward") for f in ("softmax", "sum")
+        ]
+        found.append(line(f"{side}×{side}", *(layer(side, what, f) for what, f in kinds)))
+    return found
+
+
+def layer(side: int, what: str, fusion: str, other: str = "full SDPA") -> str:
+    """How many times as fast as ``other`` a layer is."""
+    case = {"group": "layers", "case": f"{side}x{side}, 1024 keys", "pass": what}
+    row = next(row for row in record("cpu.json")["rows"] if case.items() <= row.items())
+    pair = {"ours": f"fusion {fusion}", "other": other}
+    ratios = [ratio["median"] for ratio in row["ratios"] if pair.items() <= ratio.items()]
+    return times(ratios[0]) if ratios else "not tried"
+
+
+def needle() -> list[str]:
+    """Accuracy of a task that needs the whole map."""
+    names = {
+        "full attention": "full",
+        "`softmax`, learned": "softmax-learned-eighth",
+        "`sum`, learned": "sum-learned-eighth",
+        "`softmax`, random": "softmax-random-eighth",
+        "`sum`, random": "sum-random-eighth",
+        "`softmax`, learned, few": "softmax-learned-few",
+        "`sum`, learned, few": "sum-learned-few",
+        "`softmax`, random, few": "softmax-random-few",
+    }
+    found = {row["variant"]: row for row in record("needle_cpu.json")["summary"]}
+    rows = []
+    for ours, name in names.items():
+        row = found[name]
+        cells = (
+            f"{row['keys']}",
+            f"{len(row['seeds'])}",
+            f"{row['mean']:.3f}",
+            f"{row['spread']:.3f}",
+        )
+        rows.append(line(ours, *cells))
+    return rows
+
+
+def readme() -> list[str]:
+    """Rows of the README: what, with full attention, routed."""
+    networks = [row.strip("| ").split(" | ") for row in whole_networks()]
+    (vit,) = (row for row in networks if row[1] == "1526")
+    unet = table("terrain_cpu.md", "attention")["routed, keys 1/16"][-1].split()[0]
+    found = {row["variant"]: row for row in record("needle_cpu.json")["summary"]}
+    full, routed = (f"{found[name]['mean']:.3f}" for name in ("full", "sum-learned-eighth"))
+    return [
+        line("DINOv2 ViT-S/14 at 1036 px: cosine of its features", "1", held_out()[0]),
+        line("The same network at 1526 px: seconds for an image", *vit[3:5]),
+        line("Consistency UNet at 512 px: relative error of its picture", "0", unet),
+        line("Trained from scratch, 72 of 576 keys: accuracy, six seeds", full, routed),
+    ]
+
+
+def claims() -> set[str]:
+    """Numbers that stand in sentences, as they are written there."""
+    needle_768 = {row["variant"]: row for row in record("needle_768_cpu.json")["summary"]}
+    needle_192 = {row["variant"]: row for row in record("needle_cpu.json")["summary"]}
+    growth = [f"{row['exponent']['median']:.3g}" for row in record("cpu.json")["growth"]]
+    memory = table("swap_cpu.md", "image")["1526 px, 11881 tokens"][-2:]
+    distilled = table("terrain_cpu.md", "attention")["distilled, keys 1/16"]
+    found = {*held_out(), *growth, *(f"{mib} MiB" for mib in memory)}
+    found |= {cell.split()[0] for cell in distilled}
+    found |= {row.strip("| ").split(" | ")[-1] for row in whole_networks()}
+    found.add(layer(128, "forward", "softmax", "ToDo, subsampled to as many keys"))
+    found |= {f"{row['mean']:.3f}" for row in (*needle_768.values(), *needle_192.values())}
+    found |= {f"{row['seconds_per_step_at_last']:.3g}" for row in needle_768.values()}
+    found.add(record("cpu.json")["machine"]["torch"].rpartition(".")[0])
+    return found
+
+
+def numbers(prose: str) -> list[str]:
+    """What must be among :func:`claims`: decimals, ratios, memory."""
+    prose = re.sub(r"`[^`]*`|\]\([^)]*\)", " ", prose)
+    prose = re.sub(r"version \S+|\b0\.1\.0\b|Python \S+", " ", prose)
+    return re.findall(r"[\d,.]*\d×(?!\d)|[\d,]+ MiB|(?<![\d/])\d+\.\d+(?![\d×])", prose)
+
+
+def results() -> dict[str, list[str]]:
+    """Rows of the tables in docs/results.md, by the question."""
+    made = (cosines, errors, whole_networks, layers, needle)
+    return {function.__name__: function() for function in made}
+
+
+if __name__ == "__main__":
+    for question, rows in results().items():
+        print(question, *rows, sep="\n", end="\n\n")
+    print(*readme(), sep="\n", end="\n\n")
+    print(*sorted(claims()))
