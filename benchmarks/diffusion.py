@@ -1,8 +1,9 @@
-"""Speed of self-attention at Stable Diffusion 1.5's shapes beside its peers: ``python -m benchmarks.diffusion``.
+"""Speed of self-attention at Stable Diffusion 1.5's shapes beside its peers:
+``python -m benchmarks.diffusion``.
 
-The whole layer with its projections (attn1: 320 channels, 8 heads x 40), batch 2 as with classifier-free guidance, random
-weights, one thread. Ratios to full attention from one run, median of interleaved repeats; quality is in
-``examples/distill_diffusion.py``.
+The whole layer with its projections (attn1: 320 channels, 8 heads x 40), batch 2 as with
+classifier-free guidance, random weights, one thread. Ratios to full attention from one run, median
+of interleaved repeats; quality is in ``examples/distill_diffusion.py``.
 """
 
 import argparse
@@ -12,13 +13,13 @@ from pathlib import Path
 
 import tomesd
 import torch
-from colt5_vision.pipelines import RoutedAttentionConfig, RoutedAttnProcessor
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from colt5_vision.reroute import MapSize
-from examples.measure import medians
-from examples.peers import ReplaceAttention, subsampled_keys
+from colt5_vision import RoutedAttentionConfig
+from colt5_vision.pipelines import RoutedAttnProcessor
+from examples.support.measure import medians
+from examples.support.peers import ReplaceAttention, subsampled_keys
 
 CHANNELS, HEADS, BATCH = 320, 8, 2
 
@@ -27,17 +28,9 @@ def layer(side: int, config: RoutedAttentionConfig | None = None):
     """A call of attn1 on (B, N, C), with full attention or routed."""
     torch.manual_seed(0)
     attn = Attention(CHANNELS, heads=HEADS, dim_head=CHANNELS // HEADS).eval()
-    if config is None:
-        return attn
-    processor = RoutedAttnProcessor(config)
-    processor.map_size = MapSize()
-    attn.set_processor(processor)
-
-    def call(x: Tensor) -> Tensor:
-        processor.map_size.begin((side, side))  # what enable_routed_attention's hook does
-        return attn(x)
-
-    return call
+    if config is not None:
+        attn.set_processor(RoutedAttnProcessor(config, grid_size=(side, side)))
+    return attn
 
 
 def merged(side: int, ratio: float):
@@ -67,19 +60,30 @@ def compare(side: int, repeats: int) -> dict[str, float]:
     x = torch.randn(BATCH, side * side, CHANNELS, generator=torch.Generator().manual_seed(1))
     routed = RoutedAttentionConfig(min_tokens=1)
     calls = {"full SDPA": layer(side), "routed, window 16, keys 1/16": layer(side, routed)}
-    calls["routed, window 16, keys 1/8"] = layer(side, RoutedAttentionConfig(min_tokens=1, num_heavy_tokens_kv=1 / 8))
+    calls["routed, window 16, keys 1/8"] = layer(
+        side, RoutedAttentionConfig(min_tokens=1, num_heavy_tokens_kv=1 / 8)
+    )
     calls |= {f"tomesd {ratio:.0%} merged": merged(side, ratio) for ratio in (0.5, 0.75)}
     calls["ToDo, keys subsampled 2 x 2"] = fewer_keys(side)
     tiles = RoutedAttentionConfig(router="window", window_size=32, min_tokens=1)
     calls["tiles of 32 x 32, no global view"] = layer(side, tiles)
     with torch.inference_mode():
-        full, every = calls["full SDPA"](x), layer(side, RoutedAttentionConfig(min_tokens=1, num_heavy_tokens_kv=1.0))
+        full, every = (
+            calls["full SDPA"](x),
+            layer(side, RoutedAttentionConfig(min_tokens=1, num_heavy_tokens_kv=1.0)),
+        )
         torch.testing.assert_close(every(x), full, rtol=1e-3, atol=1e-4)
-        return medians({name: (lambda call=call: call(x)) for name, call in calls.items()}, repeats, warm_up=True)
+        return medians(
+            {name: (lambda call=call: call(x)) for name, call in calls.items()},
+            repeats,
+            warm_up=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sides", type=int, nargs="+", default=[64, 128], help="of the latents")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
@@ -91,13 +95,17 @@ def main() -> None:
         found[side] = compare(side, args.repeats)
     machine = f"{platform.machine()}, 1 thread, torch {torch.__version__}, not run on a GPU"
     lines = ["# Self-attention at Stable Diffusion 1.5's shapes", "", machine, ""]
-    lines.append("| attn1, batch 2, 8 heads x 40 | " + " | ".join(f"{s} x {s} latents" for s in found) + " |")
+    lines.append(
+        "| attn1, batch 2, 8 heads x 40 | " + " | ".join(f"{s} x {s} latents" for s in found) + " |"
+    )
     lines.append("|---|" + "---|" * len(found))
     for name in next(iter(found.values())):
         cells = [f"{t[name]:.3f} s ({t['full SDPA'] / t[name]:.1f}x)" for t in found.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     (args.output / "diffusion.md").write_text("\n".join(lines) + "\n")
-    (args.output / "diffusion.json").write_text(json.dumps({"machine": machine, "seconds": found}, indent=1) + "\n")
+    (args.output / "diffusion.json").write_text(
+        json.dumps({"machine": machine, "seconds": found}, indent=1) + "\n"
+    )
     print("\n".join(lines))
 
 

@@ -1,25 +1,30 @@
-"""A task that needs the whole map: each white square must be labelled with the class of the one digit, far away.
+"""A task that needs the whole map: each white square must be labelled with the class of the one
+digit, far away.
 
-    python -m benchmarks.needle                                    # all variants, 3 seeds, 1200 steps; 2 hours on 2 cores
-    python -m benchmarks.needle --resume                           # go on after an interruption, or add seeds and variants
-    python -m benchmarks.needle --variants full sum-learned-eighth --seeds 0
-    python -m benchmarks.needle --canvas 384 --start 192 --steps 60 --points 5 --held-out 500 --seeds 0
-    python -m benchmarks.needle --canvas 768 --start 192 --steps 4 --points 1 --held-out 100 --seeds 0
-    python -m benchmarks.needle --quick                            # see that it runs: a minute, a few steps of each
+    python -m benchmarks.needle                                    # all variants, 3 seeds, 1200
+    steps; 2 hours on 2 cores python -m benchmarks.needle --resume                           # go on
+    after an interruption, or add seeds and variants python -m benchmarks.needle --variants full
+    sum-learned-eighth --seeds 0 python -m benchmarks.needle --canvas 384 --start 192 --steps 60
+    --points 5 --held-out 500 --seeds 0 python -m benchmarks.needle --canvas 768 --start 192 --steps
+    4 --points 1 --held-out 100 --seeds 0 python -m benchmarks.needle --quick
+    # see that it runs: a minute, a few steps of each
 
-The digit touches no square's window, so windows alone cannot answer. "eighth" routes 1/8 of the map as keys, of which
-some fall into every window, where window attention has spread the digit; "few" routes 4 of 576 (9 of 2304, 36 of 9216),
-fewer than there are windows: the column of windows reached says how often a choice that does not look could know.
-Routed attentions, random ones too, start with a larger share of the map (``--widest``) and narrow to their own
-(``RoutingSchedule``), those of "softmax" in turns with steps that have it all, those of "sum" late.
+The digit touches no square's window, so windows alone cannot answer. "eighth" routes 1/8 of the map
+as keys, of which some fall into every window, where window attention has spread the digit; "few"
+routes 4 of 576 (9 of 2304, 36 of 9216), fewer than there are windows: the column of windows reached
+says how often a choice that does not look could know. Routed attentions, random ones too, start
+with a larger share of the map (``--widest``) and narrow to their own (``RoutingSchedule``), those
+of "softmax" in turns with steps that have it all, those of "sum" late.
 
-On larger canvases clutter and squares grow in proportion. With ``--start`` a run goes on with the weights that the same
-variant and seed had after the smaller canvas (every run leaves them in ``--weights``), with its own keys and a third of
-the learning rate; its curve begins before the first step.
+On larger canvases clutter and squares grow in proportion. With ``--start`` a run goes on with the
+weights that the same variant and seed had after the smaller canvas (every run leaves them in
+``--weights``), with its own keys and a third of the learning rate; its curve begins before the
+first step.
 
-All variants of a seed see the same canvases in the same order. Every (variant, seed) is a process of its own and written
-at once to ``needle_cpu.jsonl``; ``needle_cpu.json``, ``.md`` and ``.png`` are made from it (``needle_384_cpu``, ...), and
-``needle_scale_cpu.png`` from all canvases there are. Seconds are CPU seconds.
+All variants of a seed see the same canvases in the same order. Every (variant, seed) is a process
+of its own and written at once to ``needle_cpu.jsonl``; ``needle_cpu.json``, ``.md`` and ``.png``
+are made from it (``needle_384_cpu``, ...), and ``needle_scale_cpu.png`` from all canvases there
+are. Seconds are CPU seconds.
 """
 
 import argparse
@@ -45,8 +50,13 @@ from benchmarks.needle_report import draw_scale, report
 from benchmarks.needle_task import CELL, Batch, NeedleTask
 from colt5_vision.store import save_atomically
 from colt5_vision.visualize import record_routing
-from examples.command_line import UserError, at_least_one, exit_status, learning_rate
-from examples.measure import added_memory
+from examples.support.command_line import (
+    UserError,
+    at_least_one,
+    exit_status,
+    learning_rate,
+)
+from examples.support.measure import added_memory
 
 BATCH, PEAK_RATE, WEIGHT_DECAY = 16, 1e-3, 0.02
 SETTINGS = ("canvas", "start", "steps", "held_out", "widest")  # what the records of a study share
@@ -59,9 +69,10 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def judge(model: SquareReader, task: NeedleTask, count: int) -> tuple[float, float | None]:
-    """Share of held-out squares labelled right; and of canvases with a routed key in the digit's windows."""
+    """Share of held-out squares labelled right; and of canvases with a routed key in the digit's
+    windows."""
     model.eval()
-    right, reached, routed = [], [], any(hasattr(a, "kv_router") for a in model.attentions)
+    right, reached, routed = [], [], model.routed
     for start in range(0, count, 50):
         batch = task.held_out(start, min(start + 50, count))
         with record_routing(model) if routed else nullcontext([]) as records:
@@ -71,7 +82,9 @@ def judge(model: SquareReader, task: NeedleTask, count: int) -> tuple[float, flo
         if routed:
             reached.append(batch.near.gather(1, torch.cat(keys, 1)).any(1))
     model.train()
-    return torch.cat(right).float().mean().item(), torch.cat(reached).float().mean().item() if routed else None
+    return torch.cat(right).float().mean().item(), torch.cat(
+        reached
+    ).float().mean().item() if routed else None
 
 
 def run(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> dict:
@@ -90,7 +103,7 @@ def run(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> dic
             group["lr"] = learning_rate(step, args.steps, peak, floor=0.01)
         if schedule is not None:
             schedule.step(step / args.steps)
-        keys.append(min(tokens, getattr(model.attentions[0], "num_heavy_tokens_kv", variant.num_keys(tokens))))
+        keys.append(min(tokens, model.keys_now(variant.num_keys(tokens))))
         start = time.process_time()
         loss = loss_of(model, task.train(step, BATCH))
         optimizer.zero_grad()
@@ -102,26 +115,32 @@ def run(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> dic
 
     def first_step() -> None:
         twin = copy.deepcopy(model)  # what is measured leaves no trace in the training
+        if schedule is not None:
+            variant.schedule(twin, tokens, args.widest).step(0.0)
         loss_of(twin, task.train(0, BATCH)).backward()
 
     if schedule is not None:
-        schedule.step(0.0)
+        schedule.step(0.0)  # takes a turn, as in all runs so far
     memory = added_memory(first_step)  # before anything larger has run
     if args.start:
-        model.load_state_dict(torch.load(weights_of(name, seed, args.start, args), weights_only=True))
+        model.load_state_dict(
+            torch.load(weights_of(name, seed, args.start, args), weights_only=True)
+        )
         curve.append((0, judge(model, task, args.held_out // 5)[0], 0.0))
     for step in (bar := tqdm(range(args.steps), f"{name}, seed {seed}", mininterval=5)):
         train(step)
         if (step + 1) % every == 0:
-            if schedule is not None:
-                schedule.step(1.0)  # judged with the keys it will be used with
+            # judged with the keys it will be used with: a schedule holds in training mode only
             curve.append((step + 1, judge(model, task, args.held_out // 5)[0], sum(seconds)))
-            bar.set_postfix(loss=f"{statistics.mean(losses[-every:]):.3f}", accuracy=f"{curve[-1][1]:.3f}")
-    if schedule is not None:
-        schedule.step(1.0)
+            bar.set_postfix(
+                loss=f"{statistics.mean(losses[-every:]):.3f}", accuracy=f"{curve[-1][1]:.3f}"
+            )
     accuracy, reach = judge(model, task, args.held_out)
     if args.weights:
-        save_atomically(weights_of(name, seed, args.canvas, args), lambda part: torch.save(model.state_dict(), part))
+        save_atomically(
+            weights_of(name, seed, args.canvas, args),
+            lambda part: torch.save(model.state_dict(), part),
+        )
     return {
         "variant": name,
         "seed": seed,
@@ -157,33 +176,49 @@ def read(path: Path, variants: dict[str, Variant], args: argparse.Namespace) -> 
         for name in SETTINGS:
             given = getattr(args, name)
             if record.get(name) != given and not (name == "widest" and record[name] is None):
-                raise UserError(f"--{name.replace('_', '-')}: the runs in {path} have {record.get(name)}, got {given}")
+                raise UserError(
+                    f"--{name.replace('_', '-')}: the runs in {path} have {record.get(name)}, got "
+                    f"{given}"
+                )
         name, narrowed = record["variant"], record.get("narrowing")
         if name not in variants:
-            raise UserError(f"--resume: {path} has runs of {name}, expected one of {', '.join(variants)}")
+            raise UserError(
+                f"--resume: {path} has runs of {name}, expected one of {', '.join(variants)}"
+            )
         now = None if args.start else variants[name].narrowing
         if (narrowed and tuple(narrowed)) != now:
             raise UserError(
-                f"--resume: {name} in {path} narrowed its keys by {narrowed}, now by {now}: remove the line"
+                f"--resume: {name} in {path} narrowed its keys by {narrowed}, now by {now}: "
+                "remove the line"
             )
         records.append(record)
     return records
 
 
-def records_of(variants: dict[str, Variant], args: argparse.Namespace, store: Path) -> Iterator[list[dict]]:
-    """Yield all records known so far, first those of ``store``, then as runs finish and are written there."""
+def records_of(
+    variants: dict[str, Variant], args: argparse.Namespace, store: Path
+) -> Iterator[list[dict]]:
+    """Yield all records known so far, first those of ``store``, then as runs finish and are written
+    there."""
     records = read(store, variants, args) if args.resume else []
-    lines = "".join(json.dumps(record) + "\n" for record in records)  # without one that was cut short
+    lines = "".join(
+        json.dumps(record) + "\n" for record in records
+    )  # without one that was cut short
     save_atomically(store, lambda part: part.write_text(lines))
     yield records
     done = {(r["variant"], r["seed"]) for r in records}
-    wanted = [(name, seed) for seed in args.seeds for name in args.variants if (name, seed) not in done]
+    wanted = [
+        (name, seed) for seed in args.seeds for name in args.variants if (name, seed) not in done
+    ]
     for name, seed in wanted if args.start else ():
         if not (path := weights_of(name, seed, args.start, args)).is_file():
-            how = f"python -m benchmarks.needle --canvas {args.start} --variants {name} --seeds {seed}"
+            how = (
+                f"python -m benchmarks.needle --canvas {args.start} --variants {name} --seeds "
+                f"{seed}"
+            )
             raise UserError(f"--start: no weights {path}; run {how} first")
-    # Buffers of more than 32 MiB, as canvases of 768 need them, glibc fetches anew from the system every time, and clearing
-    # their pages took two thirds of a step.
+    # Buffers of more than 32 MiB, as canvases of 768 need them, glibc fetches anew from the system
+    # every time, and clearing their pages took two thirds of a step.
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         os.environ.setdefault(name, str(1 << 40))
     context = multiprocessing.get_context("spawn")
@@ -209,20 +244,37 @@ def study(args: argparse.Namespace) -> None:
 
 
 def parser_of(description: str, variants: dict[str, Variant]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", choices=variants, default=list(variants), metavar="VARIANT")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=variants, default=list(variants), metavar="VARIANT"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--canvas", type=int, choices=(192, 384, 768), default=192, help="side in pixels")
-    parser.add_argument("--widest", type=float, default=1.0, help="share of the map that is routed at first")
     parser.add_argument(
-        "--held-out", type=int, default=1000, help="canvases to judge by, a fifth of them for the curve"
+        "--canvas", type=int, choices=(192, 384, 768), default=192, help="side in pixels"
+    )
+    parser.add_argument(
+        "--widest", type=float, default=1.0, help="share of the map that is routed at first"
+    )
+    parser.add_argument(
+        "--held-out",
+        type=int,
+        default=1000,
+        help="canvases to judge by, a fifth of them for the curve",
     )
     parser.add_argument("--points", type=int, default=10, help="of the curve")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--workers", type=int, default=2, help="processes, one run each")
-    parser.add_argument("--output", help="folder, default benchmarks/results, with --quick runs/needle")
-    parser.add_argument("--resume", action="store_true", help="keep the finished runs in --output, do what is missing")
+    parser.add_argument(
+        "--output", help="folder, default benchmarks/results, with --quick runs/needle"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the finished runs in --output, do what is missing",
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps, one seed")
     parser.set_defaults(start=None, weights=None)
     return parser
@@ -243,9 +295,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of(__doc__, VARIANTS)
-    parser.add_argument("--start", type=int, choices=(192, 384), help="canvas whose weights to go on with")
     parser.add_argument(
-        "--weights", help="folder to leave weights in, default runs/needle_weights, with --quick --output"
+        "--start", type=int, choices=(192, 384), help="canvas whose weights to go on with"
+    )
+    parser.add_argument(
+        "--weights",
+        help="folder to leave weights in, default runs/needle_weights, with --quick --output",
     )
     args = parse(parser, argv)
     args.weights = args.weights or (args.output if args.quick else "runs/needle_weights")

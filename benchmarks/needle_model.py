@@ -1,7 +1,7 @@
 """The network of the needle study, its attentions, and which of them are compared.
 
-A convolutional stem makes tokens of 8x8 pixels, two blocks follow, identical but for their attention, and each square's
-token is classified.
+A convolutional stem makes tokens of 8x8 pixels, two blocks follow, identical but for their
+attention, and each square's token is classified.
 """
 
 from typing import NamedTuple
@@ -13,16 +13,19 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.needle_task import WINDOW
 from colt5_vision import ConditionalRoutedImageAttention, RoutingSchedule
 from colt5_vision.ops import window_attention
-from colt5_vision.schedule import NARROWING, Narrowing
+from colt5_vision.scheduled import NARROW_SOFTMAX, NARROW_SUM, Narrowing
 
 DIM, HEADS, DEPTH, STEM = 64, 2, 2, (16, 32)
 
 
 class Variant(NamedTuple):
-    """An attention: ``kind`` "full", "window", or the fusion of a routed one, its router, keys and queries.
+    """An attention: ``kind`` "full", "window", or the fusion of a routed one, its router, keys and
+    queries.
 
-    ``wide``: it starts with all keys and queries, or as many as ``--widest`` allows, and narrows as it trains.
-    ``window``: tokens; ``options``: others of the routed attention; ``light_gain``: of its light branch at first.
+    ``wide``: it starts with all keys and queries, or as many as ``--widest`` allows, and narrows as
+        it trains.
+    ``window``: tokens; ``options``: others of the routed attention; ``light_gain``: of its light
+        branch at first.
     """
 
     kind: str
@@ -37,7 +40,9 @@ class Variant(NamedTuple):
     def num_keys(self, tokens: int) -> int:
         """Keys that a token sees outside its window."""
         few = max(4, tokens // WINDOW**2 // 4)
-        return {"full": tokens, "window": 0}.get(self.kind, few if self.keys == "few" else tokens // 8)
+        return {"full": tokens, "window": 0}.get(
+            self.kind, few if self.keys == "few" else tokens // 8
+        )
 
     def build(self, tokens: int) -> nn.Module:
         if self.router is None:
@@ -57,13 +62,15 @@ class Variant(NamedTuple):
             **(self.options or {}),
         )
         if self.light_gain != 1:
-            attention.light_attn.to_out.weight.data.mul_(self.light_gain)
+            attention.attend.light_attn.to_out.weight.data.mul_(self.light_gain)
         return attention
 
     @property
     def narrowing(self) -> Narrowing | None:
         """How its keys are narrowed in training."""
-        return NARROWING[self.kind] if self.router is not None and self.wide else None
+        if self.router is None or not self.wide:
+            return None
+        return NARROW_SOFTMAX if self.kind == "softmax" else NARROW_SUM
 
     def schedule(self, model: nn.Module, tokens: int, widest: float) -> RoutingSchedule | None:
         if self.narrowing is None:
@@ -89,7 +96,10 @@ class DenseAttention(nn.Module):
         super().__init__()
         self.windowed = windowed
         self.norm = nn.RMSNorm(DIM, eps=1e-6)
-        self.to_qkv, self.to_out = nn.Linear(DIM, 3 * DIM, bias=False), nn.Linear(DIM, DIM, bias=False)
+        self.to_qkv, self.to_out = (
+            nn.Linear(DIM, 3 * DIM, bias=False),
+            nn.Linear(DIM, DIM, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         grid_size = tuple(x.shape[1:3])
@@ -114,20 +124,35 @@ class SquareReader(nn.Module):
                 nn.BatchNorm2d(widths[i + 1]),
                 nn.GELU(),
             ]
-        layers += [nn.Conv2d(DIM, DIM, 3, 1, 1, bias=False), nn.BatchNorm2d(DIM)]  # a token sees 31 pixels
+        layers += [
+            nn.Conv2d(DIM, DIM, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(DIM),
+        ]  # a token sees 31 pixels
         self.stem, self.stem_norm = nn.Sequential(*layers), nn.RMSNorm(DIM, eps=1e-6)
+        self.routed = variant.router is not None
         self.attentions = nn.ModuleList(variant.build(tokens) for _ in range(DEPTH))
         self.feed_forwards = nn.ModuleList(
-            nn.Sequential(nn.RMSNorm(DIM, eps=1e-6), nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
+            nn.Sequential(
+                nn.RMSNorm(DIM, eps=1e-6),
+                nn.Linear(DIM, 2 * DIM),
+                nn.GELU(),
+                nn.Linear(2 * DIM, DIM),
+            )
             for _ in range(DEPTH)
         )
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
-                layer.weight.data.mul_(3**0.5)  # torch's start at a third of the variance that keeps a signal's
-        # At first a square has heard little of the digit beside what it is, a square. In an earlier form of this model,
-        # normalised token by token, neither full attention nor either fusion learned anything in 600 steps; over the
-        # batch what all squares share falls away.
+                layer.weight.data.mul_(
+                    3**0.5
+                )  # torch's start at a third of the variance that keeps a signal's
+        # At first a square has heard little of the digit beside what it is, a square. In an earlier
+        # form of this model, normalised token by token, neither full attention nor either fusion
+        # learned anything in 600 steps; over the batch what all squares share falls away.
         self.norm, self.head = nn.BatchNorm1d(DIM), nn.Linear(DIM, 10)
+
+    def keys_now(self, own: int) -> int:
+        """Keys that a token sees outside its window in this step of the training."""
+        return self.attentions[0].keys_now(own) if self.routed else own
 
     def forward(self, images: Tensor, squares: Tensor) -> Tensor:
         x = self.stem(images.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.needle_model import VARIANTS
 from colt5_vision.store import save_atomically
-from examples.measure import table
+from examples.support.measure import table
 
 
 def by_variant(records: list[dict], order: Sequence[str]) -> dict[str, list[dict]]:
@@ -22,7 +22,8 @@ def by_variant(records: list[dict], order: Sequence[str]) -> dict[str, list[dict
 
 
 def summarize(groups: dict[str, list[dict]]) -> list[dict]:
-    """One entry of each variant, over its seeds; its gain on the first one, in points, over the seeds of both."""
+    """One entry of each variant, over its seeds; its gain on the first one, in points, over the
+    seeds of both."""
     summary, first = [], {r["seed"]: r["accuracy"] for r in next(iter(groups.values()))}
     for name, group in groups.items():
         scores = [r["accuracy"] for r in group]
@@ -35,11 +36,17 @@ def summarize(groups: dict[str, list[dict]]) -> list[dict]:
                 "mean": statistics.mean(scores),
                 "spread": statistics.stdev(scores) if len(scores) > 1 else None,
                 "gain": statistics.mean(gains) if gains else None,
-                "gain_error": statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None,
+                "gain_error": statistics.stdev(gains) / len(gains) ** 0.5
+                if len(gains) > 1
+                else None,
                 "seeds": {r["seed"]: r["accuracy"] for r in group},
-                "reach": None if group[0]["reach"] is None else statistics.mean(r["reach"] for r in group),
+                "reach": None
+                if group[0]["reach"] is None
+                else statistics.mean(r["reach"] for r in group),
                 "seconds": statistics.median(r["seconds"] for r in group),
-                "seconds_per_step_at_last": statistics.median(r["seconds_per_step_at_last"] for r in group),
+                "seconds_per_step_at_last": statistics.median(
+                    r["seconds_per_step_at_last"] for r in group
+                ),
                 "added_mib": statistics.median(r["added_mib"] for r in group),
                 "parameters": group[0]["parameters"],
             }
@@ -58,7 +65,9 @@ def accuracy_table(summary: list[dict], tokens: int) -> list[str]:
             s["variant"],
             f"{s['keys']} of {tokens} ({s['mean_keys']:.0f})",
             _with_error(s["mean"], s["spread"], ".3f"),
-            "–" if s["gain"] is None or s is summary[0] else _with_error(s["gain"], s["gain_error"], "+.1f"),
+            "–"
+            if s["gain"] is None or s is summary[0]
+            else _with_error(s["gain"], s["gain_error"], "+.1f"),
             ", ".join(f"{value:.3f}" for value in s["seeds"].values()),
             "–" if s["reach"] is None else f"{s['reach']:.2f}",
             f"{s['seconds']:.0f}",
@@ -83,9 +92,12 @@ def about(runs: list[dict]) -> str:
     else:
         begin = f"Routed at first: {widest:g} of the map, then narrowing. " if widest else ""
     return (
-        f"Canvas {first['canvas']}x{first['canvas']}, {first['steps']} steps, squares on {first['held_out']} held-out "
-        "canvases; chance is 0.1. Mean ± standard deviation over seeds; points against the first row over the seeds of "
-        "both, ± the standard error of their mean. Digit's windows reached: share of the canvases in which a routed "
+        f"Canvas {first['canvas']}x{first['canvas']}, {first['steps']} steps, squares on "
+        f"{first['held_out']} held-out "
+        "canvases; chance is 0.1. Mean ± standard deviation over seeds; points against the first "
+        "row over the seeds of "
+        "both, ± the standard error of their mean. Digit's windows reached: share of the canvases "
+        "in which a routed "
         f"key lies in a window that the digit touches. {begin}CPU seconds and memory of a process "
         f"with one run, {machine()}.\n"
     )
@@ -101,7 +113,9 @@ def report(records: list[dict], stem: Path, settings: Sequence[str]) -> list[str
     summary, runs = summarize(groups), [run for group in groups.values() for run in group]
     shared = {name: first[name] for name in settings if name != "widest"}
     whole = {"machine": machine(), **shared, "summary": summary, "runs": runs}
-    save_atomically(stem.with_suffix(".json"), lambda part: part.write_text(json.dumps(whole, indent=1) + "\n"))
+    save_atomically(
+        stem.with_suffix(".json"), lambda part: part.write_text(json.dumps(whole, indent=1) + "\n")
+    )
     lines = accuracy_table(summary, first["tokens"])
     title = "# Each square is labelled with the class of the one digit, far away\n"
     text = "\n".join([title, about(runs), *lines, ""])
@@ -115,11 +129,15 @@ def line_of(name: str) -> dict:
     styles, variant = {"learned": "-", "random": ":", "grid": "-."}, VARIANTS[name]
     if variant.router is None:
         return {"color": {"full": "k", "window": "0.6"}[name], "ls": "--"}
-    return {"color": colormaps["tab20"].colors[list(VARIANTS).index(name)], "ls": styles[variant.router]}
+    return {
+        "color": colormaps["tab20"].colors[list(VARIANTS).index(name)],
+        "ls": styles[variant.router],
+    }
 
 
 def draw(groups: dict[str, list[dict]], path: Path) -> None:
-    """Accuracy against steps, a panel each for 1/8 of the keys and for few, full and window in both; against seconds."""
+    """Accuracy against steps, a panel each for 1/8 of the keys and for few, full and window in
+    both; against seconds."""
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     for axis, keys in zip(axes, ("eighth", "few", None)):
@@ -133,9 +151,17 @@ def draw(groups: dict[str, list[dict]], path: Path) -> None:
             axis.plot(along, curves[..., 1].mean(0), label=name, **line)
             if keys:
                 axis.fill_between(
-                    along, curves[..., 1].amin(0), curves[..., 1].amax(0), alpha=0.12, color=line["color"]
+                    along,
+                    curves[..., 1].amin(0),
+                    curves[..., 1].amax(0),
+                    alpha=0.12,
+                    color=line["color"],
                 )
-        axis.set(xlabel="steps" if keys else "CPU seconds", ylim=(0, 1), title=f"keys: {keys}" if keys else "time")
+        axis.set(
+            xlabel="steps" if keys else "CPU seconds",
+            ylim=(0, 1),
+            title=f"keys: {keys}" if keys else "time",
+        )
         if axis.lines:
             axis.legend(fontsize=6)
         axis.axhline(0.1, color="0.8", lw=0.8)
@@ -144,8 +170,13 @@ def draw(groups: dict[str, list[dict]], path: Path) -> None:
 
 
 def draw_scale(folder: Path) -> Path:
-    """``needle_scale_cpu.png``: of each canvas studied, accuracy against CPU seconds and against memory."""
-    studies = [path for canvas in ("", "_384", "_768") if (path := folder / f"needle{canvas}_cpu.json").is_file()]
+    """``needle_scale_cpu.png``: of each canvas studied, accuracy against CPU seconds and against
+    memory."""
+    studies = [
+        path
+        for canvas in ("", "_384", "_768")
+        if (path := folder / f"needle{canvas}_cpu.json").is_file()
+    ]
     figure = Figure(figsize=(5 * len(studies), 8), layout="constrained")
     axes = figure.subplots(2, len(studies), sharey=True, squeeze=False)
     for column, path in zip(axes.T, studies):
@@ -156,9 +187,16 @@ def draw_scale(folder: Path) -> Path:
             column[0].plot(curve[:, 2], curve[:, 1], label=name, **line)
             memory, accuracy = torch.tensor([(r["added_mib"], r["accuracy"]) for r in group]).T
             column[1].scatter(
-                memory, accuracy, label=name, color=line["color"], marker={"--": "s", ":": "x"}.get(line["ls"], "o")
+                memory,
+                accuracy,
+                label=name,
+                color=line["color"],
+                marker={"--": "s", ":": "x"}.get(line["ls"], "o"),
             )
-        column[0].set(xlabel="CPU seconds, training", title=f"canvas {study['canvas']}, {study['steps']} steps")
+        column[0].set(
+            xlabel="CPU seconds, training",
+            title=f"canvas {study['canvas']}, {study['steps']} steps",
+        )
         column[1].set(xlabel="MiB added by the first step")
         column[1].legend(fontsize=6)
         for axis in column:

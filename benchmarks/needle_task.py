@@ -1,6 +1,8 @@
-"""A task that needs the whole map: white squares on a large canvas, to be labelled with the class of its one digit.
+"""A task that needs the whole map: white squares on a large canvas, to be labelled with the class
+of its one digit.
 
-Real MNIST digits (:func:`examples.digits.load_digits`), 4,000 for training and 1,000 held out, also as clutter.
+Real MNIST digits (:func:`examples.support.digits.load_digits`), 4,000 for training and 1,000 held
+out, also as clutter.
 """
 
 from typing import NamedTuple
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.digits import DIGIT, FRAGMENT, MEAN, STD, load_digits
+from examples.support.digits import DIGIT, FRAGMENT, MEAN, STD, load_digits
 
 CELL, WINDOW = 8, 8  # pixels of a token, and of a square; tokens of a window
 TRAINING = 4000
@@ -32,11 +34,12 @@ class Batch(NamedTuple):
 
 
 class NeedleTask:
-    """Canvases of one whole digit, fragments of others, and white squares in windows that the digit does not touch.
+    """Canvases of one whole digit, fragments of others, and white squares in windows that the digit
+    does not touch.
 
-    A canvas is a function of (seed, split, number) alone, so all models of a seed see the same ones in the same order.
-    Squares and windows keep to the grid of tokens; a window that the digit is within a token of has no square, so a
-    stem that looks a token over the edge gives nothing away.
+    A canvas is a function of (seed, split, number) alone, so all models of a seed see the same ones
+    in the same order. Squares and windows keep to the grid of tokens; a window that the digit is
+    within a token of has no square, so a stem that looks a token over the edge gives nothing away.
 
     Args:
         size: side of the canvas in pixels, a multiple of 64 (whole windows), at least 192.
@@ -50,15 +53,20 @@ class NeedleTask:
     def __init__(self, size: int = 192, seed: int = 0, fragments: int = 8, squares: int = 6):
         side = CELL * WINDOW
         if size % side or size < 3 * side:
-            raise ValueError(f"size: expected a multiple of {side}, at least {3 * side}, got {size}")
+            raise ValueError(
+                f"size: expected a multiple of {side}, at least {3 * side}, got {size}"
+            )
         self.size, self.seed = size, seed
-        self.fragments, self.squares = (round(count * (size / 192) ** 2) for count in (fragments, squares))
+        self.fragments, self.squares = (
+            round(count * (size / 192) ** 2) for count in (fragments, squares)
+        )
         self.images, self.labels = load_digits()
         order = np.random.default_rng(seed).permutation(len(self.images))
         self.digits, self.held = order[:TRAINING], order[TRAINING:]
 
     def train(self, step: int, batch: int) -> Batch:
-        """The batch of a training step; every digit comes once before any comes again, never on the same canvas."""
+        """The batch of a training step; every digit comes once before any comes again, never on the
+        same canvas."""
         numbers = np.arange(step * batch, (step + 1) * batch)
         chosen = [self._epoch(number // TRAINING)[number % TRAINING] for number in numbers]
         return self._batch(np.array(chosen), self.digits, numbers)
@@ -77,7 +85,9 @@ class NeedleTask:
         images = (canvases.unsqueeze(1).float() / 255 - MEAN) / STD
         return Batch(images, squares, torch.from_numpy(self.labels[chosen]), near.flatten(1))
 
-    def _canvas(self, digit: int, donors: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _canvas(
+        self, digit: int, donors: np.ndarray, number: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rng = np.random.default_rng((self.seed, donors is self.digits, number))
         canvas = np.zeros((self.size, self.size), np.uint8)
         for donor in rng.choice(donors, self.fragments):
@@ -88,8 +98,11 @@ class NeedleTask:
         near[_windows(corner, 0)] = spoilt[_windows(corner, 1)] = True
         return canvas, self._draw_squares(canvas, ~spoilt, rng), near
 
-    def _draw_squares(self, canvas: np.ndarray, free: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Squares on free tokens, each amid black ones, so that what is near a square tells nothing."""
+    def _draw_squares(
+        self, canvas: np.ndarray, free: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Squares on free tokens, each amid black ones, so that what is near a square tells
+        nothing."""
         side, squares = len(free), []
         free[[0, -1]] = free[:, [0, -1]] = False
         for token in rng.permutation(np.flatnonzero(free)):
@@ -110,7 +123,8 @@ def _paste(canvas: np.ndarray, patch: np.ndarray, rng: np.random.Generator) -> t
 
 
 def _windows(corner: tuple[int, int], margin: int) -> tuple[slice, slice]:
-    """The block of tokens of all windows within ``margin`` tokens of a digit whose corner is at this pixel."""
+    """The block of tokens of all windows within ``margin`` tokens of a digit whose corner is at
+    this pixel."""
 
     def along(start: int) -> slice:
         first, last = max(0, start // CELL - margin), (start + DIGIT - 1) // CELL + margin

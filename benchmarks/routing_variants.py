@@ -1,6 +1,8 @@
-"""Ways to choose, weigh or pool the keys beyond a query's window without training, for ``benchmarks.training_free``.
+"""Ways to choose, weigh or pool the keys beyond a query's window without training, for
+``benchmarks.training_free``.
 
-All are subclasses of the library's own routing, with one recipe each, so that they swap into whole networks.
+All are subclasses of the library's own routing, with one recipe each, so that they swap into whole
+networks.
 """
 
 from dataclasses import dataclass
@@ -13,14 +15,15 @@ from torch.nn.functional import pad
 from colt5_vision.ops import routed_window_attention, soft_topk
 from colt5_vision.ops.grid import cell_slots, window_of_token
 from colt5_vision.positions import morton_order
-from colt5_vision.pretrained import PretrainedRoutedAttention
-from colt5_vision.probes import Probes, correction
+from colt5_vision.swap.probes import Probes, correction
+from colt5_vision.swap.sampled import SampledAttention
 
 _STRATA = 32
 
 
 class Chosen(NamedTuple):
-    """Keys that stand for the map beyond a window: routed ones (1, R, K), and pooled ones that are no token's own."""
+    """Keys that stand for the map beyond a window: routed ones (1, R, K), and pooled ones that are
+    no token's own."""
 
     indices: Tensor
     log_weights: Tensor
@@ -37,32 +40,51 @@ class Recipe:
 
     routes: int | None = 1  # None: one for each head
     beyond: bool = True  # importance to queries of other windows only
-    value: str = (
-        "mean"  # importance times the value's "norm", distance to the "mean" or to each query's "output"; "none"
-    )
+    # importance times the value's "norm", distance to the "mean" or each query's "output"; "none"
+    value: str = "mean"
     probes: int = 64
     uniform: float = 0.1
-    order: str = "map"  # strata: places along the Z-order curve, alike "values" or "keys", "shuffled": none
-    correct: str = "alike"  # what the probes miss is added to "alike" queries, its mean to "all"; "none"
+    order: str = (
+        "map"  # strata: places along the Z-order curve, alike "values" or "keys", "shuffled": none
+    )
+    correct: str = (
+        "alike"  # what the probes miss is added to "alike" queries, its mean to "all"; "none"
+    )
     count_probes: bool = False  # among the keys, so that fewer are routed
     calibrate: float | None = None  # ridge of weights that are exact for the probes
-    pool: str | None = None  # "rest": cells of all but the top keys; "half": of the less important half; "runs"
+    pool: str | None = (
+        None  # "rest": cells of all but the top keys; "half": of the less important half; "runs"
+    )
     cell: int = 2  # cells a side of a window
     second_order: bool = False  # log-mean-exp of a cell's keys in place of its mean key's logit
     shift: bool = False  # windows of every second layer lie half a window off
     budget: str | None = None  # tokens of a layer by measured "error" or "entropy", equal in total
 
 
-class Variant(PretrainedRoutedAttention):
+class Variant(SampledAttention):
     """Routing by a recipe, for one sample without masks."""
 
     def __init__(self, recipe: Recipe, *, layer: int = 0, **how):
         super().__init__(**how)
         self.recipe, self.layer = recipe, layer
 
-    def forward(self, q, k, v, *, grid_size, num_prefix_tokens=0, scale=None, key_mask=None, pair_bias=None, **_):
+    def forward(
+        self,
+        q,
+        k,
+        v,
+        *,
+        grid_size,
+        num_prefix_tokens=0,
+        scale=None,
+        key_mask=None,
+        pair_bias=None,
+        **_,
+    ):
         if key_mask is not None or pair_bias is not None:
-            raise ValueError("key_mask, pair_bias: expected None, the variants are for whole maps without biases")
+            raise ValueError(
+                "key_mask, pair_bias: expected None, the variants are for whole maps without biases"
+            )
         call = {"grid_size": grid_size, "num_prefix_tokens": num_prefix_tokens, "scale": scale}
         shift = tuple(-(side // 2) for side in self.window_size)
         shifted = self.recipe.shift and self.layer % 2 == 1
@@ -73,13 +95,23 @@ class Variant(PretrainedRoutedAttention):
         if chosen.keys is not None:
             out = attend_windows(q, k, v, chosen, **call)
         else:
-            routed = {"routed_indices": chosen.indices, "log_weights": chosen.log_weights, "weight_own_window": False}
+            routed = {
+                "routed_indices": chosen.indices,
+                "log_weights": chosen.log_weights,
+                "weight_own_window": False,
+            }
             out = routed_window_attention(q, k, v, **routed, **call)
         if self.recipe.correct != "none":
-            out = out + pad(self.missing(q, k, v, out, chosen, num_prefix_tokens), (0, 0, num_prefix_tokens, 0))
-        return _roll(out, grid_size, num_prefix_tokens, tuple(-s for s in shift)) if shifted else out
+            out = out + pad(
+                self.missing(q, k, v, out, chosen, num_prefix_tokens), (0, 0, num_prefix_tokens, 0)
+            )
+        return (
+            _roll(out, grid_size, num_prefix_tokens, tuple(-s for s in shift)) if shifted else out
+        )
 
-    def missing(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, chosen: Chosen, prefix: int) -> Tensor:
+    def missing(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, chosen: Chosen, prefix: int
+    ) -> Tensor:
         """(1, heads, N, head_dim), to be added to the map."""
         probe = chosen.probe
         exact, estimate = probe.p @ v, out[:, :, probe.rows + prefix]
@@ -88,12 +120,16 @@ class Variant(PretrainedRoutedAttention):
         valid = torch.ones(1, 1, len(probe.rows), 1, dtype=torch.bool)
         return correction(Probes(probe.rows, valid, exact, torch.empty(0)), estimate, q, prefix)
 
-    def choose(self, q: Tensor, k: Tensor, v: Tensor, *, grid_size, num_prefix_tokens: int, scale=None) -> Chosen:
+    def choose(
+        self, q: Tensor, k: Tensor, v: Tensor, *, grid_size, num_prefix_tokens: int, scale=None
+    ) -> Chosen:
         recipe, prefix, heads = self.recipe, num_prefix_tokens, q.shape[1]
         tokens = grid_size[0] * grid_size[1]
         count = self.num_heavy_tokens_kv
         count = count if isinstance(count, int) else max(1, round(count * tokens))
-        count = count - recipe.probes if recipe.count_probes and count > 2 * recipe.probes else count
+        count = (
+            count - recipe.probes if recipe.count_probes and count > 2 * recipe.probes else count
+        )
         window = window_of_token(*grid_size, self.window_size, q.device)
         probe = _Probe(q, k, recipe.probes, grid_size, window, prefix, scale)
         squared = probe.importance(v[:, :, prefix:], v, recipe)
@@ -102,14 +138,32 @@ class Variant(PretrainedRoutedAttention):
             routes -= 1
         squared = squared.unflatten(1, (routes, -1)).sum(2)
         importance = squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
-        share = (1 - recipe.uniform) * importance / importance.sum(-1, keepdim=True) + recipe.uniform / tokens
+        share = (1 - recipe.uniform) * importance / importance.sum(
+            -1, keepdim=True
+        ) + recipe.uniform / tokens
         if recipe.pool is not None:
-            return _pooled(recipe, share, count, probe, k, v, grid_size, self.window_size, prefix, self.generator)
+            return _pooled(
+                recipe,
+                share,
+                count,
+                probe,
+                k,
+                v,
+                grid_size,
+                self.window_size,
+                prefix,
+                self.generator,
+            )
         gates = soft_topk(share.log(), count)
         order = recipe.order
         strata = None
         if order in ("values", "keys"):
-            x = (v if order == "values" else k)[:, :, prefix:].unflatten(1, (routes, -1)).transpose(2, 3).flatten(3)
+            x = (
+                (v if order == "values" else k)[:, :, prefix:]
+                .unflatten(1, (routes, -1))
+                .transpose(2, 3)
+                .flatten(3)
+            )
             strata = _alike(x, grid_size)
         elif order == "shuffled":
             seed = torch.Generator().manual_seed(self.layer)
@@ -125,7 +179,11 @@ class Variant(PretrainedRoutedAttention):
 
 def _spread(count: int, grid_size: tuple[int, int], device) -> Tensor:
     tokens = grid_size[0] * grid_size[1]
-    place = (torch.arange(min(count, tokens), device=device) * 2 + 1) * tokens // (2 * min(count, tokens))
+    place = (
+        (torch.arange(min(count, tokens), device=device) * 2 + 1)
+        * tokens
+        // (2 * min(count, tokens))
+    )
     return morton_order(*grid_size, device)[place]
 
 
@@ -169,35 +227,52 @@ class _Probe:
         squared = (p * self.beyond if recipe.beyond else p).square()
         if recipe.value == "output":
             out = self.p @ v
-            distance = value.square().sum(-1).unsqueeze(2) + out.square().sum(-1, keepdim=True) - 2 * out @ value.mT
+            distance = (
+                value.square().sum(-1).unsqueeze(2)
+                + out.square().sum(-1, keepdim=True)
+                - 2 * out @ value.mT
+            )
             return (squared * distance.clamp_min(0)).sum(2)
         squared = squared.sum(2)
         if recipe.value == "none":
             return squared
         if recipe.value == "mean":
             weight = squared.sqrt().unsqueeze(2)
-            value = value - weight @ value / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+            value = value - weight @ value / weight.sum(-1, keepdim=True).clamp_min(
+                torch.finfo(p.dtype).tiny
+            )
         return squared * value.square().sum(-1)
 
     def calibrated(self, indices: Tensor, gates: Tensor, ridge: float) -> Tensor:
-        """Log weights next to 1 / gates whose estimates of the probes' sums are right (Deville and Särndal 1992)."""
+        """Log weights next to 1 / gates whose estimates of the probes' sums are right (Deville and
+        Särndal 1992)."""
         a = self.p[..., self.prefix :] * self.beyond
         a = a / a.sum(-1, keepdim=True).clamp_min(1e-6)
         a = a.gather(-1, indices.unsqueeze(2).expand(-1, -1, a.shape[2], -1))
-        weight, free = 1 / gates.unsqueeze(2), 1 - gates.unsqueeze(2)  # what is certain keeps its weight
+        weight, free = (
+            1 / gates.unsqueeze(2),
+            1 - gates.unsqueeze(2),
+        )  # what is certain keeps its weight
         gram = (a * weight * free) @ a.mT
-        ridge = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(a.shape[2])
+        ridge = (
+            ridge
+            * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+            * torch.eye(a.shape[2])
+        )
         missing = 1 - (a * weight).sum(-1, keepdim=True)
         factor = torch.linalg.solve(gram + ridge + 1e-9 * torch.eye(a.shape[2]), missing)
         return (weight * (1 + free * (factor.mT @ a)).clamp(0.2, 5)).log().squeeze(2)
 
 
 def _pooled(recipe, share, count, probe, k, v, grid_size, window_size, prefix, generator) -> Chosen:
-    """Top keys or samples and means of cells, ``count`` in total; every cell lies within one window."""
+    """Top keys or samples and means of cells, ``count`` in total; every cell lies within one
+    window."""
     heads, tokens = k.shape[1], share.shape[-1]
     window, share = probe.window, share.expand(-1, heads, -1)
     key, value = k[0, :, prefix:], v[0, :, prefix:]
-    if recipe.pool == "runs":  # neighbours on a curve through each window, until their importance adds up to one key's
+    if (
+        recipe.pool == "runs"
+    ):  # neighbours on a curve through each window, until their importance adds up to one key's
         sides = [-(-side // w) for side, w in zip(grid_size, window_size, strict=True)]
         gates = soft_topk(share.log(), count - sides[0] * sides[1])[0]
         certain = gates > 1 - 1e-6
@@ -244,15 +319,23 @@ def _pooled(recipe, share, count, probe, k, v, grid_size, window_size, prefix, g
     size, weight = total(torch.ones(heads, tokens)), total(average).clamp_min(1e-30).unsqueeze(1)
     mean_key, mean_value = (total(x.mT * average.unsqueeze(1)) / weight for x in (key, value))
     log_weight = size.log()
-    if recipe.second_order:  # half the variance of the logits within the cell, on average over the probes
+    if (
+        recipe.second_order
+    ):  # half the variance of the logits within the cell, on average over the probes
         logits = probe.logits[0, :, :, prefix:]
-        first, second = (total(x) / size.clamp_min(1).unsqueeze(1) for x in (logits, logits.square()))
+        first, second = (
+            total(x) / size.clamp_min(1).unsqueeze(1) for x in (logits, logits.square())
+        )
         log_weight = log_weight + (second - first.square()).clamp(0, 8).mean(1) / 2
-    own = torch.zeros(heads, cells + 1, dtype=torch.int64).scatter_(1, cell, window.expand(heads, -1))[:, :cells]
+    own = torch.zeros(heads, cells + 1, dtype=torch.int64).scatter_(
+        1, cell, window.expand(heads, -1)
+    )[:, :cells]
     return Chosen(indices, weights, probe, mean_key.mT, mean_value.mT, log_weight, own)
 
 
-def attend_windows(q, k, v, chosen, *, grid_size, window_size, num_prefix_tokens, scale=None) -> Tensor:
+def attend_windows(
+    q, k, v, chosen, *, grid_size, window_size, num_prefix_tokens, scale=None
+) -> Tensor:
     """Attention to prefix, window, routed and pooled keys, window by window in plain torch.
 
     Returns:
@@ -261,19 +344,37 @@ def attend_windows(q, k, v, chosen, *, grid_size, window_size, num_prefix_tokens
     prefix, heads = num_prefix_tokens, q.shape[1]
     window = window_of_token(*grid_size, window_size, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    indices, weights = (x[0].repeat_interleave(heads // x.shape[1], 0) for x in (chosen.indices, chosen.log_weights))
+    indices, weights = (
+        x[0].repeat_interleave(heads // x.shape[1], 0) for x in (chosen.indices, chosen.log_weights)
+    )
     at = indices.clamp_min(0)
     gather = (at + prefix).unsqueeze(-1).expand(-1, -1, q.shape[-1])
-    far = [(k[0].gather(1, gather), v[0].gather(1, gather), weights.masked_fill(indices < 0, -torch.inf), window[at])]
+    far = [
+        (
+            k[0].gather(1, gather),
+            v[0].gather(1, gather),
+            weights.masked_fill(indices < 0, -torch.inf),
+            window[at],
+        )
+    ]
     if chosen.keys is not None:
-        far.append((chosen.keys, chosen.values, chosen.pooled_weights, chosen.windows.expand(heads, -1)))
-    far_key, far_value, far_weight, far_window = (torch.cat(parts, 1) for parts in zip(*far, strict=True))
+        far.append(
+            (chosen.keys, chosen.values, chosen.pooled_weights, chosen.windows.expand(heads, -1))
+        )
+    far_key, far_value, far_weight, far_window = (
+        torch.cat(parts, 1) for parts in zip(*far, strict=True)
+    )
     outs, places = [], []
     for number in range(int(window.max()) + 1):
         rows = (window == number).nonzero().flatten() + prefix
         near = torch.cat([torch.arange(prefix), rows])
-        key, value = torch.cat([k[0, :, near], far_key], 1), torch.cat([v[0, :, near], far_value], 1)
-        bias = pad(far_weight.masked_fill(far_window == number, -torch.inf), (len(near), 0)).unsqueeze(1)
+        key, value = (
+            torch.cat([k[0, :, near], far_key], 1),
+            torch.cat([v[0, :, near], far_value], 1),
+        )
+        bias = pad(
+            far_weight.masked_fill(far_window == number, -torch.inf), (len(near), 0)
+        ).unsqueeze(1)
         outs.append(((q[0, :, rows] * scale) @ key.mT + bias).softmax(-1) @ value)
         places.append(rows)
     head = ((q[0, :, :prefix] * scale) @ k[0].mT).softmax(-1) @ v[0]

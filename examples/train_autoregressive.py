@@ -1,11 +1,13 @@
-"""Train a small model to write real digits pixel by pixel with routed autoregressive attention, and sample from it.
+"""Train a small model to write real digits pixel by pixel with routed autoregressive attention, and
+sample from it.
 
-    python examples/train_autoregressive.py                        # 14 x 14 digits of 16 greys, minutes on a CPU
-    python examples/train_autoregressive.py --resume               # go on after an interruption
-    python examples/train_autoregressive.py --quick                # see that it runs
+    python examples/train_autoregressive.py                        # 14 x 14 digits of 16 greys,
+    minutes on a CPU python examples/train_autoregressive.py --resume               # go on after an
+    interruption python examples/train_autoregressive.py --quick                # see that it runs
 
-An image is a sequence of pixels, row after row, and its first token says which digit. The windows are one row: a layer's
-light branch sees this row and the one above, everything older only through routed keys. The control has the light
+An image is a sequence of pixels, row after row, and its first token says which digit. The windows
+are one row: a layer's light branch sees this row and the one above, everything older only through
+    routed keys. The control has the light
 branch alone. Leaves in --output: checkpoint.pt, metrics.jsonl, results.md, curve.png, samples.png.
 """
 
@@ -26,35 +28,33 @@ from tqdm.auto import tqdm
 
 from colt5_vision import ConditionalRoutedAutoregressiveAttention
 from colt5_vision.store import save_atomically
-
-try:
-    from command_line import (
-        UserError,
-        at_least_one,
-        exit_status,
-        learning_rate,
-        stop_request,
-    )
-    from digits import load_digits
-    from measure import medians, table
-except ImportError:  # run as examples.train_autoregressive
-    from examples.command_line import (
-        UserError,
-        at_least_one,
-        exit_status,
-        learning_rate,
-        stop_request,
-    )
-    from examples.digits import load_digits
-    from examples.measure import medians, table
+from support.command_line import (
+    UserError,
+    at_least_one,
+    exit_status,
+    learning_rate,
+    stop_request,
+)
+from support.digits import load_digits
+from support.measure import medians, table
 
 LEVELS, HELD_OUT, ROWS = 16, 500, 4
 MODELS = ("routed", "window only")
-SAME = ("size", "dim", "depth", "keys", "queries", "batch_size", "limit", "seed")  # what a resumed run may not change
+SAME = (
+    "size",
+    "dim",
+    "depth",
+    "keys",
+    "queries",
+    "batch_size",
+    "limit",
+    "seed",
+)  # what a resumed run may not change
 
 
 def sequences(size: int, limit: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out digits as int64 symbols (N, 1 + size²): LEVELS + the digit, then the greys in [0, LEVELS)."""
+    """Training and held-out digits as int64 symbols (N, 1 + size²): LEVELS + the digit, then the
+    greys in [0, LEVELS)."""
     images, labels = load_digits()
     order = np.random.default_rng(seed).permutation(len(images))
     fold = 28 // size
@@ -66,14 +66,20 @@ def sequences(size: int, limit: int | None, seed: int) -> tuple[Tensor, Tensor]:
 
 
 class PixelModel(nn.Module):
-    """Symbols (B, n) to the logits (B, n, LEVELS) of what comes next; ``routed=False`` has no heavy branch."""
+    """Symbols (B, n) to the logits (B, n, LEVELS) of what comes next; ``routed=False`` has no heavy
+    branch."""
 
     def __init__(self, size: int, dim: int, depth: int, keys: int, queries: float, routed: bool):
         super().__init__()
         self.size, self.routed = size, routed
         self.symbol = nn.Embedding(LEVELS + 10, dim)
         self.row, self.column = nn.Embedding(size + 1, dim), nn.Embedding(size, dim)
-        heads = {"light_heads": 4, "light_dim_head": dim // 4, "heavy_heads": 4, "heavy_dim_head": dim // 4}
+        heads = {
+            "light_heads": 4,
+            "light_dim_head": dim // 4,
+            "heavy_heads": 4,
+            "heavy_dim_head": dim // 4,
+        }
         layers = []
         for _ in range(depth):
             attention = ConditionalRoutedAutoregressiveAttention(
@@ -85,14 +91,25 @@ class PixelModel(nn.Module):
                 rotary_emb=True,
                 **heads,
             )
-            feed_forward = [nn.RMSNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)]
-            layers.append(nn.ModuleList([attention if routed else attention.light_attn, nn.Sequential(*feed_forward)]))
+            feed_forward = [
+                nn.RMSNorm(dim),
+                nn.Linear(dim, 4 * dim),
+                nn.GELU(),
+                nn.Linear(4 * dim, dim),
+            ]
+            layers.append(
+                nn.ModuleList(
+                    [attention if routed else attention.light_attn, nn.Sequential(*feed_forward)]
+                )
+            )
         self.layers, self.norm = nn.ModuleList(layers), nn.RMSNorm(dim)
         self.head = nn.Linear(dim, LEVELS)
         for embedding in (self.symbol, self.row, self.column):
             nn.init.normal_(embedding.weight, std=0.5)
 
-    def forward(self, symbols: Tensor, caches: list | None = None, position: int = 0) -> tuple[Tensor, list | None]:
+    def forward(
+        self, symbols: Tensor, caches: list | None = None, position: int = 0
+    ) -> tuple[Tensor, list | None]:
         """``caches`` of the layers: [] to begin, then what this returns; None: do without."""
         place = torch.arange(position, position + symbols.shape[1], device=symbols.device)
         x = self.symbol(symbols) + self.row(place // self.size) + self.column(place % self.size)
@@ -111,10 +128,14 @@ class PixelModel(nn.Module):
 
     def bits(self, symbols: Tensor) -> Tensor:
         """Mean bits a pixel of whole images (B, 1 + size²)."""
-        return cross_entropy(self(symbols[:, :-1])[0].flatten(0, 1), symbols[:, 1:].flatten()) / math.log(2)
+        return cross_entropy(
+            self(symbols[:, :-1])[0].flatten(0, 1), symbols[:, 1:].flatten()
+        ) / math.log(2)
 
     @torch.no_grad()
-    def sample(self, digits: Tensor, seed: int, cached: bool = True, steps: int | None = None) -> Tensor:
+    def sample(
+        self, digits: Tensor, seed: int, cached: bool = True, steps: int | None = None
+    ) -> Tensor:
         """Greys (B, size²) of images of ``digits`` (B,), drawn pixel by pixel."""
         draws = torch.Generator().manual_seed(seed)
         symbols, caches = LEVELS + digits.unsqueeze(1), [] if cached else None
@@ -139,13 +160,20 @@ class Run:
         self.symbols, self.held_out = sequences(args.size, args.limit, args.seed)
         self.steps = len(self.symbols) // args.batch_size
         if not self.steps:
-            raise UserError(f"--limit: expected at least a batch of {args.batch_size} digits, got {len(self.symbols)}")
+            raise UserError(
+                f"--limit: expected at least a batch of {args.batch_size} digits, got "
+                f"{len(self.symbols)}"
+            )
         self.models, self.optimizers = {}, {}
         for name in MODELS:
             torch.manual_seed(args.seed)
-            model = PixelModel(args.size, args.dim, args.depth, args.keys, args.queries, name == "routed")
+            model = PixelModel(
+                args.size, args.dim, args.depth, args.keys, args.queries, name == "routed"
+            )
             self.models[name] = model = model.to(self.device)
-            self.optimizers[name] = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
+            self.optimizers[name] = torch.optim.AdamW(
+                model.parameters(), lr=args.lr, betas=(0.9, 0.98)
+            )
         self.losses: list[list[float]] = []
         self.history: list[dict] = []
 
@@ -154,7 +182,12 @@ class Run:
 
     def save(self, path: Path) -> None:
         parts = {n: [self.models[n].state_dict(), self.optimizers[n].state_dict()] for n in MODELS}
-        state = {**parts, "losses": self.losses, "history": self.history, "settings": self.settings()}
+        state = {
+            **parts,
+            "losses": self.losses,
+            "history": self.history,
+            "settings": self.settings(),
+        }
         save_atomically(path, lambda partial: torch.save(state, partial))
 
     def load(self, path: Path) -> None:
@@ -162,15 +195,25 @@ class Run:
             raise UserError(f"--resume: no checkpoint {path}")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            differ = [name for name, value in self.settings().items() if state["settings"][name] != value]
+            differ = [
+                name for name, value in self.settings().items() if state["settings"][name] != value
+            ]
             for name in () if differ else MODELS:
                 self.models[name].load_state_dict(state[name][0])
                 self.optimizers[name].load_state_dict(state[name][1])
         except Exception as error:  # a cut or foreign file fails in many ways
-            raise UserError(f"--resume: cannot load {path} ({(str(error) or repr(error)).splitlines()[0]})") from error
+            raise UserError(
+                f"--resume: cannot load {path} ({(str(error) or repr(error)).splitlines()[0]})"
+            ) from error
         for name in differ:
-            given, saved, option = self.settings()[name], state["settings"][name], name.replace("_", "-")
-            raise UserError(f"--{option}: the checkpoint to resume was made with {saved}, got {given}")
+            given, saved, option = (
+                self.settings()[name],
+                state["settings"][name],
+                name.replace("_", "-"),
+            )
+            raise UserError(
+                f"--{option}: the checkpoint to resume was made with {saved}, got {given}"
+            )
         self.losses, self.history = state["losses"], state["history"]
 
     def step(self, epoch: int, step: int) -> None:
@@ -196,11 +239,13 @@ class Run:
         parts = self.held_out.to(self.device).split(50)
         weights = torch.tensor([len(part) for part in parts]) / len(self.held_out)
         return {
-            name: sum(w.item() * m.bits(p).item() for w, p in zip(weights, parts)) for name, m in self.models.items()
+            name: sum(w.item() * m.bits(p).item() for w, p in zip(weights, parts))
+            for name, m in self.models.items()
         }
 
     def controls(self) -> dict[str, float]:
-        """Bits a pixel of held-out digits without any model: counts of greys, over the image and at each pixel."""
+        """Bits a pixel of held-out digits without any model: counts of greys, over the image and at
+        each pixel."""
         train, test = self.symbols[:, 1:], self.held_out[:, 1:]
         counts = torch.stack([(train == level).sum(0) for level in range(LEVELS)], 1).double()
         overall = (counts.sum(0) + 1).log2() - (counts.sum(0) + 1).sum().log2()
@@ -215,7 +260,11 @@ class Run:
     def draw(self, path: Path) -> None:
         """A picture of digits that the routed model samples, one column each."""
         size = self.args.size
-        greys = self.models["routed"].sample(torch.arange(10, device=self.device).repeat(ROWS), self.args.seed).cpu()
+        greys = (
+            self.models["routed"]
+            .sample(torch.arange(10, device=self.device).repeat(ROWS), self.args.seed)
+            .cpu()
+        )
         grid = greys.view(ROWS, 10, size, size).permute(0, 2, 1, 3).reshape(ROWS * size, 10 * size)
         picture = Image.fromarray((grid * 255 // (LEVELS - 1)).byte().numpy())
         picture = picture.resize((10 * 56, ROWS * 56), Image.Resampling.NEAREST)
@@ -224,7 +273,11 @@ class Run:
 
 def train(args) -> None:
     if args.device == "auto":
-        args.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+        args.device = (
+            torch.accelerator.current_accelerator().type
+            if torch.accelerator.is_available()
+            else "cpu"
+        )
     elif args.device != "cpu" and not getattr(torch, args.device).is_available():
         raise UserError(f"--device: {args.device} is not available here")
     run, output = Run(args), Path(args.output)
@@ -243,21 +296,29 @@ def train(args) -> None:
                     raise KeyboardInterrupt
             seconds = time.perf_counter() - start
             trained = dict(zip(MODELS, np.mean(run.losses[epoch * run.steps :], 0).tolist()))
-            run.history.append({"epoch": epoch + 1, "seconds": seconds, "train": trained, "held_out": run.judge()})
+            run.history.append(
+                {"epoch": epoch + 1, "seconds": seconds, "train": trained, "held_out": run.judge()}
+            )
             run.save(output / "checkpoint.pt")
             run.draw(output / "samples.png")
             report(run, output)
-            told = ", ".join(f"{name} {bits:.3f}" for name, bits in run.history[-1]["held_out"].items())
+            told = ", ".join(
+                f"{name} {bits:.3f}" for name, bits in run.history[-1]["held_out"].items()
+            )
             print(f"epoch {epoch + 1}: held-out bits per pixel: {told}; {seconds:.0f} s")
     report(run, output, line := speed(run))
-    print(f"{line}\nwrote {output}/: checkpoint.pt, metrics.jsonl, results.md, curve.png, samples.png")
+    print(
+        f"{line}\nwrote {output}/: checkpoint.pt, metrics.jsonl, results.md, curve.png, samples.png"
+    )
 
 
 def report(run: Run, output: Path, line: str = "") -> None:
     """metrics.jsonl, results.md, curve.png."""
     last, size = run.history[-1]["held_out"], run.args.size
     (output / "metrics.jsonl").write_text("".join(json.dumps(h) + "\n" for h in run.history))
-    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in run.models.items()}
+    parameters = {
+        name: sum(p.numel() for p in model.parameters()) for name, model in run.models.items()
+    }
     rows = [[name, "-", f"{bits:.3f}"] for name, bits in run.controls().items()]
     rows += [[name, f"{parameters[name]:,}", f"{last[name]:.3f}"] for name in reversed(MODELS)]
     epochs = [
@@ -282,8 +343,16 @@ def report(run: Run, output: Path, line: str = "") -> None:
     for column, (name, color) in enumerate(zip(MODELS, colors)):
         axis.plot(at, np.array(run.losses)[:, column], color=color, lw=0.5, alpha=0.35)
         held_out = [h["held_out"][name] for h in run.history]
-        axis.plot([h["epoch"] for h in run.history], held_out, "o-", color=color, label=f"{name}, held out")
-    axis.axhline(run.controls()["counts at each pixel"], color="0.5", ls=":", label="counts at each pixel")
+        axis.plot(
+            [h["epoch"] for h in run.history],
+            held_out,
+            "o-",
+            color=color,
+            label=f"{name}, held out",
+        )
+    axis.axhline(
+        run.controls()["counts at each pixel"], color="0.5", ls=":", label="counts at each pixel"
+    )
     axis.set(xlabel="epoch", ylabel="bits per pixel")
     axis.legend()
     axis.figure.savefig(output / "curve.png", dpi=110)
@@ -293,31 +362,46 @@ def speed(run: Run) -> str:
     """What the cache saves at sampling."""
     model, digits = run.models["routed"], torch.arange(10, device=run.device)
     steps = min(64, run.args.size**2)
-    calls = {cached: lambda cached=cached: model.sample(digits, 0, cached, steps) for cached in (True, False)}
+    calls = {
+        cached: lambda cached=cached: model.sample(digits, 0, cached, steps)
+        for cached in (True, False)
+    }
     seconds = medians(calls, 3)
     rates = [10 * steps / seconds[cached] for cached in (True, False)]
     return (
-        f"Sampling the first {steps} pixels of 10 digits at a time: {rates[0]:,.0f} pixels/s with the cache, "
-        f"{rates[1]:,.0f} without. Keys a token sees beyond its window: {run.args.keys} of up to {run.args.size**2}."
+        f"Sampling the first {steps} pixels of 10 digits at a time: {rates[0]:,.0f} pixels/s with "
+        "the cache, "
+        f"{rates[1]:,.0f} without. Keys a token sees beyond its window: {run.args.keys} of up to "
+        f"{run.args.size**2}."
     )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--limit", type=int, help="use only so many digits")
-    parser.add_argument("--size", type=int, choices=(7, 14, 28), default=14, help="side of the pictures")
+    parser.add_argument(
+        "--size", type=int, choices=(7, 14, 28), default=14, help="side of the pictures"
+    )
     parser.add_argument("--dim", type=int, default=64, help="width of the model, a multiple of 8")
     parser.add_argument("--depth", type=int, default=3, help="layers")
     parser.add_argument("--keys", type=int, default=28, help="routed keys of each token")
-    parser.add_argument("--queries", type=float, default=0.5, help="share of each row that queries them")
+    parser.add_argument(
+        "--queries", type=float, default=0.5, help="share of each row that queries them"
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs/autoregressive")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
-    parser.add_argument("--quick", action="store_true", help="7 x 7 pixels, a tiny model, two epochs of few digits")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in --output"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="7 x 7 pixels, a tiny model, two epochs of few digits"
+    )
     args = parser.parse_args(argv)
     if args.quick:
         args.size, args.dim, args.depth, args.keys, args.batch_size = 7, 16, 2, 7, 8

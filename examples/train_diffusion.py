@@ -1,12 +1,14 @@
 """Train a small diffusers UNet with routed attention to draw real digits, from scratch.
 
-    python examples/train_diffusion.py                             # 64 x 64 digits, minutes on a CPU
-    python examples/train_diffusion.py --resume                    # go on after an interruption
-    torchrun --nproc-per-node 2 examples/train_diffusion.py        # or accelerate launch --multi_gpu --num_processes 2
+    python examples/train_diffusion.py                             # 64 x 64 digits, minutes on a
+    CPU python examples/train_diffusion.py --resume                    # go on after an interruption
+    torchrun --nproc-per-node 2 examples/train_diffusion.py        # or accelerate launch
+    --multi_gpu --num_processes 2
 
-DDPM given the digit, in the form that predicts sqrt(1 - s²) noise - s image ("velocity"); with the noise as the target
-the first epoch drew noise. Samples by DDIM with classifier-free guidance from averaged weights (EMA).
-Leaves in --output: checkpoint.pt, metrics.jsonl, results.md, curve.png, samples/epoch_001.png, ...
+DDPM given the digit, in the form that predicts sqrt(1 - s²) noise - s image ("velocity"); with the
+noise as the target the first epoch drew noise. Samples by DDIM with classifier-free guidance from
+averaged weights (EMA). Leaves in --output: checkpoint.pt, metrics.jsonl, results.md, curve.png,
+    samples/epoch_001.png, ...
 """
 
 import argparse
@@ -21,7 +23,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from colt5_vision.pipelines import build_routed_attention
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from matplotlib.figure import Figure
@@ -31,36 +32,43 @@ from torch.nn.functional import interpolate, mse_loss, pixel_shuffle, pixel_unsh
 from tqdm.auto import tqdm
 
 from colt5_vision.checks import token_count
+from colt5_vision.pipelines import build_routed_attention
 from colt5_vision.store import save_atomically
-
-try:
-    from command_line import (
-        UserError,
-        at_least_one,
-        exit_status,
-        learning_rate,
-        stop_request,
-    )
-    from digits import load_digits
-except ImportError:  # run as examples.train_diffusion
-    from examples.command_line import (
-        UserError,
-        at_least_one,
-        exit_status,
-        learning_rate,
-        stop_request,
-    )
-    from examples.digits import load_digits
+from support.command_line import (
+    UserError,
+    at_least_one,
+    exit_status,
+    learning_rate,
+    stop_request,
+)
+from support.digits import load_digits
 
 FOLD = 2  # the UNet sees blocks of 2 x 2 pixels as 4 channels: a quarter of the positions
-NO_CLASS, DROP, GUIDANCE = 10, 0.1, 1.5  # classifier-free guidance: training hides a tenth of the labels
-RANGE = 0.5  # images lie in [-0.5, 0.5]: noisier at every timestep, for larger maps (arXiv 2301.10972)
+NO_CLASS, DROP, GUIDANCE = (
+    10,
+    0.1,
+    1.5,
+)  # classifier-free guidance: training hides a tenth of the labels
+RANGE = (
+    0.5  # images lie in [-0.5, 0.5]: noisier at every timestep, for larger maps (arXiv 2301.10972)
+)
 DDIM_STEPS, ROWS, HELD_OUT = 20, 4, 200
-SAME = ("size", "batch_size", "limit", "keys", "window", "fusion", "seed")  # what a resumed run may not change
+SAME = (
+    "size",
+    "batch_size",
+    "limit",
+    "keys",
+    "window",
+    "fusion",
+    "seed",
+)  # what a resumed run may not change
 
 
-def digits(size: int, limit: int | None, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Training and held-out digits (N, 4, size / 2, size / 2) in [-RANGE, RANGE] and their labels."""
+def digits(
+    size: int, limit: int | None, seed: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Training and held-out digits (N, 4, size / 2, size / 2) in [-RANGE, RANGE] and their
+    labels."""
     images, labels = load_digits()
     order = np.random.default_rng(seed).permutation(len(images))
     side, low = size * 7 // 8, size // 16
@@ -109,9 +117,14 @@ class Run:
         batch = args.batch_size * self.processes
         self.steps = len(self.images) // batch
         if not self.steps:
-            raise UserError(f"--limit: expected {batch} digits, a batch for each process, got {len(self.images)}")
+            raise UserError(
+                f"--limit: expected {batch} digits, a batch for each process, got "
+                f"{len(self.images)}"
+            )
         unet = make_unet(args)
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        optimizer = torch.optim.AdamW(
+            unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01
+        )
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         self.unet = accelerator.unwrap_model(self.model)
         self.ema = EMAModel(self.unet.parameters(), decay=0.995, use_ema_warmup=True, power=3 / 4)
@@ -125,8 +138,15 @@ class Run:
 
     def save(self, path: Path) -> None:
         if self.accelerator.is_main_process:
-            parts = {name: getattr(self, name).state_dict() for name in ("unet", "optimizer", "ema")}
-            state = {**parts, "losses": self.losses, "history": self.history, "settings": self.settings()}
+            parts = {
+                name: getattr(self, name).state_dict() for name in ("unet", "optimizer", "ema")
+            }
+            state = {
+                **parts,
+                "losses": self.losses,
+                "history": self.history,
+                "settings": self.settings(),
+            }
             save_atomically(path, lambda partial: torch.save(state, partial))
         self.accelerator.wait_for_everyone()
 
@@ -135,35 +155,57 @@ class Run:
             raise UserError(f"--resume: no checkpoint {path}")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            differ = [name for name, value in self.settings().items() if state["settings"][name] != value]
+            differ = [
+                name for name, value in self.settings().items() if state["settings"][name] != value
+            ]
             for name in () if differ else ("unet", "optimizer", "ema"):
                 getattr(self, name).load_state_dict(state[name])
         except Exception as error:  # a cut or foreign file fails in many ways
-            raise UserError(f"--resume: cannot load {path} ({(str(error) or repr(error)).splitlines()[0]})") from error
+            raise UserError(
+                f"--resume: cannot load {path} ({(str(error) or repr(error)).splitlines()[0]})"
+            ) from error
         for name in differ:
-            given, saved, option = self.settings()[name], state["settings"][name], name.replace("_", "-")
-            raise UserError(f"--{option}: the checkpoint to resume was made with {saved}, got {given}")
+            given, saved, option = (
+                self.settings()[name],
+                state["settings"][name],
+                name.replace("_", "-"),
+            )
+            raise UserError(
+                f"--{option}: the checkpoint to resume was made with {saved}, got {given}"
+            )
         self.losses, self.history = state["losses"], state["history"]
         self.ema.to(self.accelerator.device)
 
-    def loss(self, images: Tensor, labels: Tensor, generator: torch.Generator, drop: float) -> Tensor:
+    def loss(
+        self, images: Tensor, labels: Tensor, generator: torch.Generator, drop: float
+    ) -> Tensor:
         """Mean squared error of the velocity predicted for noisy images (B, 4, H, W)."""
         noise = torch.randn(images.shape, generator=generator)
-        t = torch.randint(0, self.noising.config.num_train_timesteps, (len(images),), generator=generator)
+        t = torch.randint(
+            0, self.noising.config.num_train_timesteps, (len(images),), generator=generator
+        )
         labels = labels.masked_fill(torch.rand(len(labels), generator=generator) < drop, NO_CLASS)
-        noisy, velocity = self.noising.add_noise(images, noise, t), self.noising.get_velocity(images, noise, t)
-        noisy, t, labels, velocity = (x.to(self.accelerator.device) for x in (noisy, t, labels, velocity))
+        noisy, velocity = (
+            self.noising.add_noise(images, noise, t),
+            self.noising.get_velocity(images, noise, t),
+        )
+        noisy, t, labels, velocity = (
+            x.to(self.accelerator.device) for x in (noisy, t, labels, velocity)
+        )
         return mse_loss(self.model(noisy, t, class_labels=labels).sample.float(), velocity)
 
     def step(self, epoch: int, step: int, stop: bool) -> bool:
-        """One optimizer step, a function of (seed, epoch, step, rank); whether any process was asked to stop."""
+        """One optimizer step, a function of (seed, epoch, step, rank); whether any process was
+        asked to stop."""
         order = np.random.default_rng((self.args.seed, epoch)).permutation(len(self.images))
         start = (step * self.processes + self.rank) * self.args.batch_size
         index = torch.from_numpy(order[start : start + self.args.batch_size])
         seed = np.random.default_rng((self.args.seed, epoch, step, self.rank)).integers(2**62)
         draws = torch.Generator().manual_seed(int(seed))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(len(self.losses), self.args.epochs * self.steps, self.args.lr)
+            group["lr"] = learning_rate(
+                len(self.losses), self.args.epochs * self.steps, self.args.lr
+            )
         loss = self.loss(self.images[index], self.labels[index], draws, DROP)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
@@ -191,16 +233,23 @@ class Run:
         return loss
 
     def draw(self, labels: Tensor) -> Tensor:
-        """Images (B, 1, size, size) in [-1, 1] of the digits ``labels``, from the same noise every time."""
+        """Images (B, 1, size, size) in [-1, 1] of the digits ``labels``, from the same noise every
+        time."""
         device, scheduler = (
             self.accelerator.device,
             DDIMScheduler.from_config(self.noising.config, timestep_spacing="trailing"),
         )
         scheduler.set_timesteps(DDIM_STEPS)
-        x = torch.randn(len(labels), *self.images.shape[1:], generator=torch.Generator().manual_seed(self.args.seed))
+        x = torch.randn(
+            len(labels),
+            *self.images.shape[1:],
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
         x, labels = x.to(device), torch.cat([labels, torch.full_like(labels, NO_CLASS)]).to(device)
         for t in scheduler.timesteps:
-            given, free = self.unet(torch.cat([x, x]), t, class_labels=labels).sample.float().chunk(2)
+            given, free = (
+                self.unet(torch.cat([x, x]), t, class_labels=labels).sample.float().chunk(2)
+            )
             x = scheduler.step(free + GUIDANCE * (given - free), t, x).prev_sample
         return pixel_shuffle(x / RANGE, FOLD).clamp(-1, 1)
 
@@ -232,16 +281,29 @@ def train(args) -> None:
             seconds = time.perf_counter() - start
             images = (run.steps - done) * args.batch_size * run.processes
             loss = float(np.mean(run.losses[epoch * run.steps :]))
-            figures = {"epoch": epoch + 1, "loss": loss, "seconds": seconds, "images_per_second": images / seconds}
+            figures = {
+                "epoch": epoch + 1,
+                "loss": loss,
+                "seconds": seconds,
+                "images_per_second": images / seconds,
+            }
             if main:
-                figures["held_out_loss"] = run.judge(output / "samples" / f"epoch_{epoch + 1:03d}.png")
-                print(f"epoch {epoch + 1}: loss {loss:.4f}, held out {figures['held_out_loss']:.4f}, {seconds:.0f} s")
+                figures["held_out_loss"] = run.judge(
+                    output / "samples" / f"epoch_{epoch + 1:03d}.png"
+                )
+                print(
+                    f"epoch {epoch + 1}: loss {loss:.4f}, held out "
+                    f"{figures['held_out_loss']:.4f}, {seconds:.0f} s"
+                )
             run.history.append(figures)
             run.save(output / "checkpoint.pt")
             report(run, output)
     if main:
         report(run, output, line := compare(run))
-        print(f"{line}\nwrote {output}/: checkpoint.pt, metrics.jsonl, results.md, curve.png, samples/")
+        print(
+            f"{line}\nwrote {output}/: checkpoint.pt, metrics.jsonl, results.md, curve.png, "
+            "samples/"
+        )
     accelerator.wait_for_everyone()
 
 
@@ -250,14 +312,26 @@ def report(run: Run, output: Path, line: str = "") -> None:
     if not run.accelerator.is_main_process:
         return
     (output / "metrics.jsonl").write_text("".join(json.dumps(h) + "\n" for h in run.history))
-    rows = [f"| {h['epoch']} | {h['loss']:.4f} | {h['held_out_loss']:.4f} | {h['seconds']:.0f} |" for h in run.history]
-    head = ["# Digits drawn with routed attention\n", "| epoch | loss | held-out loss (EMA) | seconds |"]
-    (output / "results.md").write_text("\n".join([*head, "|---|---|---|---|", *rows, "", line]) + "\n")
+    rows = [
+        f"| {h['epoch']} | {h['loss']:.4f} | {h['held_out_loss']:.4f} | {h['seconds']:.0f} |"
+        for h in run.history
+    ]
+    head = [
+        "# Digits drawn with routed attention\n",
+        "| epoch | loss | held-out loss (EMA) | seconds |",
+    ]
+    (output / "results.md").write_text(
+        "\n".join([*head, "|---|---|---|---|", *rows, "", line]) + "\n"
+    )
     axis = Figure(figsize=(6, 3.2), layout="constrained").subplots()
-    axis.plot(np.arange(1, len(run.losses) + 1) / run.steps, run.losses, color="0.8", lw=0.7, label="step")
+    axis.plot(
+        np.arange(1, len(run.losses) + 1) / run.steps, run.losses, color="0.8", lw=0.7, label="step"
+    )
     epochs = [h["epoch"] for h in run.history]
     axis.plot(epochs, [h["loss"] for h in run.history], "o-", label="epoch")
-    axis.plot(epochs, [h["held_out_loss"] for h in run.history], "s--", label="held out, averaged weights")
+    axis.plot(
+        epochs, [h["held_out_loss"] for h in run.history], "s--", label="held out, averaged weights"
+    )
     axis.set(xlabel="epoch", ylabel="loss", yscale="log")
     axis.legend()
     axis.figure.savefig(output / "curve.png", dpi=110)
@@ -268,7 +342,9 @@ def compare(run: Run) -> str:
     index, speeds, sizes = torch.arange(run.args.batch_size) % len(run.images), [], []
 
     def once():
-        run.loss(run.images[index], run.labels[index], torch.Generator().manual_seed(0), DROP).backward()
+        run.loss(
+            run.images[index], run.labels[index], torch.Generator().manual_seed(0), DROP
+        ).backward()
         next(run.model.parameters()).grad.sum().item()  # waits for the device
 
     for routed in (True, False):
@@ -278,9 +354,12 @@ def compare(run: Run) -> str:
     tokens = (run.args.size // FOLD) ** 2
     keys, window = token_count("keys", run.args.keys, tokens), run.args.window
     return (
-        f"Largest map, {tokens:,} tokens: each sees {keys:,} routed keys ({keys / tokens:.1%}) and its window of "
-        f"{window} x {window}. {sizes[0]:.2f} M parameters, {speeds[0]:.0f} images/s forward and backward, against "
-        f"{sizes[1]:.2f} M and {speeds[1]:.0f} images/s for the same UNet with full attention (not trained here)."
+        f"Largest map, {tokens:,} tokens: each sees {keys:,} routed keys ({keys / tokens:.1%}) "
+        "and its window of "
+        f"{window} x {window}. {sizes[0]:.2f} M parameters, {speeds[0]:.0f} images/s forward and "
+        "backward, against "
+        f"{sizes[1]:.2f} M and {speeds[1]:.0f} images/s for the same UNet with full attention "
+        "(not trained here)."
     )
 
 
@@ -294,20 +373,30 @@ def keys(text: str) -> int | float:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--limit", type=int, help="use only so many digits")
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures, a multiple of 8")
+    parser.add_argument(
+        "--size", type=int, default=64, help="side of the pictures, a multiple of 8"
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="of each process")
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--keys", type=keys, default="1/8", help="routed keys: a number, or a share such as 1/8")
-    parser.add_argument("--window", type=int, default=8, help="side of the light branch's windows in tokens")
+    parser.add_argument(
+        "--keys", type=keys, default="1/8", help="routed keys: a number, or a share such as 1/8"
+    )
+    parser.add_argument(
+        "--window", type=int, default=8, help="side of the light branch's windows in tokens"
+    )
     parser.add_argument("--fusion", choices=("sum", "softmax"), default="sum")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--amp", choices=("no", "bf16"), default="no")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs/diffusion")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in --output"
+    )
     args = parser.parse_args(argv)
     at_least_one(parser, args, "epochs", "limit", "batch_size", "window")
     if args.size < 32 or args.size % 8:

@@ -1,7 +1,8 @@
-"""``python -m benchmarks.cpu``: the library on a CPU beside its peers, ten minutes on two cores, ``--quick`` one.
+"""``python -m benchmarks.cpu``: the library on a CPU beside its peers, ten minutes on two cores,
+``--quick`` one.
 
-Rounds are adapted to the time. Results go to ``cpu.json``, ``cpu.md`` and ``cpu.png``; while the run goes on, and if it
-is interrupted, what was measured is in ``cpu_part.*``.
+Rounds are adapted to the time. Results go to ``cpu.json``, ``cpu.md`` and ``cpu.png``; while the
+run goes on, and if it is interrupted, what was measured is in ``cpu_part.*``.
 """
 
 import argparse
@@ -45,14 +46,21 @@ QUICK: tuple[Case, ...] = (
     Layer((4, 7), fixed(64, 1024)),
     Layer((7,), fixed(128, 1024)),
 )
-FULL_SECONDS, QUICK_SECONDS = 545.0, 43.0  # the rest of ten minutes, or of one, is for imports and the picture
+FULL_SECONDS, QUICK_SECONDS = (
+    545.0,
+    43.0,
+)  # the rest of ten minutes, or of one, is for imports and the picture
 
 
-def run(cases: tuple[Case, ...], timer: Timer, seconds: float, keep: Callable[[Case, dict], None]) -> None:
+def run(
+    cases: tuple[Case, ...], timer: Timer, seconds: float, keep: Callable[[Case, dict], None]
+) -> None:
     """Every record to ``keep`` as it comes."""
     rows = [(case, what, own) for case in cases for what, own in case.passes.items()]
     begin, names = time.monotonic(), [list(case.makers()) for case, *_ in rows]
-    with tqdm(total=sum(own for *_, own in rows), unit="s", bar_format="{l_bar}{bar}| {elapsed}") as bar:
+    with tqdm(
+        total=sum(own for *_, own in rows), unit="s", bar_format="{l_bar}{bar}| {elapsed}"
+    ) as bar:
         for index, (case, what, own) in enumerate(rows):
             left = seconds - (time.monotonic() - begin)
             share = own / sum(other for *_, other in rows[index:])
@@ -70,8 +78,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few sizes, a minute")
     groups = list(dict.fromkeys(case.group for case in FULL))
-    parser.add_argument("--only", nargs="+", choices=groups, metavar="GROUP", help=f"of {', '.join(groups)}")
-    parser.add_argument("--seconds", type=float, help="for all rows: more on a slow or a busy machine")
+    parser.add_argument(
+        "--only", nargs="+", choices=groups, metavar="GROUP", help=f"of {', '.join(groups)}"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="for all rows: more on a slow or a busy machine"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder")
     args = parser.parse_args(argv)
     if args.seconds is not None and not args.seconds > 0:
@@ -89,13 +101,17 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.monotonic()
     found = {
         "machine": report.machine(),
-        "command": shlex.join(["python", "-m", "benchmarks.cpu", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(
+            ["python", "-m", "benchmarks.cpu", *(sys.argv[1:] if argv is None else argv)]
+        ),
         "seconds": 0.0,
         "complete": False,
         "growth": [],
         "rows": [],
     }
-    name = "cpu" + "_quick" * args.quick + ("_" + "_".join(args.only) if args.only else "")  # never over a whole run
+    name = (
+        "cpu" + "_quick" * args.quick + ("_" + "_".join(args.only) if args.only else "")
+    )  # never over a whole run
     part = args.output / f"{name}_part"
 
     def keep(case: Case, record: dict) -> None:
@@ -117,8 +133,14 @@ def main(argv: list[str] | None = None) -> int:
     if found["complete"]:
         for path in args.output.glob(f"{part.name}.*"):
             path.unlink()
-    print(paths[1].read_text(), *(f"wrote {path}" for path in [*paths, paths[0].with_suffix(".png")]), sep="\n")
-    failed = [f"{row['case']}, {row['pass']}: {name}" for row in found["rows"] for name in row["failed"]]
+    print(
+        paths[1].read_text(),
+        *(f"wrote {path}" for path in [*paths, paths[0].with_suffix(".png")]),
+        sep="\n",
+    )
+    failed = [
+        f"{row['case']}, {row['pass']}: {name}" for row in found["rows"] for name in row["failed"]
+    ]
     for text in failed:
         print(f"failed: {text}")
     return 1 if failed or not found["complete"] else 0

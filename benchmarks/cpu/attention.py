@@ -32,7 +32,11 @@ class Attention(Case):
             call = {"grid_size": (side, side), "window_size": window, "routed_indices": routed}
             call["log_weights"] = torch.zeros(routed.shape)  # as a router gives them
             return both(
-                scaled_dot_product_attention if full else lambda *x: routed_window_attention(*x, **call), x, grad
+                scaled_dot_product_attention
+                if full
+                else lambda *x: routed_window_attention(*x, **call),
+                x,
+                grad,
             )
 
         return {"routed_window_attention": lambda: make(False), "full SDPA": lambda: make(True)}

@@ -14,10 +14,12 @@ SPEED, SHARE = "speed", "share"
 
 @dataclass(frozen=True)
 class Case:
-    """One job at one size; subclasses say which. Frozen and of plain values: it travels to another process.
+    """One job at one size; subclasses say which. Frozen and of plain values: it travels to another
+    process.
 
     Attributes:
-        seconds: time of each pass, whose names are those of ``PASSES``; a run stretches or shortens all alike.
+        seconds: time of each pass, whose names are those of ``PASSES``; a run stretches or shortens
+            all alike.
         group: the table that the case stands in.
         threads: None: as many as torch has.
         probed: whether memory is measured too.
@@ -35,16 +37,18 @@ class Case:
         return dict(zip(PASSES, self.seconds, strict=False))
 
     def makers(self) -> dict[str, Callable[[], dict[str, Callable]]]:
-        """By name of the variant, what makes its calls, one for each pass: only those that are measured are made."""
+        """By name of the variant, what makes its calls, one for each pass: only those that are
+        measured are made."""
         raise NotImplementedError
 
     def ratios(self) -> list[tuple[str, str, str]]:
-        """(kind, variant, other variant): ``SPEED`` how many times as long the other takes, ``SHARE`` which part the
-        variant is of the other."""
+        """(kind, variant, other variant): ``SPEED`` how many times as long the other takes,
+        ``SHARE`` which part the variant is of the other."""
         raise NotImplementedError
 
     def tiny(self) -> "Case":
-        """The same variants at a size that costs nothing: what a first call loads is not what a call needs."""
+        """The same variants at a size that costs nothing: what a first call loads is not what a
+        call needs."""
         raise NotImplementedError
 
     def unfit(self, variant: str, what: str) -> str | None:

@@ -14,7 +14,8 @@ from .cases import SPEED, Case
 from .peers import sinkhorn, sorted_projection
 
 ITERATIONS = (20, 50)
-# 20 iterations are the default of the predecessor's router, and only with its eps scaling; 50 are CoLT5's, without
+# 20 iterations are the default of the predecessor's router, and only with its eps scaling; 50 are
+# CoLT5's, without
 SCALING = {20: {"eps_init": 4.0, "eps_decay": 0.7}, 50: {}}
 
 
@@ -41,10 +42,16 @@ class Gates(Case):
         functions = {"soft_topk": lambda s: soft_topk(s, k, eps=eps)}
         for n in ITERATIONS:
             how = {"n_iters": n, "eps": eps, **SCALING[n]}
-            functions[f"coordinate_descent, {n} iterations"] = lambda s, how=how: coordinate_descent(s, k, **how)
-            functions[f"colt5_attention, {n} iterations"] = lambda s, how=how: coor_descent(s, k=k, **how)
+            functions[f"coordinate_descent, {n} iterations"] = lambda s, how=how: (
+                coordinate_descent(s, k, **how)
+            )
+            functions[f"colt5_attention, {n} iterations"] = lambda s, how=how: coor_descent(
+                s, k=k, **how
+            )
         for n in ITERATIONS:
-            functions[f"Sinkhorn, {n} iterations"] = lambda s, n=n: sinkhorn(s, k, n_iters=n, eps=eps)
+            functions[f"Sinkhorn, {n} iterations"] = lambda s, n=n: sinkhorn(
+                s, k, n_iters=n, eps=eps
+            )
         functions["projection by sorting"] = lambda s: sorted_projection(s, k, eps=eps)
         return {name: lambda f=f: both(f, *self._inputs()) for name, f in functions.items()}
 
@@ -55,10 +62,12 @@ class Gates(Case):
     def ratios(self):
         peers = [name for name in self.makers() if name != "soft_topk"]
         same = [
-            tuple(f"{who}, {n} iterations" for who in ("coordinate_descent", "colt5_attention")) for n in ITERATIONS
+            tuple(f"{who}, {n} iterations" for who in ("coordinate_descent", "colt5_attention"))
+            for n in ITERATIONS
         ]
         return [(SPEED, "soft_topk", peer) for peer in peers] + [(SPEED, *pair) for pair in same]
 
     def error(self, call) -> float:
-        """Largest |sum of gates - k| / k of a row: a peer that has not converged is fast at something else."""
+        """Largest |sum of gates - k| / k of a row: a peer that has not converged is fast at
+        something else."""
         return float((call().double().sum(-1) - self.k).abs().max() / self.k)

@@ -1,4 +1,5 @@
-"""The whole layer, norm and projections included, beside other layers of the same width; and how its time grows."""
+"""The whole layer, norm and projections included, beside other layers of the same width; and how
+its time grows."""
 
 import os
 from collections.abc import Callable
@@ -12,8 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu.attention import FLOPS, dense_layer, partitioned, routed_layer
 from benchmarks.gpu.measure import PASSES, Map, both, forward
-from colt5_vision.router import learned_logits
-from examples.peers import subsampled_keys
+from examples.support.peers import subsampled_keys
 
 from .cases import CPU, SHARE, SPEED, Case
 
@@ -22,7 +22,8 @@ MERGED = 0.75  # of the tokens, the most that tomesd merges in cells of 2 x 2
 
 
 def fixed(side: int, keys: int, window: int = 16) -> Map:
-    """A map of 64 channels with this many routed keys, whatever its side; they must divide its tokens."""
+    """A map of 64 channels with this many routed keys, whatever its side; they must divide its
+    tokens."""
     if side**2 % keys:
         raise ValueError(f"keys: expected a divisor of {side} x {side} tokens, got {keys}")
     return Map(side, 2, 32, window=window, share=side**2 // keys)
@@ -39,8 +40,8 @@ def ours(size: Map, fusion: str):
 
 
 def predecessor(size: Map):
-    """Its image layer, every argument that ours does not share at its own default. It routes inside each window, so the
-    same number of tokens in all is its share of every window."""
+    """Its image layer, every argument that ours does not share at its own default. It routes inside
+    each window, so the same number of tokens in all is its share of every window."""
     torch.manual_seed(0)
     width = {"dim_head": size.head_dim, "heads": size.heads}
     here = max(1, size.window**2 // size.share)
@@ -49,7 +50,11 @@ def predecessor(size: Map):
         num_heavy_tokens_q=here,
         num_heavy_tokens_kv=here,
         light_window_size=size.window,
-        **{f"{branch}_{key}": value for branch in ("light", "heavy") for key, value in width.items()},
+        **{
+            f"{branch}_{key}": value
+            for branch in ("light", "heavy")
+            for key, value in width.items()
+        },
     )
 
 
@@ -79,22 +84,30 @@ PEERS: dict[str, Callable] = {
     FULL: lambda weights, size: dense_layer(weights),
     "window alone, partition + SDPA": lambda weights, size: dense_layer(weights, partitioned(size)),
     STRIDE_2: lambda weights, size: subsampled(weights, size, 1 / 4),
-    "ToDo, subsampled to as many keys": lambda weights, size: subsampled(weights, size, 1 / size.share),
+    "ToDo, subsampled to as many keys": lambda weights, size: subsampled(
+        weights, size, 1 / size.share
+    ),
     TOMESD: merged,
 }
 
 
 def routing(layer, size: Map) -> Callable:
-    """What the layer's routers do in it, and no more: indices, and the gates that gradients go through."""
-    routers = [router for router in (layer.q_router, layer.kv_router) if router is not None]
+    """What the layer's routers do in it, and no more: indices, and the gates that gradients go
+    through."""
+    routers = (layer.attend.q_router, layer.attend.kv_router)
 
     def run(x: Tensor) -> Tensor:
         tokens = x.flatten(1, 2)
         found = [
-            router(tokens, num_tokens=1 / size.share, logits=logits)
-            for router, logits in zip(routers, learned_logits(routers, tokens), strict=True)
+            router(tokens, num_tokens=1 / size.share) for router in routers if router is not None
         ]
-        return torch.cat([routing.log_weights if layer.fusion == "softmax" else routing.gates for routing in found], 1)
+        return torch.cat(
+            [
+                routing.log_weights if layer.fusion == "softmax" else routing.gates
+                for routing in found
+            ],
+            1,
+        )
 
     return run
 
@@ -104,7 +117,8 @@ class Layer(Case):
     """
     Attributes:
         size: of the map; its share holds for all that route a fixed number of keys.
-        most_pairs: query-key pairs that are still tried; a pair of a backward counts for as much as it costs.
+        most_pairs: query-key pairs that are still tried; a pair of a backward counts for as much as
+            it costs.
     """
 
     size: Map
@@ -123,7 +137,9 @@ class Layer(Case):
         found: dict[str, Callable] = {}
         for name, some in (("", size), (", keys 1/16", shared(size))):
             for fusion in FUSIONS:
-                found[f"fusion {fusion}{name}"] = lambda some=some, fusion=fusion: self._of(ours(some, fusion))
+                found[f"fusion {fusion}{name}"] = lambda some=some, fusion=fusion: self._of(
+                    ours(some, fusion)
+                )
         for fusion in FUSIONS:
             found[f"routing of fusion {fusion}"] = lambda fusion=fusion: self._routing(fusion)
         for name, build in PEERS.items():
@@ -141,8 +157,8 @@ class Layer(Case):
         return both(function, [x], torch.ones_like(x) if grad is None else grad, parameters)
 
     def _dense(self, build: Callable):
-        weights = ours(self.size, "softmax")
-        used = (*weights.norm.parameters(), *weights.to_qkv.parameters(), *weights.to_out.parameters())
+        weights = ours(self.size, "softmax").attend
+        used = tuple(p for name, p in weights.named_parameters() if "router" not in name)
         return self._calls(build(weights, self.size), used)
 
     def _of(self, layer):
@@ -154,7 +170,9 @@ class Layer(Case):
         parameters = tuple(p for name, p in layer.named_parameters() if "router" in name)
         with torch.no_grad():
             shape = run(self._input()).shape
-        return self._calls(run, parameters, torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+        return self._calls(
+            run, parameters, torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        )
 
     def ratios(self):
         peers = [*PEERS, "colt5_attention's image layer"]
@@ -167,7 +185,8 @@ class Layer(Case):
         tokens = self.size.tokens
         if variant == "fusion softmax, keys 1/16":
             return tokens * (tokens // 16 + self.size.window**2)
-        # tomesd: a quarter of the tokens attend to each other, and the others are compared with them
+        # tomesd: a quarter of the tokens attend to each other, and the others are compared with
+        # them
         return {FULL: 1, STRIDE_2: 1 / 4, TOMESD: 1 / 16 + 3 / 16}.get(variant, 0) * tokens**2
 
     def unfit(self, variant, what):
@@ -177,13 +196,17 @@ class Layer(Case):
             return f"not tried: its similarities alone are {needed / 2**30:.0f} GiB"
         pairs, most = self._pairs(variant), self.most_pairs / FLOPS[what]
         if pairs > most:
-            return f"not tried: {pairs:.1e} pairs of query and key, of which {most:.1e} fit the time of a run"
+            return (
+                f"not tried: {pairs:.1e} pairs of query and key, of which {most:.1e} fit the time "
+                "of a run"
+            )
         return None
 
 
 @dataclass(frozen=True)
 class Growth(Case):
-    """The forward of both fusions at several sides in the same rounds: growth hangs on no drift of the machine."""
+    """The forward of both fusions at several sides in the same rounds: growth hangs on no drift of
+    the machine."""
 
     sides: tuple[int, ...] = (64, 128, 256, 512)
     keys: int = 1024

@@ -11,23 +11,28 @@ from multiprocessing.connection import Connection
 import torch
 
 from benchmarks.gpu.measure import attempt
-from examples.measure import added_memory
+from examples.support.measure import added_memory
 
 from .cases import Case
 
-# a server imports torch and the cases once and forks for every call. It has computed nothing, so that no
-# child has memory that an earlier call freed and the allocator kept; and the kernel starts the peak of a child anew
+# a server imports torch and the cases once and forks for every call. It has computed nothing, so
+# that no child has memory that an earlier call freed and the allocator kept; and the kernel starts
+# the peak of a child anew
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _CASES = ("attention", "gates", "layers", "selection")
 # the last is what torch imports with the first backward of a registered operator
-_PRELOAD = [*(f"benchmarks.cpu.{name}" for name in ("memory", *_CASES)), "__main__", "torch._dynamo"]
+_PRELOAD = [
+    *(f"benchmarks.cpu.{name}" for name in ("memory", *_CASES)),
+    "__main__",
+    "torch._dynamo",
+]
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _START_SECONDS = 60.0  # of imports and inputs, on a slow machine
 
 
 def _measure(case: Case, variant: str, what: str, ready: Callable[[], None]) -> dict:
-    # a freed block of 64 KiB or more goes back to the system at once: what counts is what lives, not what the
-    # allocator keeps for later, which differs from process to process by as much again
+    # a freed block of 64 KiB or more goes back to the system at once: what counts is what lives,
+    # not what the allocator keeps for later, which differs from process to process by as much again
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
     case.tiny().makers()[variant]()[what]()  # loads libraries, starts threads
@@ -35,7 +40,10 @@ def _measure(case: Case, variant: str, what: str, ready: Callable[[], None]) -> 
     ready()
     start = time.perf_counter()
     added = added_memory(call)
-    return {"peak_bytes": None if math.isnan(added) else added, "seconds": time.perf_counter() - start}
+    return {
+        "peak_bytes": None if math.isnan(added) else added,
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def _child(connection: Connection, case: Case, variant: str, what: str, threads: int) -> None:
@@ -54,14 +62,16 @@ def probe(case: Case, variant: str, what: str, threads: int, limit: float) -> di
         limit: seconds after which the process is ended.
 
     Returns:
-        ``peak_bytes`` (None where the system does not tell) and ``seconds`` of the call; or why there are none:
-        ``too_long``, or ``failed``.
+        ``peak_bytes`` (None where the system does not tell) and ``seconds`` of the call; or why
+        there are none: ``too_long``, or ``failed``.
     """
     context = multiprocessing.get_context(_METHOD)
     if _METHOD == "forkserver":
         context.set_forkserver_preload(_PRELOAD)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, case, variant, what, threads), daemon=True)
+    process = context.Process(
+        target=_child, args=(sender, case, variant, what, threads), daemon=True
+    )
     process.start()
     sender.close()
     try:

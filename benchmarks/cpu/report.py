@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from examples.measure import table
+from examples.support.measure import table
 
 from .cases import SHARE, SPEED
 from .layers import Growth
@@ -19,23 +19,33 @@ from .timing import spread
 
 MOST_GROWTH = 1.1  # exponent of time over tokens at a fixed number of routed keys
 HOW = (
-    "Medians (quartiles) of rounds in which all variants of a case take turns; a ratio is taken in every round: "
-    "time of the row over that of the column, above 1 the column is faster. MiB: what one call adds at its peak "
-    "to the resident memory of a process of its own, its result included, to half a MiB. –: not measured, the "
+    "Medians (quartiles) of rounds in which all variants of a case take turns; a ratio is taken "
+    "in every round: "
+    "time of the row over that of the column, above 1 the column is faster. MiB: what one call "
+    "adds at its peak "
+    "to the resident memory of a process of its own, its result included, to half a MiB. –: not "
+    "measured, the "
     "note says why. Raw figures are in the JSON file."
 )
 ABOUT = {
     "gates": (
-        "Soft top-k gates of normal scores. Error: largest |sum of gates - k| / k; who has not converged computes"
-        " something else. 20 iterations with the eps scaling of colt5_attention's router (from 4, x 0.7), 50 "
+        "Soft top-k gates of normal scores. Error: largest |sum of gates - k| / k; who has not "
+        "converged computes"
+        " something else. 20 iterations with the eps scaling of colt5_attention's router (from 4, "
+        "x 0.7), 50 "
         "without."
     ),
     "selection": ("The k largest of each row, without gradients."),
-    "attention": ("The operator alone: window ∪ routed keys against all keys; size, heads x width, batch."),
+    "attention": (
+        "The operator alone: window ∪ routed keys against all keys; size, heads x width, batch."
+    ),
     "layers": (
-        "64 channels, 2 heads x 32, batch 1, float32, norm and projections included. The number of routed keys is"
-        " fixed, but for the rows that say keys 1/16. `fusion sum` routes as many queries too, as CoLT5 does: it "
-        "does less than the others. colt5_attention routes inside each window: of every window its share. ToDo, "
+        "64 channels, 2 heads x 32, batch 1, float32, norm and projections included. The number "
+        "of routed keys is"
+        " fixed, but for the rows that say keys 1/16. `fusion sum` routes as many queries too, as "
+        "CoLT5 does: it "
+        "does less than the others. colt5_attention routes inside each window: of every window "
+        "its share. ToDo, "
         "tomesd, window and full attention have the norm and the projections of `fusion softmax`."
     ),
 }
@@ -65,7 +75,8 @@ def machine() -> dict:
 
 
 def growth(case: Growth, record: dict) -> list[dict]:
-    """Slope of log time over log tokens, by least squares, of every round; of layers measured at three sides."""
+    """Slope of log time over log tokens, by least squares, of every round; of layers measured at
+    three sides."""
     found = []
     for layer, names in case.series().items():
         raw = {side: record["variants"][name].get("raw") for side, name in names.items()}
@@ -80,7 +91,9 @@ def growth(case: Growth, record: dict) -> list[dict]:
         limit = MOST_GROWTH if raw.keys() == names.keys() and "keys" not in layer else None
         exponent = spread(slopes)
         met = None if limit is None else exponent["median"] <= limit
-        found.append({"layer": layer, "sides": list(raw), "exponent": exponent, "limit": limit, "met": met})
+        found.append(
+            {"layer": layer, "sides": list(raw), "exponent": exponent, "limit": limit, "met": met}
+        )
     return found
 
 
@@ -94,16 +107,30 @@ def figures(value: dict, scale: float = 1.0, unit: str = "") -> str:
 
 
 def _group(rows: list[dict]) -> list[str]:
-    """Table of a group; a column for each variant of ours: how many times as long the others take."""
+    """Table of a group; a column for each variant of ours: how many times as long the others
+    take."""
     speeds = [ratio for row in rows for ratio in row["ratios"] if ratio["kind"] == SPEED]
     ours = list(dict.fromkeys(ratio["ours"] for ratio in speeds))
-    errors = any(entry.get("error") is not None for row in rows for entry in row["variants"].values())
+    errors = any(
+        entry.get("error") is not None for row in rows for entry in row["variants"].values()
+    )
     lines = []
     for row in rows:
-        ratios = {(r["ours"], r["other"]): figures(r, unit="x") for r in row["ratios"] if r["kind"] == SPEED}
+        ratios = {
+            (r["ours"], r["other"]): figures(r, unit="x")
+            for r in row["ratios"]
+            if r["kind"] == SPEED
+        }
         for name, entry in row["variants"].items():
-            cells = [row["case"], row["pass"], name, figures(entry, 1e3) if "median" in entry else "–"]
-            cells.append("–" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 2**20:.1f}")
+            cells = [
+                row["case"],
+                row["pass"],
+                name,
+                figures(entry, 1e3) if "median" in entry else "–",
+            ]
+            cells.append(
+                "–" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 2**20:.1f}"
+            )
             if errors:
                 cells.append("–" if entry.get("error") is None else f"{entry['error']:.1e}")
             cells += [ratios.get((mine, name), "–") for mine in ours]
@@ -123,10 +150,17 @@ def _group(rows: list[dict]) -> list[str]:
 
 def markdown(report: dict) -> str:
     rows = report["rows"]
-    lines = ["# The library on a CPU", "", f"`{report['command']}`, {report['seconds']:.0f} s. Not run on a GPU."]
+    lines = [
+        "# The library on a CPU",
+        "",
+        f"`{report['command']}`, {report['seconds']:.0f} s. Not run on a GPU.",
+    ]
     if not report["complete"]:
         lines += ["", "**Not complete**: the run was interrupted, or goes on."]
-    lines += ["", *(f"- {key.replace('_', ' ')}: {value}" for key, value in report["machine"].items())]
+    lines += [
+        "",
+        *(f"- {key.replace('_', ' ')}: {value}" for key, value in report["machine"].items()),
+    ]
     lines += ["", HOW]
     if report["growth"]:
         verdicts = {True: "met", False: "**not met**", None: ""}
@@ -155,8 +189,17 @@ def markdown(report: dict) -> str:
     for group, about in ABOUT.items():
         some = [row for row in rows if row["group"] == group]
         if some:
-            threads = ", ".join(f"{n} thread" + "s" * (n > 1) for n in dict.fromkeys(row["threads"] for row in some))
-            lines += ["", f"## {group.capitalize()}", "", f"{about} {threads.capitalize()}.", "", *_group(some)]
+            threads = ", ".join(
+                f"{n} thread" + "s" * (n > 1) for n in dict.fromkeys(row["threads"] for row in some)
+            )
+            lines += [
+                "",
+                f"## {group.capitalize()}",
+                "",
+                f"{about} {threads.capitalize()}.",
+                "",
+                *_group(some),
+            ]
     return "\n".join(lines) + "\n"
 
 

@@ -13,7 +13,8 @@ from .cases import SPEED, Case
 
 @dataclass(frozen=True)
 class Selection(Case):
-    """The k largest of n normal scores in each row; on one thread, without gradients, as in inference."""
+    """The k largest of n normal scores in each row; on one thread, without gradients, as in
+    inference."""
 
     rows: int = 8
     n: int = 65536

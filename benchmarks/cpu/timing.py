@@ -39,8 +39,11 @@ class Timer:
         """See :func:`~benchmarks.cpu.memory.probe`."""
         return probe(case, variant, what, threads, limit)
 
-    def rounds(self, calls: dict[str, Callable], until: float) -> tuple[dict[str, list[float]], dict[str, str]]:
-        """Seconds of every call of each, and why some failed; one call of each goes before to warm up."""
+    def rounds(
+        self, calls: dict[str, Callable], until: float
+    ) -> tuple[dict[str, list[float]], dict[str, str]]:
+        """Seconds of every call of each, and why some failed; one call of each goes before to warm
+        up."""
         cost, times, failed = {}, {}, {}
 
         def turn(name: str, kept: list[float]) -> None:
@@ -59,7 +62,8 @@ class Timer:
         for done in range(self.most):
             now = list(times)
             if done >= self.fewest:
-                # a slow one would leave the others few rounds; unless it is what the only other one is compared with
+                # a slow one would leave the others few rounds; unless it is what the only other one
+                # is compared with
                 quick = [name for name in now if cost[name] <= slow]
                 now = quick if len(quick) > 1 else now
                 if not now or time.monotonic() + sum(cost[name] for name in now) > until:
@@ -68,7 +72,9 @@ class Timer:
                 turn(name, times[name])
         return times, failed
 
-    def measure(self, case: Case, what: str, seconds: float, progress: Callable[[str], None] = print) -> dict:
+    def measure(
+        self, case: Case, what: str, seconds: float, progress: Callable[[str], None] = print
+    ) -> dict:
         """The record of a case in one pass.
 
         Args:
@@ -79,7 +85,11 @@ class Timer:
         until, before = time.monotonic() + seconds, torch.get_num_threads()
         threads, makers, ratios = case.threads or before, case.makers(), case.ratios()
         mine = {ours for _, ours, _ in ratios}
-        found, cost, failed = {name: {"note": case.unfit(name, what), "peak_bytes": None} for name in makers}, {}, {}
+        found, cost, failed = (
+            {name: {"note": case.unfit(name, what), "peak_bytes": None} for name in makers},
+            {},
+            {},
+        )
         for name, entry in found.items() if case.probed else ():
             if entry["note"] is not None:
                 continue
@@ -89,15 +99,24 @@ class Timer:
             cost[name] = seen.get("seconds", 0.0)
             if "failed" in seen:
                 failed[name] = seen["failed"]
-        left = max(until - time.monotonic(), seconds / 2)  # what starting processes took is not for the peers to pay
+        left = max(
+            until - time.monotonic(), seconds / 2
+        )  # what starting processes took is not for the peers to pay
         for name in cost.keys() - mine:
-            # the warm-up counts for nothing: this one was slow, all its memory came fresh from the system
+            # the warm-up counts for nothing: this one was slow, all its memory came fresh from the
+            # system
             if self.fewest * cost[name] > left:
-                found[name]["note"] = f"{self.fewest} rounds do not fit the time: one call took {cost[name]:.1f} s"
+                found[name]["note"] = (
+                    f"{self.fewest} rounds do not fit the time: one call took {cost[name]:.1f} s"
+                )
         progress("rounds")
         torch.set_num_threads(threads)
         try:
-            open_ = [name for name, entry in found.items() if entry["note"] is None and name not in failed]
+            open_ = [
+                name
+                for name, entry in found.items()
+                if entry["note"] is None and name not in failed
+            ]
             calls = {name: makers[name]()[what] for name in open_}
             times, more = self.rounds(calls, until)
             errors = {name: case.error(calls[name]) for name in times if what == PASSES[0]}

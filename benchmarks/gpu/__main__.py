@@ -1,6 +1,8 @@
-"""``python -m benchmarks.gpu``: on a machine with a GPU, eight minutes at most; without one it measures nothing.
+"""``python -m benchmarks.gpu``: on a machine with a GPU, eight minutes at most; without one it
+measures nothing.
 
-Each step runs in a process of its own within its time, so that a crash or a long compilation costs that step alone.
+Each step runs in a process of its own within its time, so that a crash or a long compilation costs
+that step alone.
 """
 
 import argparse
@@ -40,17 +42,29 @@ STEPS: dict[str, Callable] = {
 }
 # seconds of each; what one leaves over, the later ones have
 FULL_SECONDS = {
-    "tests": 90, "opcheck": 25, "selection": 20, "router": 20, "attention": 60, "ceilings": 10, "layer": 35,
-    "gates": 65, "graphs": 15, "compiled": 30, "flex": 60, "sanitizer": 45,
+    "tests": 90, "opcheck": 25, "selection": 20, "router": 20, "attention": 60, "ceilings": 10,
+    "layer": 35, "gates": 65, "graphs": 15, "compiled": 30, "flex": 60, "sanitizer": 45,
 }  # fmt: skip
-QUICK_SECONDS = {"selection": 12, "router": 12, "attention": 22, "ceilings": 5, "layer": 17, "gates": 22}
+QUICK_SECONDS = {
+    "selection": 12,
+    "router": 12,
+    "attention": 22,
+    "ceilings": 5,
+    "layer": 17,
+    "gates": 22,
+}
 SWEEP_SECONDS = 540
 
 
-def run_steps(names: list[str], device: torch.device, sizes: Sizes, timer: Timer, keep: Callable[[dict], None]) -> None:
-    """Every record of every step to ``keep`` as it comes; a step that raises ends with a record that says so."""
+def run_steps(
+    names: list[str], device: torch.device, sizes: Sizes, timer: Timer, keep: Callable[[dict], None]
+) -> None:
+    """Every record of every step to ``keep`` as it comes; a step that raises ends with a record
+    that says so."""
     for name in names:
-        _, why = attempt(lambda name=name: [keep({"step": name, **r}) for r in STEPS[name](device, sizes, timer)])
+        _, why = attempt(
+            lambda name=name: [keep({"step": name, **r}) for r in STEPS[name](device, sizes, timer)]
+        )
         if why is not None:
             keep({"step": name, **check(f"step {name}", False, why)})
         timer.free()
@@ -72,7 +86,9 @@ def child(names: list[str], sizes: Sizes, records: Path) -> None:
 def run_child(command: list[str], records: Path, seconds: float, names: list[str]) -> list[dict]:
     """Records of a process that runs these steps; one more if it did not end well."""
     # neither an interpreted kernel nor a backend chosen outside may pass for a measurement
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", backend.VARIABLE)}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", backend.VARIABLE)
+    }
     start, text = time.monotonic(), None
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
@@ -83,14 +99,21 @@ def run_child(command: list[str], records: Path, seconds: float, names: list[str
         text = f"ended after its {seconds:.0f} s"
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # with what it started: compilers, pytest's workers
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # with what it started: compilers, pytest's workers
             process.wait()
     lines = records.read_text().splitlines() if records.is_file() else []
     found = [json.loads(line) for line in lines if line.endswith("}")]
     if text is not None:
         missing = [name for name in names if name not in {r["step"] for r in found}]
         name = f"step {' '.join(names)}" + (f" (nothing of {' '.join(missing)})" if missing else "")
-        found.append({"step": names[-1], **check(name, False, f"{text}, {time.monotonic() - start:.0f} s in all")})
+        found.append(
+            {
+                "step": names[-1],
+                **check(name, False, f"{text}, {time.monotonic() - start:.0f} s in all"),
+            }
+        )
         print(report.line(found[-1]), flush=True)
     return found
 
@@ -98,8 +121,12 @@ def run_child(command: list[str], records: Path, seconds: float, names: list[str
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="timings at few sizes, about a minute")
-    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="NAME", help=f"steps to run: {', '.join(STEPS)}")
-    parser.add_argument("--sweep", action="store_true", help="launch configurations of the attention kernels, alone")
+    parser.add_argument(
+        "--only", nargs="+", choices=STEPS, metavar="NAME", help=f"steps to run: {', '.join(STEPS)}"
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="launch configurations of the attention kernels, alone"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder")
     parser.add_argument("--commit", help="to record, where this copy is no git checkout")
     parser.add_argument("--records", type=Path, help=argparse.SUPPRESS)  # of a child
@@ -119,20 +146,32 @@ def main(argv: list[str] | None = None) -> int:
 
     # a step that this run does not have by itself gets the time of a full run
     budget = FULL_SECONDS | {"sweep": SWEEP_SECONDS} | seconds
-    groups = [names] if args.quick else [[name] for name in names]  # a quick one has no time to start many
+    groups = (
+        [names] if args.quick else [[name] for name in names]
+    )  # a quick one has no time to start many
     begin, deadline, records = time.monotonic(), 0.0, []
     with tempfile.TemporaryDirectory() as folder:
         for index, group in enumerate(groups):
             deadline += sum(budget[name] for name in group)
             file = Path(folder) / f"{index}.jsonl"
-            command = [sys.executable, "-m", "benchmarks.gpu", "--records", str(file), "--only", *group]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.gpu",
+                "--records",
+                str(file),
+                "--only",
+                *group,
+            ]
             command += ["--quick"] if args.quick else []
             records += run_child(command, file, deadline - (time.monotonic() - begin), group)
     suffix = "".join(f"_{name}" for name in ("sweep", "quick") if getattr(args, name))
     suffix += "_part" if args.only else ""  # never over a whole run's results
     found = {
         "machine": report.machine(torch.device("cuda", torch.cuda.current_device()), args.commit),
-        "command": shlex.join(["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(
+            ["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)]
+        ),
         "seconds": time.monotonic() - begin,
         "suffix": suffix,
         "targets": [] if names == ["sweep"] else report.targets(records, sizes),

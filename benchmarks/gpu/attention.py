@@ -1,4 +1,5 @@
-"""Window ∪ routed attention, and the whole layer, beside full attention, FlexAttention and window attention alone."""
+"""Window ∪ routed attention, and the whole layer, beside full attention, FlexAttention and window
+attention alone."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from colt5_vision import ConditionalRoutedImageAttention
 from colt5_vision.ops import routed_window_attention
+from colt5_vision.softmax_fusion import SoftmaxFusion
 
 from .measure import (
     PASSES,
@@ -28,18 +30,24 @@ from .measure import (
 FLOPS = {"forward": 1.0, "forward + backward": 3.5}
 
 
-def inputs(size: Map, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor]:
-    """q, k, v and an output's gradient (B, heads, N, head_dim), laid out as a projection leaves them; routed (B, K)."""
+def inputs(
+    size: Map, device: torch.device, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """q, k, v and an output's gradient (B, heads, N, head_dim), laid out as a projection leaves
+    them; routed (B, K)."""
     torch.manual_seed(0)
     shape = (size.batch, size.tokens, size.heads, size.head_dim)
-    q, k, v, grad = (torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(4))
+    q, k, v, grad = (
+        torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(4)
+    )
     count = max(1, size.tokens // size.share)
     routed = torch.rand(size.batch, size.tokens, device=device).topk(count).indices
     return [q, k, v], grad, routed
 
 
 def pairs(size: Map, routed: Tensor) -> dict[str, int]:
-    """Query-key pairs, over the batch: of full attention, of windows alone, and of windows ∪ routed keys."""
+    """Query-key pairs, over the batch: of full attention, of windows alone, and of windows ∪ routed
+    keys."""
     token = torch.arange(size.tokens, device=routed.device)
     windows = -(-size.side // size.window)
     window_of = token // size.side // size.window * windows + token % size.side // size.window
@@ -52,7 +60,11 @@ def pairs(size: Map, routed: Tensor) -> dict[str, int]:
 
 def ours(size: Map, routed: Tensor) -> Callable:
     def attend(q, k, v):
-        options = {"grid_size": (size.side, size.side), "window_size": size.window, "routed_indices": routed}
+        options = {
+            "grid_size": (size.side, size.side),
+            "window_size": size.window,
+            "routed_indices": routed,
+        }
         return routed_window_attention(q, k, v, **options)
 
     return attend
@@ -67,7 +79,8 @@ def full(backend: SDPBackend) -> Callable:
 
 
 def to_windows(x: Tensor, size: Map) -> Tensor:
-    """(B, heads, N, D) -> (B, heads, rows of windows, columns of windows, window², D), a view as far as it goes."""
+    """(B, heads, N, D) -> (B, heads, rows of windows, columns of windows, window², D), a view as
+    far as it goes."""
     count, window = size.side // size.window, size.window
     return x.unflatten(2, (count, window, count, window)).transpose(3, 4).flatten(4, 5)
 
@@ -83,7 +96,9 @@ def partitioned(size: Map) -> Callable:
         q, k, v = (to_windows(x, size).permute(0, 2, 3, 1, 4, 5).flatten(0, 2) for x in (q, k, v))
         out = full(SDPBackend.FLASH_ATTENTION)(q, k, v)
         count = size.side // size.window
-        return from_windows(out.unflatten(0, (size.batch, count, count)).permute(0, 3, 1, 2, 4, 5), size)
+        return from_windows(
+            out.unflatten(0, (size.batch, count, count)).permute(0, 3, 1, 2, 4, 5), size
+        )
 
     return attend
 
@@ -102,31 +117,56 @@ def attention(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict
         count = pairs(size, routed)
         seen = dict(zip(functions, ("union", "union", "full", "full", "window"), strict=True))
         backends = dict(zip(functions, (mine, "eager"), strict=False))  # the peers have none
-        calls = {name: both(function, x, grad, backend=backends.get(name)) for name, function in functions.items()}
+        calls = {
+            name: both(function, x, grad, backend=backends.get(name))
+            for name, function in functions.items()
+        }
         first, second = list(functions)[:2]
         for what in PASSES:
             label = f"window ∪ routed attention, {size}"
-            yield agreement(f"{label}, {what}: {mine} = plain torch", calls[first][what], calls[second][what], timer)
-            found = timer.compare({name: lambda call=call[what]: call for name, call in calls.items()})
+            yield agreement(
+                f"{label}, {what}: {mine} = plain torch",
+                calls[first][what],
+                calls[second][what],
+                timer,
+            )
+            found = timer.compare(
+                {name: lambda call=call[what]: call for name, call in calls.items()}
+            )
             per_pair = 4 * size.heads * size.head_dim * FLOPS[what]
-            yield from rows(label, what, found, first, {name: count[kind] * per_pair for name, kind in seen.items()})
+            yield from rows(
+                label,
+                what,
+                found,
+                first,
+                {name: count[kind] * per_pair for name, kind in seen.items()},
+            )
 
 
 def _flex(sizes: Sizes) -> Callable:
     # every shape is compiled for itself: dynamic shapes would be unfair to it
-    return torch.compile(flex_attention.flex_attention, dynamic=False, backend=sizes.compile_backend)
+    return torch.compile(
+        flex_attention.flex_attention, dynamic=False, backend=sizes.compile_backend
+    )
 
 
-def _block_mask(mask_mod: Callable, batch: int, queries: int, keys: int, device: torch.device, sizes: Sizes):
+def _block_mask(
+    mask_mod: Callable, batch: int, queries: int, keys: int, device: torch.device, sizes: Sizes
+):
     # compiled, as torch advises: uncompiled it holds all N² entries, several times
-    make = torch.compile(flex_attention.create_block_mask, dynamic=False, backend=sizes.compile_backend)
+    make = torch.compile(
+        flex_attention.create_block_mask, dynamic=False, backend=sizes.compile_backend
+    )
     return make(mask_mod, batch, None, queries, keys, device=str(device))
 
 
 def flex_raster(size: Map, routed: Tensor, sizes: Sizes) -> tuple[Callable, Callable]:
-    """FlexAttention with the mask as it is defined, tokens in raster order: (how to make the block mask, attention)."""
+    """FlexAttention with the mask as it is defined, tokens in raster order: (how to make the block
+    mask, attention)."""
     side, window = size.side, size.window
-    is_routed = torch.zeros(size.batch, size.tokens, dtype=torch.bool, device=routed.device).scatter(1, routed, True)
+    is_routed = torch.zeros(
+        size.batch, size.tokens, dtype=torch.bool, device=routed.device
+    ).scatter(1, routed, True)
 
     def mask_mod(b, h, q, kv):
         rows_agree = q // side // window == kv // side // window
@@ -141,8 +181,9 @@ def flex_raster(size: Map, routed: Tensor, sizes: Sizes) -> tuple[Callable, Call
 
 
 def flex_windows(size: Map, routed: Tensor, sizes: Sizes) -> tuple[Callable, Callable]:
-    """FlexAttention at its best: tokens put in window order and routed keys gathered behind them, so that blocks of the
-    mask are dense. Putting in order and back is timed with it, as its user would pay for it."""
+    """FlexAttention at its best: tokens put in window order and routed keys gathered behind them,
+    so that blocks of the mask are dense. Putting in order and back is timed with it, as its user
+    would pay for it."""
     tokens, area = size.tokens, size.window**2
     is_routed = torch.zeros(size.batch, 1, tokens, 1, dtype=torch.bool, device=routed.device)
     is_routed = is_routed.scatter(2, routed[:, None, :, None], True)
@@ -175,10 +216,14 @@ def flex(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
     """In a step of its own: its compilation takes longer than all else."""
     mine = kernels(device)
     for size in sizes.maps:
-        torch.compiler.reset()  # past a few shapes dynamo would give up compiling, and flex would hold all logits
+        # past a few shapes dynamo would give up compiling, and flex would hold all logits
+        torch.compiler.reset()
         x, grad, routed = inputs(size, device, sizes.dtype)
         label = f"window ∪ routed attention, {size}"
-        peers = {"FlexAttention, raster order": flex_raster, "FlexAttention, window order": flex_windows}
+        peers = {
+            "FlexAttention, raster order": flex_raster,
+            "FlexAttention, window order": flex_windows,
+        }
         attend = {f"ours, {mine}": ours(size, routed)}
         for name, prepare in peers.items():
             make_mask, with_mask = prepare(size, routed, sizes)
@@ -191,16 +236,24 @@ def flex(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
         per_pair = 4 * size.heads * size.head_dim * pairs(size, routed)["union"]
         for name in list(attend)[1:]:
             # a peer with another result would be a peer of something else
-            mine_now, theirs = on(mine, forward(attend[f"ours, {mine}"], x)), forward(attend[name], x)
+            mine_now, theirs = (
+                on(mine, forward(attend[f"ours, {mine}"], x)),
+                forward(attend[name], x),
+            )
             yield agreement(f"{label}: {name} gives the same", mine_now, theirs, timer)
         for what in PASSES:
-            calls = {name: both(function, x, grad, backend=mine)[what] for name, function in attend.items()}
+            calls = {
+                name: both(function, x, grad, backend=mine)[what]
+                for name, function in attend.items()
+            }
             found = timer.compare({name: lambda call=call: call for name, call in calls.items()})
             flops = dict.fromkeys(attend, per_pair * FLOPS[what])
             yield from rows(label, what, found, f"ours, {mine}", flops)
 
 
-def routed_layer(size: Map, fusion: str, device: torch.device, dtype: torch.dtype) -> ConditionalRoutedImageAttention:
+def routed_layer(
+    size: Map, fusion: str, device: torch.device, dtype: torch.dtype
+) -> ConditionalRoutedImageAttention:
     """Of a map's heads; ``sum`` routes queries too, as CoLT5 does."""
     width = {"dim_head": size.head_dim, "heads": size.heads}
     return ConditionalRoutedImageAttention(
@@ -212,16 +265,23 @@ def routed_layer(size: Map, fusion: str, device: torch.device, dtype: torch.dtyp
         channel_first=False,
         device=device,
         dtype=dtype,
-        **{f"{branch}_{key}": value for branch in ("light", "heavy") for key, value in width.items()},
+        **{
+            f"{branch}_{key}": value
+            for branch in ("light", "heavy")
+            for key, value in width.items()
+        },
     )
 
 
-def dense_layer(layer: ConditionalRoutedImageAttention, attend: Callable | None = None) -> Callable:
-    """Full attention, or another one of q, k, v, with the norm and projections of a layer with ``fusion="softmax"``."""
+def dense_layer(layer: SoftmaxFusion, attend: Callable | None = None) -> Callable:
+    """Full attention, or another one of q, k, v, with the norm and projections of a layer with
+    ``fusion="softmax"``."""
     attend = attend or full(SDPBackend.FLASH_ATTENTION)
 
     def run(x):
-        q, k, v = layer.to_qkv(layer.norm(x.flatten(1, 2))).unflatten(-1, (3, layer.heads, -1)).unbind(2)
+        q, k, v = (
+            layer.to_qkv(layer.norm(x.flatten(1, 2))).unflatten(-1, (3, layer.heads, -1)).unbind(2)
+        )
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return layer.to_out(out.transpose(1, 2).flatten(2)).view_as(x)
 
@@ -231,25 +291,42 @@ def dense_layer(layer: ConditionalRoutedImageAttention, attend: Callable | None 
 def layer(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
     mine, size = kernels(device), sizes.maps[0]
     torch.manual_seed(0)
-    layers = {fusion: routed_layer(size, fusion, device, sizes.dtype) for fusion in ("softmax", "sum")}
+    layers = {
+        fusion: routed_layer(size, fusion, device, sizes.dtype) for fusion in ("softmax", "sum")
+    }
     shape = (size.batch, size.side, size.side, size.heads * size.head_dim)
     x, grad = (torch.randn(shape, device=device, dtype=sizes.dtype) for _ in range(2))
-    dense, router = layers["softmax"], layers["softmax"].kv_router
-    shared = (*dense.norm.parameters(), *dense.to_qkv.parameters(), *dense.to_out.parameters())
+    dense, router = layers["softmax"].attend, layers["softmax"].attend.kv_router
+    shared = tuple(p for name, p in dense.named_parameters() if "router" not in name)
 
     def log_weights(x):
-        routing = router(x.flatten(1, 2), num_tokens=1 / size.share, grid_size=(size.side, size.side))
+        routing = router(
+            x.flatten(1, 2), num_tokens=1 / size.share, grid_size=(size.side, size.side)
+        )
         return routing.log_weights
 
     grad_log_weights = torch.randn_like(on(mine, log_weights)(x).detach())
-    calls = {f"layer, fusion {name}": both(f, [x], grad, tuple(f.parameters()), mine) for name, f in layers.items()}
+    calls = {
+        f"layer, fusion {name}": both(f, [x], grad, tuple(f.parameters()), mine)
+        for name, f in layers.items()
+    }
     calls["dense layer, SDPA flash"] = both(dense_layer(dense), [x], grad, shared)
-    calls["routing alone"] = both(log_weights, [x], grad_log_weights, tuple(router.parameters()), mine)
+    calls["routing alone"] = both(
+        log_weights, [x], grad_log_weights, tuple(router.parameters()), mine
+    )
     for what in PASSES:
         found = timer.compare({name: lambda call=call[what]: call for name, call in calls.items()})
         for name in ("softmax", "sum"):
-            yield row(f"whole layer, {size}", what, found, f"layer, fusion {name}", "dense layer, SDPA flash")
-        yield row(f"routing in the layer, {size}", what, found, "routing alone", "layer, fusion softmax")
+            yield row(
+                f"whole layer, {size}",
+                what,
+                found,
+                f"layer, fusion {name}",
+                "dense layer, SDPA flash",
+            )
+        yield row(
+            f"routing in the layer, {size}", what, found, "routing alone", "layer, fusion softmax"
+        )
 
 
 def ceilings(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
@@ -261,7 +338,11 @@ def ceilings(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]
     calls = {"matrix product": lambda: lambda: a @ b, "copy": lambda: lambda: target.copy_(source)}
     found = timer.compare(calls)
     yield row(
-        f"matrix product of {n} x {n}", str(sizes.dtype), found, "matrix product", flops={"matrix product": 2 * n**3}
+        f"matrix product of {n} x {n}",
+        str(sizes.dtype),
+        found,
+        "matrix product",
+        flops={"matrix product": 2 * n**3},
     )
     record = row(f"copy of {source.nbytes / 2**30:.1f} GiB", "read and written", found, "copy")
     if record["ours_timing"]:

@@ -1,4 +1,5 @@
-"""Are the kernels right on this GPU: their tests, registration, memory, CUDA graphs and ``torch.compile``."""
+"""Are the kernels right on this GPU: their tests, registration, memory, CUDA graphs and
+``torch.compile``."""
 
 import importlib.util
 import os
@@ -47,15 +48,23 @@ def tests(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
         command = [sys.executable, "-m", "pytest", str(KERNEL_TESTS), f"--junitxml={report}"]
         workers = min(8, (os.cpu_count() or 1) // 2)
         if importlib.util.find_spec("xdist") and workers > 1:
-            command += ["-n", str(workers)]  # compiling the kernels takes the time, and that is the CPU's
+            command += [
+                "-n",
+                str(workers),
+            ]  # compiling the kernels takes the time, and that is the CPU's
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
         if not report.is_file():
             yield check("kernel tests", False, f"pytest ended with status {status} and no report")
             return
         suites = list(ElementTree.parse(report).iter("testsuite"))
-    count = {key: sum(int(s.get(key)) for s in suites) for key in ("tests", "failures", "errors", "skipped")}
+    count = {
+        key: sum(int(s.get(key)) for s in suites)
+        for key in ("tests", "failures", "errors", "skipped")
+    }
     passed = count["tests"] - count["failures"] - count["errors"] - count["skipped"]
-    detail = ", ".join(f"{n} {what}" for what, n in {"passed": passed, **count}.items() if what != "tests")
+    detail = ", ".join(
+        f"{n} {what}" for what, n in {"passed": passed, **count}.items() if what != "tests"
+    )
     yield check("kernel tests", status == 0 and passed > 0, f"{detail}; pytest's status {status}")
 
 
@@ -76,8 +85,8 @@ class _Calls(TorchDispatchMode):
 
 
 def _fresh(op, args) -> tuple:
-    """Copies that require a gradient where one can be had: a backward is not differentiated again by its operator, and
-    autograd refuses to write into a leaf."""
+    """Copies that require a gradient where one can be had: a backward is not differentiated again
+    by its operator, and autograd refuses to write into a leaf."""
     fresh = []
     for x, argument in zip(args, op._schema.arguments, strict=False):
         if isinstance(x, torch.Tensor):
@@ -98,20 +107,34 @@ def opcheck(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
             if why is not None:
                 yield check(f"{name}, forward and backward", False, why)
         for (op, _), (args, kwargs) in calls.kept.items():
-            found = torch.library.opcheck(op, args, kwargs, raise_exception=False, rtol=1e-2, atol=1e-2)
-            wrong = [f"{test}: {reason(e)}" for test, e in found.items() if isinstance(e, Exception)]
+            found = torch.library.opcheck(
+                op, args, kwargs, raise_exception=False, rtol=1e-2, atol=1e-2
+            )
+            wrong = [
+                f"{test}: {reason(e)}" for test, e in found.items() if isinstance(e, Exception)
+            ]
             shapes = ", ".join(str(tuple(x.shape)) for x in args if isinstance(x, torch.Tensor))
             detail = "; ".join(wrong) or f"{', '.join(found)} on {shapes}"
             yield check(f"opcheck {op}", not wrong, detail)
-    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::")}
+    registered = {
+        name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::")
+    }
     missed = sorted(registered - {op.name() for op, _ in calls.kept})
     if missed:
-        yield check("opcheck of the others", None, f"not called by benchmarks/gpu/every_operator.py: {missed}")
+        yield check(
+            "opcheck of the others",
+            None,
+            f"not called by benchmarks/gpu/every_operator.py: {missed}",
+        )
 
 
 def _sanitizer() -> str | None:
     found = shutil.which(SANITIZER)
-    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), *sorted(Path("/usr/local").glob("cuda*"))]
+    places = [
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        *sorted(Path("/usr/local").glob("cuda*")),
+    ]
     for place in filter(None, places):
         for path in (Path(place) / "bin" / SANITIZER, Path(place) / SANITIZER / SANITIZER):
             found = found or (str(path) if path.is_file() else None)
@@ -143,7 +166,9 @@ def sanitizer_verdict(name: str, status: int, output: str) -> dict:
     summary = re.findall(r"ERROR SUMMARY: (\d+) error", output)
     ran = len(re.findall(r": ran$", output, re.MULTILINE))
     last = (output.strip().splitlines() or ["no output"])[-1].strip()
-    if re.search("(?i)device not supported|unable to find injection library|unsupported gpu", output):
+    if re.search(
+        "(?i)device not supported|unable to find injection library|unsupported gpu", output
+    ):
         return check(name, None, f"present, but cannot run on this machine: {last}")
     if status == 0 and set(summary) == {"0"}:
         return check(name, True, f"0 errors in {ran} calls, forward and backward")
@@ -167,7 +192,9 @@ def graphs(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
     x, grad, routed = inputs(size, device, sizes.dtype)
     scores, grad_scores = (torch.randn(2, size.tokens, device=device) for _ in range(2))
     layer = routed_layer(size, "softmax", device, sizes.dtype)
-    image = torch.randn(size.batch, size.side, size.side, layer.dim, device=device, dtype=sizes.dtype)
+    image = torch.randn(
+        size.batch, size.side, size.side, layer.dim, device=device, dtype=sizes.dtype
+    )
     parameters = tuple(layer.parameters())
     cases = {
         "routed_window_attention": (ours(size, routed), x, grad, ()),
@@ -178,7 +205,11 @@ def graphs(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
         for what, call in both(function, static, gradient, others, mine).items():
             label = f"CUDA graph of {name}, {what}"
             error, why = attempt(lambda call=call, static=static: _replayed(call, static, timer))
-            yield check(label, why is None and error <= 1e-2, why or f"relative error to a plain call {error:.1e}")
+            yield check(
+                label,
+                why is None and error <= 1e-2,
+                why or f"relative error to a plain call {error:.1e}",
+            )
 
 
 def compiled(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
@@ -196,9 +227,13 @@ def compiled(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]
             shape = (1, height, width, layer.dim)
             image, grad = (torch.randn(shape, device=device, dtype=sizes.dtype) for _ in range(2))
             parameters = tuple(layer.parameters())
-            found, expected = (forward_backward(f, [image], grad, parameters)() for f in (fast, layer))
+            found, expected = (
+                forward_backward(f, [image], grad, parameters)() for f in (fast, layer)
+            )
             worst = max(worst, relative_error(found, expected))
-            counts.append(counter.frame_count)  # a first compilation may start anew, so that it counts twice
+            counts.append(
+                counter.frame_count
+            )  # a first compilation may start anew, so that it counts twice
         return worst, counts[-1] - counts[0]
 
     result, why = attempt(on(kernels(device), compare))
@@ -206,5 +241,8 @@ def compiled(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]
         yield check(name, False, why)
         return
     worst, again = result
-    detail = f"{len(sizes.compiled)} image sizes, {again} recompilations, relative error of the gradients {worst:.1e}"
+    detail = (
+        f"{len(sizes.compiled)} image sizes, {again} recompilations, relative error of the "
+        f"gradients {worst:.1e}"
+    )
     yield check(name, again == 0 and worst <= 3e-2, detail)

@@ -1,4 +1,5 @@
-"""Every operator forward and backward at odd sizes, small: for compute-sanitizer and ``torch.library.opcheck``.
+"""Every operator forward and backward at odd sizes, small: for compute-sanitizer and
+``torch.library.opcheck``.
 
 ``python -m benchmarks.gpu.every_operator`` runs them on the GPU.
 """
@@ -11,14 +12,15 @@ from torch import Tensor
 from colt5_vision import ConditionalRoutedFeedForward, ConditionalRoutedImageAttention
 from colt5_vision.ops import (
     coordinate_descent,
-    gated_scatter_add_,
     gather_normalize,
+    join,
     route_topk,
     routed_window_attention,
     router_logits,
     soft_topk,
     window_attention,
 )
+from colt5_vision.routing import Routing
 
 from .measure import kernels, using
 
@@ -31,7 +33,12 @@ def _attention_case(device: torch.device, dtype: torch.dtype, head_dim: int):
     routed[0, 1, 4:] = -1  # empty slots
     weights = torch.randn(routed.shape, device=device).clamp(max=0).requires_grad_()
     mask = torch.rand(batch, height * width, device=device) > 0.2
-    options = {"grid_size": (height, width), "window_size": (4, 5), "key_mask": mask, "num_prefix_tokens": prefix}
+    options = {
+        "grid_size": (height, width),
+        "window_size": (4, 5),
+        "key_mask": mask,
+        "num_prefix_tokens": prefix,
+    }
     return x, routed, weights, options
 
 
@@ -51,9 +58,14 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], li
         "soft_topk, wide": lambda: gradients(soft_topk(wide, 301), [wide]),
         "soft_topk, k per row": lambda: gradients(soft_topk(scores, some), [scores, some]),
         "coordinate_descent": lambda: gradients(
-            coordinate_descent(scores, 5, n_iters=7, eps=0.1, eps_init=4.0, eps_decay=0.7, mask=valid), [scores]
+            coordinate_descent(
+                scores, 5, n_iters=7, eps=0.1, eps_init=4.0, eps_decay=0.7, mask=valid
+            ),
+            [scores],
         ),
-        "coordinate_descent, wide": lambda: gradients(coordinate_descent(wide, 301, n_iters=5), [wide]),
+        "coordinate_descent, wide": lambda: gradients(
+            coordinate_descent(wide, 301, n_iters=5), [wide]
+        ),
         "route_topk": lambda: list(route_topk(scores, 13, mask=valid)),
         "route_topk, wide": lambda: list(route_topk(wide, 601)),
     }
@@ -62,12 +74,14 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], li
         queries = torch.rand(2, 63, device=device).topk(17).indices
 
         def routed_call(x=x, routed=routed, weights=weights, options=options, **more):
-            out = routed_window_attention(*x, routed_indices=routed, log_weights=weights, **options, **more)
+            out = routed_window_attention(
+                *x, routed_indices=routed, log_weights=weights, **options, **more
+            )
             return gradients(out, [*x, weights])
 
         found[f"routed_window_attention, {head_dim}"] = routed_call
-        found[f"routed_window_attention, {head_dim}, some queries"] = lambda f=routed_call, i=queries: f(
-            query_indices=i
+        found[f"routed_window_attention, {head_dim}, some queries"] = (
+            lambda f=routed_call, i=queries: f(query_indices=i)
         )
         found[f"routed_window_attention, {head_dim}, weights elsewhere"] = lambda f=routed_call: f(
             weight_own_window=False
@@ -77,19 +91,32 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], li
         )
     tokens = torch.randn(2, 63, 24, device=device, dtype=dtype, requires_grad=True)
     chosen = torch.rand(2, 2, 63, device=device).topk(11).indices
-    routing, weight = (torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 24), (24,)))
+    routing, weight = (
+        torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 24), (24,))
+    )
     weight = weight.detach().to(dtype).requires_grad_()
     parts = [
-        torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in ((2, 11, 24), (2, 11), (24,))
+        torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+        for shape in ((2, 11, 24), (2, 11), (24,))
     ]
     found["router_logits"] = lambda: gradients(router_logits(tokens, routing), [tokens, routing])
-    found["gather_normalize"] = lambda: gradients(gather_normalize(tokens, chosen, weight), [tokens, weight])
-    found["gated_scatter_add_"] = lambda: gradients(
-        gated_scatter_add_(tokens * 1, parts[0], chosen[:, 0], gates=parts[1], null=parts[2]), [tokens, *parts]
+    found["gather_normalize"] = lambda: gradients(
+        gather_normalize(tokens, chosen, weight), [tokens, weight]
+    )
+    filled = torch.ones(2, 11, dtype=torch.bool, device=device)
+    found["join"] = lambda: gradients(
+        join(tokens, parts[0], Routing(chosen[:, 0], parts[1], parts[1], filled), parts[2]),
+        [tokens, *parts],
     )
     image = torch.randn(2, 7, 9, 24, device=device, dtype=dtype, requires_grad=True)
     settings = {"channel_first": False, "device": device, "dtype": dtype}
-    width = {"light_dim_head": 16, "light_heads": 2, "heavy_dim_head": 16, "heavy_heads": 2, "light_window_size": 4}
+    width = {
+        "light_dim_head": 16,
+        "light_heads": 2,
+        "heavy_dim_head": 16,
+        "heavy_heads": 2,
+        "light_window_size": 4,
+    }
     for fusion in ("sum", "softmax"):
         layer = ConditionalRoutedImageAttention(
             24, num_heavy_tokens_q=9, num_heavy_tokens_kv=11, fusion=fusion, **width, **settings
@@ -106,7 +133,9 @@ def main() -> None:
         for name, call in cases(device, torch.bfloat16).items():
             outputs = call()
             torch.cuda.synchronize()
-            bad = [i for i, x in enumerate(outputs) if x.is_floating_point() and not x.isfinite().all()]
+            bad = [
+                i for i, x in enumerate(outputs) if x.is_floating_point() and not x.isfinite().all()
+            ]
             print(f"{name}: " + (f"outputs {bad} are not finite" if bad else "ran"), flush=True)
             if bad:
                 raise SystemExit(1)

@@ -51,7 +51,13 @@ class Sizes:
 
 
 FULL = Sizes(
-    maps=(Map(256, 24, 128), Map(64, 8, 64), Map(128, 8, 64), Map(64, 8, 40, batch=2), Map(128, 8, 80, batch=2)),
+    maps=(
+        Map(256, 24, 128),
+        Map(64, 8, 64),
+        Map(128, 8, 64),
+        Map(64, 8, 40, batch=2),
+        Map(128, 8, 80, batch=2),
+    ),
     gates=((1, 65536), (8, 65536), (1, 1_000_000)),
     selection=(4096, 65536, 1_000_000),
     latency=65536,
@@ -72,7 +78,8 @@ QUICK = Sizes(
 
 @dataclass
 class Timing:
-    """Milliseconds of each repeat, and bytes allocated at the peak of one call beyond what was there before it."""
+    """Milliseconds of each repeat, and bytes allocated at the peak of one call beyond what was
+    there before it."""
 
     ms: list[float]
     peak_bytes: int | None = None
@@ -83,7 +90,11 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        low, _, high = statistics.quantiles(self.ms, n=4, method="inclusive") if len(self.ms) > 1 else self.ms * 3
+        low, _, high = (
+            statistics.quantiles(self.ms, n=4, method="inclusive")
+            if len(self.ms) > 1
+            else self.ms * 3
+        )
         return low, high
 
 
@@ -94,7 +105,8 @@ def reason(error: BaseException) -> str:
 
 
 def attempt(call: Callable) -> tuple[object, str | None]:
-    """What a call gives, and None; or None, and why it failed: kernels and peers fail in any way, a table says how."""
+    """What a call gives, and None; or None, and why it failed: kernels and peers fail in any way, a
+    table says how."""
     try:
         return call(), None
     except Exception as error:  # noqa: BLE001
@@ -102,14 +114,16 @@ def attempt(call: Callable) -> tuple[object, str | None]:
 
 
 class Timer:
-    """Times calls on a CUDA device. What needs one is in the small methods, which a test replaces."""
+    """Times calls on a CUDA device. What needs one is in the small methods, which a test
+    replaces."""
 
     def __init__(self, device: torch.device, seconds: float, most: int = 50):
         self.device, self.seconds, self.most = device, seconds, most
         self._flushed = self._flush_buffer()
 
     def _flush_buffer(self) -> Tensor:
-        # several times the L2 of any GPU so far; written between repeats so that each starts from device memory
+        # several times the L2 of any GPU so far; written between repeats so that each starts from
+        # device memory
         return torch.empty(256 << 20, dtype=torch.int8, device=self.device)
 
     def once(self, call: Callable, calls: int, flush: bool) -> float:
@@ -140,10 +154,12 @@ class Timer:
         torch.cuda.empty_cache()
 
     def capture(self, call: Callable) -> tuple[Callable, object]:
-        """A CUDA graph of ``call``: a function that replays it, and the tensors that a replay writes."""
+        """A CUDA graph of ``call``: a function that replays it, and the tensors that a replay
+        writes."""
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
-        # warm-up on a side stream, as torch asks for: compiles kernels, creates handles and workspaces
+        # warm-up on a side stream, as torch asks for: compiles kernels, creates handles and
+        # workspaces
         with torch.cuda.stream(side):
             for _ in range(3):
                 call()
@@ -230,8 +246,11 @@ def forward(function: Callable, inputs: list[Tensor]) -> Callable:
     return run
 
 
-def forward_backward(function: Callable, inputs: list[Tensor], grad: Tensor, others: tuple[Tensor, ...] = ()):
-    """Gradients of fresh leaves of ``inputs`` (no accumulator outlives a call, as CUDA graphs need) and of ``others``."""
+def forward_backward(
+    function: Callable, inputs: list[Tensor], grad: Tensor, others: tuple[Tensor, ...] = ()
+):
+    """Gradients of fresh leaves of ``inputs`` (no accumulator outlives a call, as CUDA graphs need)
+    and of ``others``."""
 
     def run():
         leaves = [x.detach().requires_grad_() for x in inputs]
@@ -244,9 +263,14 @@ PASSES = ("forward", "forward + backward")
 
 
 def both(
-    function: Callable, inputs: list[Tensor], grad: Tensor, others: tuple[Tensor, ...] = (), backend: str | None = None
+    function: Callable,
+    inputs: list[Tensor],
+    grad: Tensor,
+    others: tuple[Tensor, ...] = (),
+    backend: str | None = None,
 ) -> dict[str, Callable]:
-    """Both of ``PASSES`` as calls, on a backend: chosen around the whole call, for a backward chooses anew."""
+    """Both of ``PASSES`` as calls, on a backend: chosen around the whole call, for a backward
+    chooses anew."""
     calls = {
         "forward": forward(function, inputs),
         "forward + backward": forward_backward(function, inputs, grad, others),
@@ -259,7 +283,8 @@ def tensors(result) -> list[Tensor | None]:
 
 
 def relative_error(found, expected) -> float:
-    """Largest relative norm of the difference over tensors; infinite where a value is not finite."""
+    """Largest relative norm of the difference over tensors; infinite where a value is not
+    finite."""
     worst = 0.0
     found, expected = tensors(found), tensors(expected)
     if len(found) != len(expected):
@@ -306,10 +331,13 @@ def row(
     peer: str | None = None,
     flops: dict[str, float] | None = None,
 ) -> dict:
-    """A record of ``ours`` beside ``peer``; a failure of ours fails the run, one of a peer's is only told."""
+    """A record of ``ours`` beside ``peer``; a failure of ours fails the run, one of a peer's is
+    only told."""
     flops = flops or {}
     mine, theirs = found[ours], found.get(peer)
-    why = [f"{who}: {text}" for who, text in ((ours, mine), (peer, theirs)) if isinstance(text, str)]
+    why = [
+        f"{who}: {text}" for who, text in ((ours, mine), (peer, theirs)) if isinstance(text, str)
+    ]
     timed = isinstance(mine, Timing) and isinstance(theirs, Timing)
     return {
         "kind": "timing",
@@ -335,11 +363,20 @@ def rows(name: str, what: str, found: dict, ours: str, flops: dict | None = None
 def check(name: str, passed: bool | None, detail: str) -> dict:
     """A record of a check; ``passed`` None: it could not be made here, and the detail says why."""
     verdict = {True: "passed", False: "failed", None: "not run"}[passed]
-    return {"kind": "check", "name": name, "verdict": verdict, "detail": detail, "failed": passed is False}
+    return {
+        "kind": "check",
+        "name": name,
+        "verdict": verdict,
+        "detail": detail,
+        "failed": passed is False,
+    }
 
 
-def agreement(name: str, call: Callable, reference: Callable, timer: Timer, tolerance: float = 2e-2) -> dict:
-    """A check that two calls give the same; the reference failing (out of memory, say) is no failure of ours."""
+def agreement(
+    name: str, call: Callable, reference: Callable, timer: Timer, tolerance: float = 2e-2
+) -> dict:
+    """A check that two calls give the same; the reference failing (out of memory, say) is no
+    failure of ours."""
     expected, why = attempt(reference)
     if why is not None:
         timer.free()

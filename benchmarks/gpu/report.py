@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from examples.measure import table
+from examples.support.measure import table
 
 from .measure import PASSES, Sizes
 
@@ -21,8 +21,14 @@ FORWARD, TRAINING = PASSES
 def _first_line(command: list[str]) -> str:
     if shutil.which(command[0]) is None:
         return f"unknown ({command[0]} not found)"
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else "unknown"
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return (
+        done.stdout.strip().splitlines()[0]
+        if done.returncode == 0 and done.stdout.strip()
+        else "unknown"
+    )
 
 
 def machine(device: torch.device, commit: str | None) -> dict:
@@ -36,10 +42,14 @@ def machine(device: torch.device, commit: str | None) -> dict:
     properties = torch.cuda.get_device_properties(device)
     if commit is None:
         commit = _first_line(["git", "rev-parse", "HEAD"])
-        commit += " with changes" if _first_line(["git", "status", "--porcelain"]) != "unknown" else ""
+        commit += (
+            " with changes" if _first_line(["git", "status", "--porcelain"]) != "unknown" else ""
+        )
     return {
         "device": properties.name,
-        "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        "driver": _first_line(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        ),
         "compute_capability": f"{properties.major}.{properties.minor}",
         "memory_bytes": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
@@ -57,10 +67,21 @@ def slug(device: str) -> str:
 
 
 def _target(
-    label: str, records: list[dict], value: Callable[[dict], float | None], limit: float, unit: str, /, **where
+    label: str,
+    records: list[dict],
+    value: Callable[[dict], float | None],
+    limit: float,
+    unit: str,
+    /,
+    **where,
 ) -> dict:
-    """Whether the record with these fields is within ``limit``: at least it for a ratio (x), at most it for the rest."""
-    found = [r for r in records if r["kind"] == "timing" and all(r[key] == wanted for key, wanted in where.items())]
+    """Whether the record with these fields is within ``limit``: at least it for a ratio (x), at
+    most it for the rest."""
+    found = [
+        r
+        for r in records
+        if r["kind"] == "timing" and all(r[key] == wanted for key, wanted in where.items())
+    ]
     measured = value(found[0]) if found else None
     met = None
     if measured is not None:
@@ -90,7 +111,17 @@ def targets(records: list[dict], sizes: Sizes) -> list[dict]:
     found = []
     for fusion in ("softmax", "sum"):
         layer = {"name": f"whole layer, {size}", "ours": f"layer, fusion {fusion}"}
-        found.append(_target(f"layer, fusion {fusion}, forward", records, _ours_ms, 8, "ms", **layer, what=FORWARD))
+        found.append(
+            _target(
+                f"layer, fusion {fusion}, forward",
+                records,
+                _ours_ms,
+                8,
+                "ms",
+                **layer,
+                what=FORWARD,
+            )
+        )
         name = f"layer, fusion {fusion}, forward + backward, to the dense layer"
         found.append(_target(name, records, _ratio, 6, "x", **layer, what=TRAINING))
     for what in PASSES:
@@ -115,7 +146,9 @@ def _milliseconds(timing: dict | None) -> str:
 
 
 def _memory(timing: dict | None) -> str:
-    return "–" if not timing or timing["peak_bytes"] is None else f"{timing['peak_bytes'] / 2**30:.3g}"
+    return (
+        "–" if not timing or timing["peak_bytes"] is None else f"{timing['peak_bytes'] / 2**30:.3g}"
+    )
 
 
 def _speed(timing: dict | None) -> str:
@@ -127,7 +160,10 @@ def line(record: dict) -> str:
     if record["kind"] == "check":
         return f"{record['verdict']}: {record['name']}: {record['detail']}"
     ratio = "–" if record["ratio"] is None else f"{record['ratio']:.3g}x"
-    text = f"{record['name']} | {record['what']} | {record['ours']} {_milliseconds(record['ours_timing'])} ms"
+    text = (
+        f"{record['name']} | {record['what']} | {record['ours']} "
+        f"{_milliseconds(record['ours_timing'])} ms"
+    )
     if record["peer"]:
         text += f" | {record['peer']} {_milliseconds(record['peer_timing'])} ms | {ratio}"
     return text + (f" | {record['reason']}" if record["reason"] else "")
@@ -145,17 +181,37 @@ def markdown(report: dict) -> str:
     judged = []
     for target in report["targets"]:
         limit = f"{'>=' if target['unit'] == 'x' else '<='} {target['limit']} {target['unit']}"
-        measured = "–" if target["measured"] is None else f"{target['measured']:.3g} {target['unit']}"
+        measured = (
+            "–" if target["measured"] is None else f"{target['measured']:.3g} {target['unit']}"
+        )
         judged.append(cells(target["name"], limit, measured, verdicts[target["met"]]))
     lines += table(["target", "limit", "measured", "verdict"], judged)
-    checks = [cells(r["step"], r["name"], r["verdict"], r["detail"]) for r in records if r["kind"] == "check"]
+    checks = [
+        cells(r["step"], r["name"], r["verdict"], r["detail"])
+        for r in records
+        if r["kind"] == "check"
+    ]
     lines += ["", "## Correctness", "", *table(["step", "check", "verdict", "detail"], checks)]
     lines += ["", "## Timings", ""]
     lines.append(
-        "Medians (quartiles) of repeats taking turns, by CUDA events; GiB: allocated at the peak of a call; TFLOP/s: of "
+        "Medians (quartiles) of repeats taking turns, by CUDA events; GiB: allocated at the peak "
+        "of a call; TFLOP/s: of "
         "the pairs that are attended to; ratio: peer over ours. Raw figures are in the JSON file."
     )
-    header = ["what", "pass", "ours", "ms", "peer", "ms", "ratio", "GiB, ours", "peer", "TFLOP/s, ours", "peer", "note"]
+    header = [
+        "what",
+        "pass",
+        "ours",
+        "ms",
+        "peer",
+        "ms",
+        "ratio",
+        "GiB, ours",
+        "peer",
+        "TFLOP/s, ours",
+        "peer",
+        "note",
+    ]
     for step in dict.fromkeys(r["step"] for r in records if r["kind"] == "timing"):
         timed = []
         for r in records:
@@ -163,7 +219,9 @@ def markdown(report: dict) -> str:
                 continue
             mine, theirs = r["ours_timing"], r["peer_timing"]
             ratio = "–" if r["ratio"] is None else f"{r['ratio']:.3g}x"
-            note = r["reason"] or (f"{r['bytes_per_s'] / 1e12:.2f} TB/s" if "bytes_per_s" in r else "")
+            note = r["reason"] or (
+                f"{r['bytes_per_s'] / 1e12:.2f} TB/s" if "bytes_per_s" in r else ""
+            )
             timed.append(
                 cells(
                     r["name"],

@@ -34,7 +34,9 @@ CANDIDATES = (
 MAPS = tuple(Map(128, 8, head_dim) for head_dim in (40, 64, 80, 128))
 
 
-def sweep(device: torch.device, sizes: Sizes, timer: Timer, maps: tuple[Map, ...] = MAPS) -> Iterator[dict]:
+def sweep(
+    device: torch.device, sizes: Sizes, timer: Timer, maps: tuple[Map, ...] = MAPS
+) -> Iterator[dict]:
     """One kind of kernel at a time, the others as they ship; the best is told per head width."""
     mine = kernels(device)
     try:
@@ -72,8 +74,13 @@ def sweep(device: torch.device, sizes: Sizes, timer: Timer, maps: tuple[Map, ...
             label = f"{kind}, head_dim {size.head_dim}"
             for name in makers:
                 # a configuration that does not fit is no failure of the library
-                yield {**row(label, what, found, name, base if name != base else None), "failed": False}
-            timed = {name: timing.median for name, timing in found.items() if not isinstance(timing, str)}
+                yield {
+                    **row(label, what, found, name, base if name != base else None),
+                    "failed": False,
+                }
+            timed = {
+                name: timing.median for name, timing in found.items() if not isinstance(timing, str)
+            }
             if timed:
                 best = min(timed, key=timed.get)
                 yield check(f"best {label}", True, f"{best}: {timed[best]:.4g} ms")

@@ -1,4 +1,5 @@
-"""Other ways to make a pretrained ViT's attention cheaper at the same number of keys, for comparison.
+"""Other ways to make a pretrained ViT's attention cheaper at the same number of keys, for
+comparison.
 
 Each replaces ``scaled_dot_product_attention`` over P prefix tokens and a map; queries are all kept.
 """
@@ -24,18 +25,24 @@ def subsampled_keys(
     share: float,
     offset: int | None = None,
 ) -> Tensor:
-    """ToDo (arXiv 2402.13573): keys and values of every n-th row and column only, from ``offset`` on (ToDo's own is 0,
-    by default the middle)."""
-    kept = torch.cat([torch.arange(prefix), _strided(grid_size, round(share**-0.5), offset) + prefix])
+    """ToDo (arXiv 2402.13573): keys and values of every n-th row and column only, from ``offset``
+    on (ToDo's own is 0, by default the middle)."""
+    kept = torch.cat(
+        [torch.arange(prefix), _strided(grid_size, round(share**-0.5), offset) + prefix]
+    )
     return scaled_dot_product_attention(q, k[:, :, kept], v[:, :, kept])
 
 
-def merged_keys(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], prefix: int, share: float) -> Tensor:
-    """ToMe-style (arXiv 2210.09461, 2303.17604): each key is averaged into the most similar key of a strided grid, and
-    a merged key weighs as many as it stands for (proportional attention)."""
+def merged_keys(
+    q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], prefix: int, share: float
+) -> Tensor:
+    """ToMe-style (arXiv 2210.09461, 2303.17604): each key is averaged into the most similar key of
+    a strided grid, and a merged key weighs as many as it stands for (proportional attention)."""
     target = _strided(grid_size, round(share**-0.5))
     image_k, image_v = k[:, :, prefix:], v[:, :, prefix:]
-    metric = torch.nn.functional.normalize(image_k.mean(1), dim=-1)  # (B, N, D), as ToMe: keys averaged over heads
+    metric = torch.nn.functional.normalize(
+        image_k.mean(1), dim=-1
+    )  # (B, N, D), as ToMe: keys averaged over heads
     nearest = (metric @ metric[:, target].mT).argmax(-1)
     nearest[:, target] = torch.arange(len(target))
     index = nearest[:, None, :, None].expand_as(image_k)
@@ -52,7 +59,8 @@ def merged_keys(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], pre
 
 
 class ReplaceAttention(TorchFunctionMode):
-    """Within it, ``attend(q, k, v, grid_size, prefix, share)`` stands for scaled dot-product attention."""
+    """Within it, ``attend(q, k, v, grid_size, prefix, share)`` stands for scaled dot-product
+    attention."""
 
     def __init__(self, attend, grid_size: tuple[int, int], prefix: int, share: float):
         super().__init__()

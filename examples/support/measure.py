@@ -20,9 +20,11 @@ def medians(calls: dict, repeats: int, warm_up: bool = False) -> dict[str, float
 
 
 def added_memory(call: Callable) -> float:
-    """Bytes by which a call raises the resident memory of this process at its peak; NaN but on Linux.
+    """Bytes by which a call raises the resident memory of this process at its peak; NaN but on
+    Linux.
 
-    For a process of its own: memory that an earlier call freed and the allocator kept would be used again unseen.
+    For a process of its own: memory that an earlier call freed and the allocator kept would be used
+        again unseen.
     """
 
     def resident(field: str) -> int:
@@ -30,7 +32,8 @@ def added_memory(call: Callable) -> float:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
     try:
-        # the peak starts anew: loading has a higher one, and ru_maxrss would start with that of the parent process
+        # the peak starts anew: loading has a higher one, and ru_maxrss would start with that of the
+        # parent process
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
     except OSError:

@@ -28,7 +28,10 @@ def at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *nam
 def stop_request() -> Iterator[Event]:
     """Ctrl-C and SIGTERM only ask: the step in progress ends, and the run is saved."""
     asked = Event()
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda *_: asked.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield asked
     finally:
@@ -49,7 +52,10 @@ def exit_status(train: Callable[[argparse.Namespace], None], args: argparse.Name
         train(args)
     except UserError as error:
         # a data loading process hands its traceback over as the message
-        print(f"error: {str(error).strip().splitlines()[-1].rpartition('UserError: ')[2]}", file=sys.stderr)
+        print(
+            f"error: {str(error).strip().splitlines()[-1].rpartition('UserError: ')[2]}",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with --resume --output {args.output}", file=sys.stderr)

