@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo swap diffusion test kernels lint bench bench-gpu clean
+.PHONY: demo swap diffusion test kernels lint prose bench bench-gpu clean
 
 # the main job on real images: trains a classifier of digits in large canvases, about 5 minutes on 2 CPU cores
 demo: $(STAMP)
@@ -28,7 +28,11 @@ kernels: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --line-length 120 --check .
+	$(BIN)/ruff format --check .
+
+# words a sentence in README and docs, against their limits
+prose: $(STAMP)
+	$(BIN)/python -m tests.support.prose $(ARGS)
 
 # beside its peers, speed and memory: ten minutes on two quiet cores, then the layer of Stable Diffusion; ARGS=--quick: a minute
 bench: $(STAMP)

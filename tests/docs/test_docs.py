@@ -1,0 +1,32 @@
+"""The Python of docs/diffusers.md runs as printed, on a tiny pipeline in place of the real one."""
+
+import re
+from pathlib import Path
+
+import diffusers
+import torch
+
+from colt5_vision import routed_layers
+from tests.support.diffusers_cases import CASES, arguments
+from tests.support.diffusers_pipes import pipeline
+
+TEXT = (Path(__file__).parents[2] / "docs" / "diffusers.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_the_snippets_run_one_after_another(monkeypatch, tmp_path):
+    pipe, call = pipeline("sdxl").to(torch.float32), diffusers.StableDiffusionXLPipeline.__call__
+    small = {"height": 104, "width": 168, "num_inference_steps": 1, "output_type": "pil"}
+    kind = diffusers.StableDiffusionXLPipeline
+    monkeypatch.setattr(kind, "from_pretrained", lambda *args, **kwargs: pipe)
+    monkeypatch.setattr(kind, "to", lambda self, device: self)
+    monkeypatch.setattr(
+        kind, "__call__", lambda self, prompt, **how: call(self, prompt, **how | small)
+    )
+    monkeypatch.chdir(tmp_path)
+    names = {"inputs": [arguments(CASES["sdxl"], (64, 96), dtype=torch.float32)]}
+    assert len(BLOCKS) == 3
+    for code in BLOCKS:
+        code = code.replace("steps=100", "steps=2")
+        exec(code, names)  # noqa: S102
+    assert routed_layers(pipe)

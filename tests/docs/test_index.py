@@ -1,0 +1,32 @@
+"""The index of benchmarks/results names every file, and the pages link to every page."""
+
+import re
+
+from tests.docs.test_links import PAGES, links
+from tests.support.prose import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_every_results_file_is_in_the_index():
+    named = set()
+    for row in (RESULTS / "README.md").read_text().splitlines():
+        files = re.split(r"(?<!\\)\|", row)[1] if row.startswith("|") else ""
+        found = re.findall(r"\[(\w+)(\.\w+)\]|`(\w*)(\.\w+)`", files)
+        stem = ""
+        for linked, linked_kind, bare, bare_kind in found:
+            stem = linked or bare or stem
+            named.add(stem + (linked_kind or bare_kind))
+    there = {path.name for path in RESULTS.iterdir()} - {"README.md"}
+    assert named == there
+
+
+def test_every_page_is_linked_from_another():
+    linked = {"README.md"}
+    for page in PAGES:
+        folder = (ROOT / page).parent
+        for link in links((ROOT / page).read_text()):
+            target = (folder / link.partition("#")[0]).resolve()
+            if target != (ROOT / page).resolve():
+                linked.add(str(target.relative_to(ROOT)))
+    assert set(PAGES) <= linked
