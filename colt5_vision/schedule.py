@@ -33,7 +33,8 @@ class RoutingSchedule:
         alternate: in between, steps have in turn the first counts, from which all tokens go on
             learning, and the layer's own, from which the router does. If False, the counts are
             halved in even steps. Default: True for attentions of ``fusion="softmax"``, False for
-            all others; in short trainings False may do better (docs/results.md).
+            all others; in short trainings False may do better
+            (docs/notes/2026-11-22-needle.md).
 
     Raises:
         TypeError, ValueError: for bad arguments.

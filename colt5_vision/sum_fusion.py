@@ -61,7 +61,7 @@ class SumFusion(nn.Module):
             raise ValueError("use_null_q_tokens: needs num_heavy_tokens_q, every token is a query")
         factory = {"device": device, "dtype": dtype}
 
-        # measured over maps, see docs/results.md: straight through, one training of "sum" in six
+        # measured over maps (docs/notes/2026-11-22-needle.md): straight through, one "sum" in six
         # forgot what it knew; where queries are routed, too, soft gates may fail in a short one
         straight = routes_queries if router_straight_through is None else router_straight_through
         options = check_router_kwargs(router_kwargs, "give num_routed_kv instead")

@@ -208,6 +208,8 @@ def _add(
 ) -> None:
     """A layer of a family, with what tells its map; or among those left, if nothing does."""
     module, tokens = modules[name], None
+
+    # who is told the map: the layer itself, or the model around it
     if family.reads_map == "units":
         entrance, (grid, strides) = name, _units(modules, name)
         found.entrances[name] = Entrance(partial(_unrolled, grid, strides))
@@ -224,6 +226,8 @@ def _add(
         read = next(read for kind, read in _EMBEDDINGS.items() if isinstance(embed, kind))
         found.entrances[entrance] = Entrance(partial(read, prefix), leads=True)
         tokens = _tokens(embed, sample_size)
+
+    # the layer
     found.layers[name] = LayerSpec(
         entrance=entrance,
         tokens=tokens,

@@ -86,6 +86,8 @@ class ConditionalRoutedAttentionBlock(nn.Module):
         check_int("dim", dim)
         check_int("heads", heads)
         check_int("dim_head", dim_head)
+
+        # as the block that it stands in for
         self.residual_connection = residual_connection
         self.rescale_output_factor = check_positive("rescale_output_factor", rescale_output_factor)
         factory = {"device": device, "dtype": dtype}
@@ -96,6 +98,8 @@ class ConditionalRoutedAttentionBlock(nn.Module):
                     f"norm_num_groups: {dim} channels are not divisible by {norm_num_groups} groups"
                 )
             self.group_norm = nn.GroupNorm(norm_num_groups, dim, eps=eps, **factory)
+
+        # attention of a whole map; both branches are as wide as that block
         if attention.pop("channel_first", True) is not True:
             raise ValueError("channel_first: expected True, the block gets maps (B, C, H, W)")
         branches = {
@@ -107,6 +111,7 @@ class ConditionalRoutedAttentionBlock(nn.Module):
         self.attention = ConditionalRoutedImageAttention(
             dim, num_heavy_tokens_kv=num_heavy_tokens_kv, **(branches | attention), **factory
         )
+
         self.dropout = nn.Dropout(dropout)
         self.scope: Scope | None = None
 
@@ -269,7 +274,7 @@ def _block(
     attn: Attention, name: str, num_heavy_tokens_kv: TokenCount, attention: dict
 ) -> ConditionalRoutedAttentionBlock:
     """A block of the shape of a layer."""
-    norm, weight = attn.group_norm, attn.to_q.weight
+    norm, weight = attn.group_norm, next(attn.to_q.parameters())
     own = {
         "heads": attn.heads,
         "dim_head": attn.inner_dim // attn.heads,

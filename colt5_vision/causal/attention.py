@@ -10,14 +10,11 @@ from torch.nn.functional import pad
 from ..checks import (
     Count,
     TokenCount,
-    check_count,
     check_float_tensor,
     check_heads,
     check_int,
     check_mask,
     check_router,
-    check_token_count,
-    share_of,
     token_count,
 )
 from ..init import init_weights
@@ -27,6 +24,7 @@ from ..routing import Routing, gather_tokens
 from ..scheduled import ScheduledLayer
 from .branches import CausalWindowAttention, PastKeysBranch
 from .cache import AutoregressiveCache, check_cache, rolled_over
+from .checks import check_key_count, check_windows, count_keys, count_queries
 from .routing import (
     CausalRouter,
     Threshold,
@@ -125,11 +123,11 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
             raise ValueError(
                 f"heavy_dim_head: rotary_emb needs a multiple of 2, got {heavy_dim_head}"
             )
-        light, width = _check_windows(light_window_size, heavy_window_size)
+        light, width = check_windows(light_window_size, heavy_window_size)
         self.heavy_window_size = width
 
         # how many: a router that lets all pass would have parameters without a gradient
-        self.num_heavy_tokens_kv = self._check_keys(num_heavy_tokens_kv)
+        self.num_heavy_tokens_kv = check_key_count(num_heavy_tokens_kv)
         self.num_heavy_tokens_q = num_heavy_tokens_q
         if num_heavy_tokens_q is not None:
             if token_count("num_heavy_tokens_q", num_heavy_tokens_q, width) == width:
@@ -225,7 +223,8 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
             x = torch.where(mask.unsqueeze(-1), x, 0)
         if cache is None:
             count_q = self._count_queries(num_heavy_tokens_q, batch)
-            count_kv = self._count_keys(num_heavy_tokens_kv, batch)
+            own = self.keys_now(self.num_heavy_tokens_kv)
+            count_kv = count_keys(num_heavy_tokens_kv, own, batch)
             out, cache = self._whole(x, mask, count_q, count_kv, return_cache)
         else:
             out, cache, return_cache = *self._continued(x, mask, cache), True
@@ -233,37 +232,17 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
             out = torch.where(mask.unsqueeze(-1), out, 0)
         return (out, cache) if return_cache else out
 
-    @staticmethod
-    def _check_keys(value) -> int:
-        if isinstance(value, float):
-            raise TypeError(
-                "num_heavy_tokens_kv: expected a number of tokens; a share of a sequence whose "
-                "length is not known has "
-                "no bound, with a call a tensor of shares (B,) is taken up to the module's "
-                f"number, got {value}"
-            )
-        return value if isinstance(value, Tensor) else check_int("num_heavy_tokens_kv", value)
-
-    def _count_keys(self, value, batch: int) -> Count:
-        if value is not None:
-            self._check_keys(value)
-        own = self.keys_now(self.num_heavy_tokens_kv)
-        return check_count("num_heavy_tokens_kv", value, own, batch)
-
     def _count_queries(self, value, batch: int) -> Count | None:
         """None where all tokens of a window are queries."""
-        name, width = "num_heavy_tokens_q", self.heavy_window_size
-        if self.q_router is None:
-            if value is not None:
-                raise ValueError(
-                    f"{name}: the module was made without a query router, every token is a query"
-                )
-            return None
-        count = check_count(name, value, self.queries_now(self.num_heavy_tokens_q), batch)
-        slots = token_count(name, check_token_count(name, count.slots), width)
-        if count.filled is not None:
-            return Count(slots, share_of(count.filled, width).clamp(1, slots))
-        return None if slots == width else Count(slots)
+        if self.q_router is not None:
+            own = self.queries_now(self.num_heavy_tokens_q)
+            return count_queries(value, own, self.heavy_window_size, batch)
+        if value is not None:
+            raise ValueError(
+                "num_heavy_tokens_q: the module was made without a query router, "
+                "every token is a query"
+            )
+        return None
 
     def _logits(self, x: Tensor, position: int) -> tuple[Tensor | None, Tensor]:
         """Routing logits of queries (B, N), None where all are, and of keys (B, R, N); tokens from
@@ -409,12 +388,16 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
             cache.count_q,
         )
         valid = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+
+        # the light branch, and what the heavy one will need of these tokens
         out, light, light_valid = self.light_attn.step(
             x, valid, start, cache.light, cache.light_valid
         )
         logits_q, logits_kv = self._logits(x, start)
         tokens, positions = self.heavy_attn.norm(x), torch.arange(start, end, device=x.device)
         kv, used = self.heavy_attn.key_values(tokens, positions), cache.used
+
+        # past the first window: routed keys, and queries above the threshold of the window before
         if start >= width:
             taken = query_gates = None
             if count_q is not None:
@@ -434,6 +417,8 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
                 count_q and count_q.slots,
             )
             out = out + heavy.to(out.dtype)
+
+        # what the next step reads
         joined = {
             "position": end,
             "light": light,
@@ -448,16 +433,3 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
         }
         cache = replace(cache, **joined)
         return out, cache if end % width else rolled_over(cache, self.q_router, self.kv_router)
-
-
-def _check_windows(light_window_size, heavy_window_size) -> tuple[int, int]:
-    """The windows of the light and of the heavy branch, in tokens."""
-    light = check_int("light_window_size", light_window_size)
-    heavy = light if heavy_window_size is None else heavy_window_size
-    heavy = check_int("heavy_window_size", heavy)
-    if heavy > light and heavy != 2 * light:
-        raise ValueError(
-            f"heavy_window_size: expected at most light_window_size = {light} or twice that, or "
-            f"tokens of its window would be seen by neither branch; got {heavy}"
-        )
-    return light, heavy

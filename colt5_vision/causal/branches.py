@@ -38,8 +38,11 @@ class CausalWindowAttention(nn.Module):
             .unflatten(2, (windows, width))
             .unbind(0)
         )
+
         # (B, windows, 2 w, heads, head_dim): the window before, and the own
         k, v = (torch.cat([pad(t, (0,) * 6 + (1, 0))[:, :-1], t], 2) for t in (k, v))
+
+        # who sees whom: what came before, in these two windows, and is valid
         step = torch.arange(2 * width, device=x.device)
         causal = step <= step[width:].unsqueeze(1)
         inside = ((torch.arange(windows, device=x.device) > 0).unsqueeze(1) | (step >= width))[
@@ -54,6 +57,8 @@ class CausalWindowAttention(nn.Module):
             # a token always sees itself: what is masked is nobody else's, and a softmax over
             # nothing is NaN
             inside = (inside & valid) | (step == step[width:].unsqueeze(1))
+
+        # attention, a window a row of the batch
         allowed = (causal & inside).expand(x.shape[0], -1, -1, -1).flatten(0, 1).unsqueeze(1)
         out = scaled_dot_product_attention(
             *(t.flatten(0, 1).transpose(1, 2) for t in (q, k, v)), attn_mask=allowed

@@ -84,6 +84,8 @@ def check_cache(cache, module, batch: int, counts: tuple) -> None:
         raise ValueError(
             "num_heavy_tokens_q, num_heavy_tokens_kv: a cache keeps those that it began with"
         )
+
+    # its shapes are those of this module
     heavy, light = module.heavy_attn, module.light_attn
     expected = [
         (batch, heavy.routes, heavy.heads // heavy.routes, 2, heavy.null_key.kv.shape[-1]),
@@ -114,10 +116,14 @@ def rolled_over(
     logits = torch.cat([cache.routed_logits, cache.pending_logits], 2)
     valid = cache.pending_valid.unsqueeze(1).expand(cache.pending_logits.shape)
     valid = torch.cat([cache.routed_valid, valid], 2)
+
+    # the best keys so far
     slots, count = cache.count_kv
     past = cache.past + cache.pending_valid.sum(1)
     kept, limit = cache.routed_logits.shape[2], key_limit(count, past.view(-1, 1, 1), slots)
     chosen, ok, used, gates = best_keys(kv_router, logits, valid, slots, kept, limit)
+
+    # they, and nothing pending
     kv, index = torch.cat([cache.routed, cache.pending], 1), chosen.mT
     fresh = {
         "routed": kv.gather(1, index.view(*index.shape, 1, 1, 1).expand(-1, -1, -1, *kv.shape[3:])),
@@ -130,6 +136,8 @@ def rolled_over(
         "pending_logits": cache.pending_logits[:, :, :0],
         "pending_valid": cache.pending_valid[:, :0],
     }
+
+    # what a query of the next window must exceed
     if cache.count_q is not None:
         threshold = query_threshold(
             q_router, cache.pending_queries, cache.pending_valid, *cache.count_q

@@ -199,6 +199,8 @@ def query_threshold(
         .masked_fill(~valid, float("-inf"))
     )
     scores = scores.topk(slots, dim=-1).values
+
+    # the k-th largest logit
     last = slots - 1 if count is None else _per_sample(count, logits.ndim) - 1
     logit = (
         scores[..., last]
@@ -207,6 +209,8 @@ def query_threshold(
     )
     if not router.wants_soft_gates(logits):
         return Threshold(logit, None)
+
+    # the level, from a gate below 1
     filled = None
     if count is not None:
         filled = _per_sample(count, logits.ndim - 1).expand(logits.shape[:-1])

@@ -1,9 +1,10 @@
-"""What a registered operator tells torch beside its shapes: FLOPs, refusals, overrides."""
+"""What a registered operator tells torch: strides, FLOPs, refusals, overrides."""
 
 import functools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
@@ -26,6 +27,14 @@ def overridable(function: Callable) -> Callable:
         return function(*args, **kwargs)
 
     return call
+
+
+def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
+    """``x`` with the strides of ``empty_like(other)``, which is what the fake kernels promise."""
+    if x.is_contiguous() and other.is_contiguous():
+        return x
+    out = torch.empty_like(other)
+    return x if out.stride() == x.stride() else out.copy_(x)
 
 
 def count_flops(name: str, formula: Callable[..., int]) -> None:

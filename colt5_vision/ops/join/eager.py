@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import wide_dtype
+from ..registration import laid_out_as
 
 
 def join(
@@ -36,8 +37,7 @@ def forward(
     light: Tensor, heavy: Tensor, indices: Tensor, gates: Tensor, null: Tensor | None
 ) -> Tensor:
     """As :func:`join`, in the layout of ``torch.empty_like(light)``."""
-    out, wanted = join(light, heavy, indices, gates, null), torch.empty_like(light)
-    return out if out.stride() == wanted.stride() else wanted.copy_(out)
+    return laid_out_as(join(light, heavy, indices, gates, null), light)
 
 
 def backward(

@@ -142,16 +142,22 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     """Indices as :func:`.eager.top_indices`, for float32 scores."""
     *shape, n = scores.shape
     scores = scores.reshape(-1, n).contiguous()
+
+    # a row is cut into chunks, one a program
     rows, chunk = scores.shape[0], CHUNK * triton.cdiv(n, CHUNK * MOST_PROGRAMS)
     programs = triton.cdiv(n, chunk)
     histograms = torch.zeros(4, rows, 256, dtype=torch.int32, device=scores.device)
     counts = torch.empty(2, rows, programs, dtype=torch.int32, device=scores.device)
     taken = torch.empty(rows, k, dtype=torch.int64, device=scores.device)
     grid, sizes = (rows * programs,), (n, rows, programs, chunk, k)
+
+    # the k-th largest, a byte a launch
     for level in range(4):
         backend.launch(
             histogram_kernel, grid, scores, histograms, *sizes, level, TILE=1024, num_warps=4
         )
+
+    # what each chunk takes, and where it writes it
     backend.launch(count_kernel, grid, scores, histograms, counts, *sizes, TILE=1024, num_warps=4)
     backend.launch(
         take_kernel,
@@ -165,4 +171,6 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
         GATHER=256,
         num_warps=4,
     )
+
+    # entries are (rank, place): best first, then the place alone
     return taken.sort(dim=-1).values.bitwise_and_(0xFFFFFFFF).reshape(*shape, k)

@@ -210,10 +210,14 @@ def gated_scatter_add_backward_kernel(
     k = (program % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
     slot = b * K + k
     c = tl.arange(0, BLOCK_C).to(tl.int64)
+
+    # which rows of the map
     index = tl.load(index_ptr + slot, mask=k < K, other=0)
     inside = (k < K) & (index >= 0) & (index < N)
     grad_ptr += b * stride_gb + index[:, None] * stride_gn
     grad_gate = tl.zeros([BLOCK_K], tl.float32)
+
+    # a block of channels at a time
     for start in range(0, C, BLOCK_C):
         at = start + c
         mask = (k < K)[:, None] & (at < C)[None, :]

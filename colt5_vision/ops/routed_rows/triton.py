@@ -73,10 +73,14 @@ def gather_normalize_backward(
     batch, num_tokens, dim = x.shape
     _, routes, slots = indices.shape
     grad, indices, weight = grad.contiguous(), indices.contiguous(), weight.contiguous()
+
+    # a program's partial sums of the weight's gradient are added up at the end
     block, block_c = _tile(dim, 1024)
     programs = batch * triton.cdiv(slots, block)
     grad_x = torch.zeros_like(x) if with_x else None
     partial = scale.new_empty(programs * routes, dim) if with_weight else None
+
+    # one route after the other: two may hold the same token
     for route in range(routes):
         backend.launch(
             gather_normalize_backward_kernel,
@@ -140,10 +144,13 @@ def gated_scatter_add_backward(
     slots = indices.shape[1]
     block, block_c = _tile(dim, 1024)
     programs = batch * triton.cdiv(slots, block)
+
+    # what is written
     grad_rows = rows.new_empty(rows.shape)
     gates = None if gates is None else gates.contiguous()
     grad_gates = None if gates is None else torch.empty_like(gates)
     partial = grad.new_empty(programs, dim, dtype=torch.float32) if with_null else None
+
     backend.launch(
         gated_scatter_add_backward_kernel,
         (programs,),

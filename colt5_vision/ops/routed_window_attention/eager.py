@@ -151,8 +151,11 @@ def _groups(
     if geo.weight_own_window:
         yield _Group((slice(None),), slice(None), 1, plan.routed_bias)
         return
+
     off = masked_logit(query)
     batch, heads, length, head_dim = keys.shape
+
+    # every token asks: some windows of one sample at a time
     if query_indices is None:
         count = plan.slots.shape[0]
         step = max(1, _PAIRS // max(1, heads * length * head_dim))
@@ -168,6 +171,8 @@ def _groups(
                 rows = slice(sample * count + start, sample * count + start + len(window))
                 yield _Group((rows,), slice(sample, sample + 1), len(window), bias)
         return
+
+    # routed queries: some rows of all samples at a time
     window = plan.slot[query_indices] // plan.slots.shape[1]
     step = max(1, _PAIRS // max(1, batch * plan.routed_window.shape[1] * length))
     for start in range(0, query.shape[2], step):

@@ -114,6 +114,8 @@ def attend_backward(
     the row is off)."""
     if query.numel() == 0:
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+
+    # fused, where torch has it
     grad, query, key, value, out = _dense_rows(grad, query, key, value, out)
     if query.device.type == "cpu":
         return _flash_cpu_backward(
@@ -128,6 +130,8 @@ def attend_backward(
         return _efficient_backward(
             grad, query, key, value, bias, out, lse.contiguous(), seed, seed, 0.0, need, scale=scale
         )[:3]
+
+    # else chunk by chunk, from the logsumexp
     wide = wide_dtype(query)
     grad_query = torch.empty_like(query)
     grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from ..._torch_internals import is_transformed
+from ..._torch_internals import has_values, is_transformed
 from ...checks import check_float_tensor, check_positive
 from ..autocast import without_autocast
 from ..backend import takes_operator, use_triton, why_not_triton
 from ..dtypes import wide_dtype
-from ..registration import count_flops, overridable
+from ..registration import count_flops, laid_out_as, overridable
 from . import eager
 
 NAME = "router_logits"
@@ -57,9 +57,7 @@ def _router_logits_backward(
     else:
         with torch.autocast(x.device.type, enabled=False):
             grad_x, grad_tokens = eager.backward(grad, x, tokens, logits, norm, eps)
-        grad_x = (
-            torch.empty_like(x).copy_(grad_x) if with_x else None
-        )  # the layout that was announced
+        grad_x = laid_out_as(grad_x, x) if with_x else None  # as was announced
     return (
         grad_x if with_x else x.new_empty(0),
         grad_tokens.contiguous() if with_tokens else tokens.new_empty(0),
@@ -149,7 +147,10 @@ def router_logits(
         raise ValueError(f"tokens: expected device {x.device}, that of x, got {tokens.device}")
     eps = check_positive("eps", eps)
     tokens = tokens.to(wide_dtype(x))
-    if takes_operator(NAME, backend, x, tokens):
+    # its backward passes over the map once; that of plain torch four times
+    learns = torch.is_grad_enabled() and (x.requires_grad or tokens.requires_grad)
+    learns = learns and has_values(x, tokens) and not is_transformed(x, tokens)
+    if takes_operator(NAME, backend, x, tokens) or learns:
         return _router_logits(x, tokens, eps, backend)[0]
     with without_autocast(x.device.type):
         return eager.router_logits(x, tokens, eps)

@@ -31,6 +31,6 @@ def backward(
     """
     wide, scaled = x.to(tokens.dtype), grad / norm.unsqueeze(1)
     radial = torch.where(norm > eps, (scaled * logits).sum(1) / norm, 0)
-    grad_x = scaled.mT @ tokens - radial.unsqueeze(-1) * wide
+    grad_x = (scaled.mT @ tokens).addcmul_(radial.unsqueeze(-1), wide, value=-1)  # no second map
     grad_tokens = scaled @ wide
     return grad_x.to(x.dtype), grad_tokens if tokens.ndim == 3 else grad_tokens.sum(0)

@@ -94,6 +94,7 @@ def router_logits_backward_kernel(
     c = part * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = n < N
     mask = inside[:, None] & (c < C)[None, :]
+
     x = tl.load(
         x_ptr + b * stride_xb + n[:, None] * stride_xn + c[None, :] * stride_xc,
         mask=mask,
@@ -101,6 +102,8 @@ def router_logits_backward_kernel(
     )
     x = x.to(tl.float32)
     norm = tl.load(norm_ptr + b * N + n, mask=inside, other=1.0)
+
+    # the norm's part of the gradient of x
     if WITH_X:
         radial = tl.zeros([BLOCK_N], tl.float32)
         for r in range(R):
@@ -109,6 +112,8 @@ def router_logits_backward_kernel(
             radial += grad * tl.load(logits_ptr + at, mask=inside, other=0.0)
         # the sum starts from x and not from zeros, which would lie in registers differently
         grad_x = x * tl.where(norm > eps, -radial / (norm * norm), 0.0)[:, None]
+
+    # each route's part, and the token's own
     for r in range(R):
         scaled = tl.load(grad_ptr + (b * R + r) * N + n, mask=inside, other=0.0) / norm
         if WITH_X:
@@ -134,10 +139,12 @@ def forward(x: Tensor, tokens: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     routes = tokens.shape[-2]
     logits = tokens.new_empty(batch, routes, num_tokens)
     norm = tokens.new_empty(batch, num_tokens)
+
     block_c = min(triton.next_power_of_2(dim), 256)
     # at least 16 tokens: those of a channels-first map are neighbours in memory, 16 of them a
     # sector
     block_n = min(128, max(16, TILE // block_c))
+
     backend.launch(
         router_logits_kernel,
         (batch * triton.cdiv(num_tokens, block_n),),
@@ -174,11 +181,14 @@ def backward(
     batch, num_tokens, dim = x.shape
     tokens = tokens.contiguous()
     routes = tokens.shape[-2]
+
+    # a block of tokens and channels a program
     block_c = min(triton.next_power_of_2(dim), 64)
     block_n = 64
     blocks = triton.cdiv(num_tokens, block_n)
     grad_x = torch.empty_like(x) if with_x else None
     partial = tokens.new_empty(batch, blocks, routes, dim) if with_tokens else None
+
     backend.launch(
         router_logits_backward_kernel,
         (batch * blocks * triton.cdiv(dim, block_c),),

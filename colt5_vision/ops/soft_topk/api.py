@@ -11,9 +11,15 @@ from ..._torch_internals import has_values, in_onnx_export, is_transformed
 from ...checks import check_float_tensor, check_int, check_mask, check_positive
 from ..backend import check_backend, needs_operator, takes_transform, use_triton, why_not_triton
 from ..dtypes import wide_dtype
-from ..registration import count_flops, no_flops, once_differentiable, overridable
+from ..registration import (
+    count_flops,
+    laid_out_as,
+    no_flops,
+    once_differentiable,
+    overridable,
+)
 from . import eager
-from .common import eps_schedule, laid_out_as
+from .common import eps_schedule
 
 _ONCE = "coordinate_descent: once differentiable; soft_topk is its limit, differentiable twice"
 
@@ -169,6 +175,8 @@ def checked_rows(
     if scores.ndim < 1 or scores.shape[-1] < 1:
         raise ValueError(f"scores: expected shape (..., n) with n >= 1, got {tuple(scores.shape)}")
     check_mask("mask", mask, scores.shape)
+
+    # rows that a mask leaves
     shape, n = scores.shape, scores.shape[-1]
     dtype = wide_dtype(scores)
     rows = scores.to(dtype)
@@ -177,6 +185,8 @@ def checked_rows(
         # the dtype's minimum, not -inf: differences stay free of NaN
         rows = torch.where(mask, rows, torch.finfo(dtype).min)
         num_valid = mask.sum(-1, keepdim=True)
+
+    # k of each row, and how many entries may be capped
     if isinstance(k, Tensor):
         if k.ndim > 0 and k.shape != shape[:-1]:
             raise ValueError(

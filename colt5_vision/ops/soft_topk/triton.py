@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend
-from .common import laid_out_as
+from ..registration import laid_out_as
 
 WHOLE_ROW = 16384
 """Rows up to this length are solved by one program in one launch."""
@@ -258,14 +258,19 @@ def forward(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float) -> Tensor:
     rows, n = scores.shape
     programs, chunk = split(n)
     whole = programs == 1
+
     # few candidates a round cost the fewest exponentials, many the fewest launches
     bits, tile, gather, warps = (2, 1024, 1, 8) if whole else (4, 256, 64, 4)
     rounds = 32 // bits
+
+    # what the programs tell one another
     scores_, k, num_valid = scores.contiguous(), k.contiguous(), num_valid.contiguous()
     masses = torch.empty(2, rows, 1 << bits, programs, device=scores.device)
     counts = torch.empty_like(masses, dtype=torch.int32)
     lows = torch.empty(rounds, rows, dtype=torch.int64, device=scores.device)
     scale = min(max(math.log2(math.e) / eps, 1e-37), 1e37)  # a normal float32
+
+    # the level, some bits a launch
     grid, state = (rows * programs,), (masses, counts, lows)
     for level in range(rounds - 1 if whole else 0, rounds):
         backend.launch(
@@ -287,6 +292,8 @@ def forward(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float) -> Tensor:
             num_warps=warps,
             **backend.no_spills(scores.device),
         )
+
+    # the gates of it
     gates = torch.empty_like(scores_)
     backend.launch(
         gates_kernel,
@@ -315,6 +322,8 @@ def backward(grad: Tensor, gates: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rows, n = gates.shape
     programs, chunk = split(n)
     grad, gates_ = grad.contiguous(), gates.contiguous()
+
+    # sums of each chunk
     totals = torch.empty(rows, programs, device=gates.device)
     dots = torch.empty_like(totals)
     grid = (rows * programs,)
@@ -331,6 +340,8 @@ def backward(grad: Tensor, gates: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         TILE=1024,
         num_warps=4,
     )
+
+    # sums of each row, and the gradient
     grad_scores, grad_k = torch.empty_like(gates_), totals.new_empty(rows, 1)
     sizes = (n, programs, chunk, min(1 / eps, 1e37))
     backend.launch(

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend
-from .common import laid_out_as
+from ..registration import laid_out_as
 from .triton import gathered_sum, split
 
 
@@ -289,6 +289,8 @@ def forward(
     (rows, n), steps = scores.shape, len(schedule) - 1
     programs, chunk = split(n)
     whole = programs == 1
+
+    # what the programs tell one another
     scores_, highest = scores.contiguous(), scores.amax(-1, keepdim=True)
     iterates = torch.empty(rows, steps, device=scores.device)
     sums = torch.empty(2, rows, programs, device=scores.device)
@@ -296,6 +298,8 @@ def forward(
     given = (scores_, k.contiguous(), num_valid.contiguous(), highest, iterates, sums)
     given = (*given, schedule_tensor(schedule, scores.device))
     sizes = (n, rows, programs, chunk)
+
+    # the iterates, one a launch
     for step in range(min(1, steps - 1) if whole else steps - 1):
         backend.launch(
             descend_kernel,
@@ -309,6 +313,8 @@ def forward(
             WHOLE=whole,
             num_warps=8 if whole else 4,
         )
+
+    # the last one, and its gates
     gates = torch.empty_like(scores_)
     backend.launch(
         descent_gates_kernel, grid, *given, gates, *sizes, steps, TILE=1024, GATHER=256, num_warps=4
@@ -324,12 +330,16 @@ def backward(
     programs, chunk = split(n)
     given = tuple(x.contiguous() for x in (grad, scores, gates, iterates))
     iterates, eps = given[-1], schedule_tensor(schedule, scores.device)
+
+    # sums of each chunk
     sums = torch.empty(rows, programs, device=scores.device)
     above = torch.empty(rows, programs, steps, dtype=torch.int32, device=scores.device)
     sizes, grid = (n, programs, chunk, steps), (rows * programs,)
     backend.launch(
         descent_sums_kernel, grid, *given, eps, sums, above, *sizes, TILE=256, STEPS=16, num_warps=4
     )
+
+    # the gradient of each iterate, back in time
     grad_last, grad_k = sums.new_empty(rows, 1), sums.new_empty(rows, 1)
     log_weights, block = torch.empty_like(iterates), triton.next_power_of_2(steps)
     outputs = (grad_last, log_weights, grad_k)
@@ -348,6 +358,8 @@ def backward(
         GATHER=256,
         num_warps=4 if block <= 1024 else 16,
     )
+
+    # that of the scores
     grad_scores = torch.empty_like(given[1])
     backend.launch(
         descent_gradient_kernel,
