@@ -44,8 +44,18 @@ def in_onnx_export(*tensors: Tensor) -> bool:
     """Whether this call is recorded for an ONNX file, which knows no custom operators.
 
     The flag itself is the whole process's.
+
+    Raises:
+        NotImplementedError: in an export by TorchScript, which knows too few operators.
     """
-    return torch.onnx.is_in_onnx_export() and is_traced(*tensors)
+    if not torch.onnx.is_in_onnx_export() or not is_traced(*tensors):
+        return False
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "torch.onnx.export: expected dynamo=True, the exporter by TorchScript (dynamo=False) "
+            "knows too few operators"
+        )
+    return True
 
 
 @torch.compiler.assume_constant_result

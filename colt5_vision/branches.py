@@ -8,7 +8,7 @@ from ._torch_internals import is_plain
 from .band import band_attention
 from .ops import gather_normalize, window_attention
 from .ops.backend import needs_operator
-from .positions import axial_rotary, rotary
+from .positions import axial_rotary, rotary, rows_and_columns
 from .routing import Routing, gather_tokens
 
 
@@ -246,5 +246,4 @@ class HeavyBranch(nn.Module):
             indices = self._per_head(indices)
         if grid_size is None:
             return rotary(x, indices)
-        width = grid_size[1]
-        return axial_rotary(x, (indices // width, indices % width))
+        return axial_rotary(x, rows_and_columns(indices, grid_size[1]))

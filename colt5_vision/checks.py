@@ -120,8 +120,17 @@ def token_count(name: str, value: TokenCount, num_tokens: int) -> int:
     if isinstance(num_tokens, Tensor):  # a size, as torch.jit.trace has it
         num_tokens = int(num_tokens)
     if isinstance(value, float):
-        value = max(1, round(value * num_tokens))
+        value = max(1, _part(num_tokens, round(value * _WHOLE)))
     return min(value, num_tokens)
+
+
+# Shares in integers: every exporter knows their arithmetic. Exact for 1/2, 1/4, ... 2**-30.
+_WHOLE = 1 << 30
+
+
+def _part(total, share):
+    """``total * share / _WHOLE``, rounded, half a token up."""
+    return (total * share + _WHOLE // 2) // _WHOLE
 
 
 class Count(NamedTuple):
@@ -191,5 +200,6 @@ def filled_slots(filled: Tensor, slots: int, num_tokens: int, mask: Tensor | Non
 def share_of(counts: Tensor, total: int | Tensor) -> Tensor:
     """``counts`` as int64: integers as they are, floats as that share of ``total``, rounded."""
     if counts.is_floating_point():
-        counts = ((counts if counts.dtype == torch.float64 else counts.float()) * total).round()
+        wide = counts if counts.dtype == torch.float64 else counts.float()
+        return _part(total, (wide * _WHOLE).round().to(torch.int64))
     return counts.to(torch.int64)

@@ -42,6 +42,12 @@ def rotary(x: Tensor, position: Tensor, theta: float = 10000.0) -> Tensor:
     return _turn(x, position.to(wide).unsqueeze(-1) * freq)
 
 
+def rows_and_columns(places: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of integer places in a map of this width."""
+    rows = places // width
+    return rows, places - rows * width  # ONNX has no remainder by an open size
+
+
 def axial_rotary(x: Tensor, y_x: tuple[Tensor, Tensor], theta: float = 100.0) -> Tensor:
     """Rotate the first half of the features by the row and the second by the column of their token.
 

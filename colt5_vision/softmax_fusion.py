@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .branches import merge_heads, split_heads
 from .checks import Count, check_heads
 from .ops import join, routed_window_attention, window_attention
-from .positions import axial_rotary
+from .positions import axial_rotary, rows_and_columns
 from .router import CoordinateDescentRouter, check_router_kwargs
 from .routing import gather_tokens
 
@@ -103,7 +103,7 @@ class SoftmaxFusion(nn.Module):
 
     def _rotated(self, q: Tensor, k: Tensor, v: Tensor, width: int) -> tuple[Tensor, ...]:
         places = torch.arange(q.shape[2], device=q.device)
-        y_x = (places // width, places % width)
+        y_x = rows_and_columns(places, width)
         # v is a view of all of qkv, which backward would keep
         v = v.contiguous() if torch.is_grad_enabled() else v
         return axial_rotary(q, y_x), axial_rotary(k, y_x), v

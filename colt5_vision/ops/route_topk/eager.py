@@ -64,7 +64,7 @@ def stratified_scores(
     member = cells > float("-inf")
     count = member.sum(-1)
     total = count.sum(-1, keepdim=True)
-    k = torch.minimum(torch.as_tensor(k, device=scores.device), total)
+    k = torch.minimum(k, total) if isinstance(k, Tensor) else total.clamp_max(k)
     quota = k * count // total.clamp_min(1)
     remainder = k * count % total.clamp_min(1)
     left = k - quota.sum(-1, keepdim=True)

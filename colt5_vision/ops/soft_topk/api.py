@@ -159,7 +159,10 @@ def _head_size(name: str, k, n: int, expected: str = "a number") -> int:
         raise TypeError(f"{name}: expected {expected}, got {k!r} ({type(k).__name__})")
     if not k > 0:
         raise ValueError(f"{name}: expected a number > 0, got {k}")
-    return n if isinstance(k, numbers.Real) and k >= n else min(math.ceil(k), n)
+    if isinstance(k, numbers.Real) and k >= n:
+        return n
+    # the ceiling of a size that is open is itself: ONNX has none of integers
+    return min(k if isinstance(k, torch.SymInt) else math.ceil(k), n)
 
 
 def checked_rows(
