@@ -43,6 +43,22 @@ def test_equals_a_sort(entries, k, dtype, masked):
         assert (indices[row].tolist(), valid[row].tolist()) == expected
 
 
+@pytest.mark.parametrize("k", [1, 500, 1365])
+@pytest.mark.parametrize("kind", ["normal", "ties", "odd", "equal"])
+def test_long_rows_equal_a_stable_sort(kind, k):
+    n = (1 << 15) + 5  # two looks, and a last group that is cut short
+    scores = randn(2, 2, n)
+    if kind == "ties":
+        scores = (8 * scores).round() / 8
+    if kind == "odd":
+        for value, every in ((0.0, 5), (-0.0, 7), (-INF, 11), (INF, 997), (NAN, 1999)):
+            scores[..., ::every] = value
+    if kind == "equal":
+        scores = torch.zeros_like(scores)
+    expected = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    assert torch.equal(route_topk(scores, k)[0], expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ties_at_zero_go_to_the_lower_index(dtype):
     scores = torch.tensor([0.0, -0.0, -1.0, -0.0, 0.0], dtype=dtype)

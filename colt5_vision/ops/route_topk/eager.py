@@ -3,8 +3,16 @@
 import torch
 from torch import Tensor
 
-from ..._torch_internals import in_onnx_export, is_transformed
+from ..._torch_internals import has_values, in_onnx_export, is_transformed
 from ..grid import cell_slots, slot_of_token
+
+
+def _ordered_bits(scores: Tensor) -> Tensor:
+    """int32 (..., n) in the order of the float32 scores."""
+    bits = scores.contiguous().view(torch.int32)
+    sign = bits >> 31  # -1 for a negative float, else 0
+    # minus the magnitude if negative: -0.0 ties 0.0
+    return (bits ^ sign.bitwise_and(0x7FFFFFFF)).sub_(sign)
 
 
 def ordered_keys(scores: Tensor) -> Tensor:
@@ -15,15 +23,43 @@ def ordered_keys(scores: Tensor) -> Tensor:
     down, so a plain ``topk`` on the keys has no ties left to break and costs what it costs on the
     scores.
     """
-    bits = scores.contiguous().view(torch.int32)
-    sign = bits >> 31  # -1 for a negative float, else 0
-    bits = (bits ^ sign.bitwise_and(0x7FFFFFFF)).sub_(
-        sign
-    )  # minus the magnitude if negative: -0.0 ties 0.0
     n = scores.shape[-1]
-    return (
-        bits.to(torch.int64).mul_(1 << 32).add_(torch.arange(n - 1, -1, -1, device=scores.device))
-    )
+    down = torch.arange(n - 1, -1, -1, device=scores.device)
+    return _ordered_bits(scores).to(torch.int64).mul_(1 << 32).add_(down)
+
+
+# Rows from this length on, and groups from this size on, are worth two looks
+_LONG, _GROUP = 1 << 15, 8
+
+
+def _top_of_long_rows(scores: Tensor, k: int) -> Tensor | None:
+    """The k largest of rows that are much longer than k, in two looks; None if that is no gain.
+
+    k groups of neighbours have a maximum of at least the k-th largest maximum. So whatever is
+    smaller is not among the k largest, and few others are left to sort.
+    """
+    *shape, n = scores.shape
+    group = 1 << max(0, (n // (3 * k)).bit_length() - 1)
+    if n < _LONG or group < _GROUP or scores.numel() == 0:
+        return None
+
+    # what cannot be ruled out
+    bits = _ordered_bits(scores).view(-1, n)
+    maxima = bits[:, : n // group * group].unflatten(-1, (-1, group)).amax(-1)
+    least = maxima.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    left = bits >= least
+    counts = left.sum(-1)
+    width = int(counts.max())
+    if width > 4 * k:  # many equal scores
+        return None
+
+    # their keys, as in ordered_keys, side by side
+    row, column = left.nonzero(as_tuple=True)
+    place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+    keys = torch.full((len(bits), width), torch.iinfo(torch.int64).min)
+    keys[row, place] = (bits[row, column].to(torch.int64) << 32) | (n - 1 - column)
+    taken = keys.topk(k, dim=-1).values
+    return (n - 1 - taken.bitwise_and_(0xFFFFFFFF)).view(*shape, k)
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
@@ -35,7 +71,8 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     # nor can TorchScript, nor vmap of torch 2.11
     if scores.dtype == torch.float64 or torch.jit.is_tracing() or is_transformed(scores):
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    return ordered_keys(scores).topk(k, dim=-1).indices
+    taken = _top_of_long_rows(scores, k) if has_values(scores) else None
+    return ordered_keys(scores).topk(k, dim=-1).indices if taken is None else taken
 
 
 def _falling(x: Tensor) -> Tensor:
