@@ -2,20 +2,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# threads that wait leave the cores to others sooner, and freed memory is kept for the next step (benchmarks.busy)
+GENTLE := GOMP_SPINCOUNT=1500 MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 
 .PHONY: demo swap diffusion test kernels lint prose bench bench-gpu clean
 
 # the main job on real images: trains a classifier of digits in large canvases, about 5 minutes on 2 CPU cores
 demo: $(STAMP)
-	$(BIN)/python examples/image_classification.py $(ARGS)
+	$(GENTLE) $(BIN)/python examples/image_classification.py $(ARGS)
 
 # routed attention in a real pretrained ViT, quality and speed; a quarter hour on 2 CPU cores
 swap: $(STAMP)
-	$(BIN)/python examples/swap_pretrained_vit.py $(ARGS)
+	$(GENTLE) $(BIN)/python examples/swap_pretrained_vit.py $(ARGS)
 
 # routed attention in a real diffusion network, quality and speed, routers trained; ten minutes on 2 CPU cores
 diffusion: $(STAMP)
-	$(BIN)/python examples/distill_diffusion.py $(ARGS)
+	$(GENTLE) $(BIN)/python examples/distill_diffusion.py $(ARGS)
 
 # n processes with a thread each beat one process with n threads, and threads of several processes fight
 test: $(STAMP)
