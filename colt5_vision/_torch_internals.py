@@ -22,13 +22,26 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
-def is_traced(*tensors: Tensor) -> bool:
-    """Whether a tool records this call: a compiler, an exporter, fake tensors, a mode.
+def is_compiling() -> bool:
+    """Whether torch.compile, torch.export, make_fx or fake tensors record this very call.
 
-    The question is put to these tensors and this thread. ``torch.compiler.is_compiling()`` is true
-    for the whole process while any thread compiles.
+    ``torch.compiler.is_compiling()`` is true for the whole process while any thread compiles or
+    exports.
     """
     # Dynamo puts True here in the frame it traces, in no other
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    # The others are modes of their thread. If a name goes: is_traced().
+    mode = torch._C._TorchDispatchModeKey
+    recording = (mode.FAKE, mode.PROXY, mode.FUNCTIONAL)
+    return any(torch._C._get_dispatch_mode(key) is not None for key in recording)
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether a tool sees or records this call: a compiler, an exporter, fake tensors, a mode.
+
+    The question is put to these tensors and this thread, see :func:`is_compiling`.
+    """
     if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():
         return True
     if any(type(x) not in (Tensor, nn.Parameter) for x in tensors):

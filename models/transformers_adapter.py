@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from colt5_vision._torch_internals import is_compiling
 from colt5_vision.ops.routed_window_attention.gathered import PairBias
 from colt5_vision.swap.adapter import Entrance, LayerSpec, Part, Switch
 from colt5_vision.swap.site import Site, image_site
@@ -67,7 +67,7 @@ _WINDOWS = "it attends in windows of its own"
 def _by_places(before: int, behind: int, tower: nn.Module, given: Mapping) -> Site | str:
     """SigLIP 2: patches with the size of each image; patches that only fill up stand behind."""
     shapes = given["spatial_shapes"]
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return "a compiled graph cannot look at spatial_shapes"
     if bool((shapes != shapes[0]).any()):
         return "images of the batch have different sizes"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from colt5_vision._torch_internals import is_compiling
 from colt5_vision.swap.site import Site, image_site
 
 __all__ = ["patch_sizes", "raster"]
@@ -137,7 +138,7 @@ def flux3(model: nn.Module, given: Given) -> Site | str:
 
 
 def _placed(places: Tensor | None, text: int) -> Site | str:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return "a compiled graph cannot look at the positions of the tokens"
     if places is None:
         return NO_RASTER
@@ -208,7 +209,7 @@ def cosmos3(model: nn.Module, given: Given) -> Site | str:
 
 def lumina2(model: nn.Module, given: Given) -> Site | str:
     """Lumina 2 puts the map right behind each caption's last valid token."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return "a compiled graph cannot look at the lengths of the captions"
     lengths = given["encoder_attention_mask"].sum(1)
     if bool((lengths != lengths[0]).any()):
@@ -223,7 +224,7 @@ def fibo2(model: nn.Module, given: Given) -> Site | str:
 
     site = _latents("BCHW", "hidden_states", None, model, given)
     text, mask = given["encoder_hidden_states"], given.get("encoder_attention_mask")
-    if mask is not None and torch.compiler.is_compiling():
+    if mask is not None and is_compiling():
         return "a compiled graph cannot look at the lengths of the texts"
     lengths = [text.shape[2]] * len(text) if mask is None else mask.sum(1).tolist()
     config, patch = model.config, model.config.patch_size
@@ -253,7 +254,7 @@ def framepack(model: nn.Module, given: Given) -> Site | str:
             sides = zip(x.shape[2:], (frames * scale, height * scale, width * scale))
             before += math.prod(-(-side // step) for side, step in sides)
     mask = given["encoder_attention_mask"]
-    if len(mask) == 1 and torch.compiler.is_compiling():
+    if len(mask) == 1 and is_compiling():
         return "a compiled graph cannot look at the length of the text"
     text = int(mask.sum()) if len(mask) == 1 else mask.shape[1]  # a single one is cut to its length
     return site._replace(before=before, behind=given["image_embeds"].shape[1] + text)

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from .._torch_internals import (
     begins_no_graph,
     function_modes,
+    is_compiling,
     pop_function_mode,
     pop_last_function_mode,
     push_function_mode_below,
@@ -68,7 +69,7 @@ class RoutedLayer:
         call = with_heads(call, self.spec.heads)
         out = self.route(mode.layer, mode.now, call)
         reason = out if isinstance(out, str) else None
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             self.calls.count(reason)
             mode.reasons.append(reason)
         if reason is not None:
@@ -195,7 +196,7 @@ class EnterHook:
     @begins_no_graph
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         mode = RerouteMode(self.routed, layer, self.routed.scope.serve(self.routed))
-        if torch.compiler.is_compiling():
+        if is_compiling():
             mode.__enter__()
             return
         self.routed.set_switches(layer)
@@ -214,7 +215,7 @@ class LeaveHook:
 
     @begins_no_graph
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             pop_last_function_mode()
             return
         for mode in function_modes():

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .._torch_internals import is_compiling
 from ..checks import TokenCount, check_int, check_token_count, token_count
 from ..ops import route_topk, routed_window_attention
 from ..ops.autocast import without_autocast
@@ -38,7 +39,7 @@ class _Linear(nn.Linear):
     """Takes any dtype and device: the router lies beside the model, which may be moved."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.device != x.device and not torch.compiler.is_compiling():
+        if self.weight.device != x.device and not is_compiling():
             self.to(x.device)
         return super().forward(x.to(self.weight.dtype))
 

@@ -18,7 +18,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .._torch_internals import WeakTensorKeyDictionary, begins_no_graph, in_backward
+from .._torch_internals import (
+    WeakTensorKeyDictionary,
+    begins_no_graph,
+    in_backward,
+    is_compiling,
+)
 
 
 class Site(NamedTuple):
@@ -72,7 +77,7 @@ class Pass:
 
     @property
     def site(self) -> Site | None:
-        if not torch.compiler.is_compiling() or self.shape is None:
+        if not is_compiling() or self.shape is None:
             return self.told
         frames, height, width, before, behind = self.shape.shape
         return Site((frames, height, width), before, behind, self.told.order)
@@ -142,19 +147,19 @@ class Scope:
     def open(self, new: Pass) -> None:
         """Begin a forward. Of two that began and were not used, neither knows its tokens."""
         old = self.local.forward.now
-        if not torch.compiler.is_compiling() and new.once and not in_backward():
+        if not is_compiling() and new.once and not in_backward():
             unused = old is not None and old.once and not old.served
             if unused and _confused(old.told, new.told):
                 new = Pass("two maps of as many tokens were embedded in a row", once=True)
         self.local.forward.now = new
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             self._share(new)
 
     def close(self) -> None:
-        if not torch.compiler.is_compiling() and self.local.forward.now is not None:
+        if not is_compiling() and self.local.forward.now is not None:
             self.local.forward.now.over = True
         self.local.forward.now = None
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             self._share(None)
 
     def _share(self, new: Pass | None) -> None:
@@ -176,7 +181,7 @@ class Scope:
                 outside of its entrance, or when a checkpointed block runs again on other tensors.
         """
         now = self.local.forward.now
-        if torch.compiler.is_compiling():
+        if is_compiling():
             now = self.shared if now is None else now
             if now is not None and now.told is None and now.reason == _SEVERAL:
                 raise ValueError(f"torch.compile: {_SEVERAL}; expected one after the other")
@@ -228,7 +233,7 @@ class MarkHook:
 
     @begins_no_graph
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.compiler.is_compiling() or (self.only_backward and not in_backward()):
+        if is_compiling() or (self.only_backward and not in_backward()):
             return
         tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         x = next(tensors, None)
@@ -316,7 +321,7 @@ class ClockHook:
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         value = (dict(zip(self.names, args)) | kwargs).get(self.argument)
         if isinstance(value, Tensor):
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 raise ValueError(
                     "schedule: a compiled graph cannot look at its timestep; compile the blocks "
                     "(compile_repeated_blocks), or leave timesteps out of the schedule"

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .._torch_internals import is_compiling
+
 
 def raster_grid(places: Tensor, valid: Tensor | None = None) -> tuple[int, int] | str:
     """(H, W) of maps whose tokens lie at ``places`` in raster order, the same for a whole batch; or
@@ -14,7 +16,7 @@ def raster_grid(places: Tensor, valid: Tensor | None = None) -> tuple[int, int] 
         places: (B, N, 2), rows and columns, integers or whole numbers.
         valid: (B, N) bool, False for tokens that only fill up; they must be the last ones.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return "a compiled graph cannot look at the places of the tokens"
     places = places.long()
     if valid is not None:

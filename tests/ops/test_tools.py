@@ -1,7 +1,6 @@
 """Every operator under the tools of torch: transforms, tracers, fake tensors, FLOP counters."""
 
 import re
-import threading
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from colt5_vision import ops
 from tests.support.operator_cases import CASES, MASK, randn, select
+from tests.support.threads import another_thread_traces
 
 every = pytest.mark.parametrize("name", CASES)
 
@@ -349,34 +349,16 @@ def test_counts_that_cannot_be_read_need_num_slots():
 
 
 @every
-def test_values_are_checked_while_another_thread_compiles(name):
-    """``is_compiling`` is true for all threads; what is traced is this one's matter."""
+def test_values_are_checked_while_another_thread_traces(name):
+    """What is traced is a thread's own matter."""
     case = CASES[name]
-    inside, leave, seen = threading.Event(), threading.Event(), []
-
-    def slow_backend(graph, _):
-        seen.append(torch.compiler.is_compiling())
-        inside.set()
-        leave.wait(60)
-        return graph
-
-    other = threading.Thread(
-        target=lambda: torch.compile(lambda x: x + 1, backend=slow_backend)(torch.ones(2))
-    )
     want = case.call(*case.floats, *case.rest)
-    torch._dynamo.reset()
-    other.start()
-    try:
-        assert inside.wait(60)
+    with another_thread_traces():
         assert torch.equal(case.call(*case.floats, *case.rest), want)
         with pytest.raises(ValueError, match="^k: "):
             ops.soft_topk(randn(2, 5), torch.tensor([1.0, -1.0]))
         with pytest.raises(ValueError, match="^indices: "):
             ops.gather_normalize(randn(1, 5, 4), torch.tensor([[7]]), randn(4))
-    finally:
-        leave.set()
-        other.join()
-    assert seen
 
 
 # compilers
