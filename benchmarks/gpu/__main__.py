@@ -1,5 +1,5 @@
-"""``python -m benchmarks.gpu``: on a machine with a GPU, eight minutes at most; without one it
-measures nothing.
+"""``python -m benchmarks.gpu``: on a machine with a GPU, eight minutes at most, or two with
+``--quick``; without one it measures nothing.
 
 Each step runs in a process of its own within its time, so that a crash or a long compilation costs
 that step alone.
@@ -9,10 +9,10 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,30 +28,31 @@ from .sweep import sweep
 STEPS: dict[str, Callable] = {
     "tests": correctness.tests,
     "opcheck": correctness.opcheck,
-    "selection": routing.selection,
-    "router": routing.router,
     "attention": attention.attention,
-    "ceilings": attention.ceilings,
     "layer": attention.layer,
     "gates": routing.gates,
     "graphs": correctness.graphs,
     "compiled": correctness.compiled,
+    "selection": routing.selection,
+    "router": routing.router,
+    "ceilings": attention.ceilings,
     "flex": attention.flex,
     "sanitizer": correctness.sanitizer,
     "sweep": sweep,
 }
-# seconds of each; what one leaves over, the later ones have
+# seconds of each, what matters most first; what one leaves over, the later ones have
 FULL_SECONDS = {
-    "tests": 90, "opcheck": 25, "selection": 20, "router": 20, "attention": 60, "ceilings": 10,
-    "layer": 35, "gates": 65, "graphs": 15, "compiled": 30, "flex": 60, "sanitizer": 45,
+    "tests": 90, "opcheck": 25, "attention": 60, "layer": 35, "gates": 65, "graphs": 15,
+    "compiled": 30, "selection": 20, "router": 20, "ceilings": 10, "flex": 60, "sanitizer": 45,
 }  # fmt: skip
 QUICK_SECONDS = {
-    "selection": 12,
-    "router": 12,
+    "opcheck": 20,
     "attention": 22,
-    "ceilings": 5,
     "layer": 17,
     "gates": 22,
+    "selection": 12,
+    "router": 12,
+    "ceilings": 5,
 }
 SWEEP_SECONDS = 540
 
@@ -120,7 +121,7 @@ def run_child(command: list[str], records: Path, seconds: float, names: list[str
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="timings at few sizes, about a minute")
+    parser.add_argument("--quick", action="store_true", help="few sizes, two minutes at most")
     parser.add_argument(
         "--only", nargs="+", choices=STEPS, metavar="NAME", help=f"steps to run: {', '.join(STEPS)}"
     )
@@ -146,25 +147,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # a step that this run does not have by itself gets the time of a full run
     budget = FULL_SECONDS | {"sweep": SWEEP_SECONDS} | seconds
-    groups = (
-        [names] if args.quick else [[name] for name in names]
-    )  # a quick one has no time to start many
-    begin, deadline, records = time.monotonic(), 0.0, []
-    with tempfile.TemporaryDirectory() as folder:
-        for index, group in enumerate(groups):
-            deadline += sum(budget[name] for name in group)
-            file = Path(folder) / f"{index}.jsonl"
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.gpu",
-                "--records",
-                str(file),
-                "--only",
-                *group,
-            ]
-            command += ["--quick"] if args.quick else []
-            records += run_child(command, file, deadline - (time.monotonic() - begin), group)
+    # a quick run has no time to start many processes
+    groups = [names] if args.quick else [[name] for name in names]
     suffix = "".join(f"_{name}" for name in ("sweep", "quick") if getattr(args, name))
     suffix += "_part" if args.only else ""  # never over a whole run's results
     found = {
@@ -172,14 +156,30 @@ def main(argv: list[str] | None = None) -> int:
         "command": shlex.join(
             ["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)]
         ),
-        "seconds": time.monotonic() - begin,
         "suffix": suffix,
-        "targets": [] if names == ["sweep"] else report.targets(records, sizes),
-        "records": records,
+        "records": [],
     }
-    paths = report.write(found, args.output)
+
+    # after each process the whole report anew: a run that is ended leaves what it had
+    begin, deadline = time.monotonic(), 0.0
+    unfinished = args.output / f"gpu_unfinished{suffix}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    for index, group in enumerate(groups):
+        deadline += sum(budget[name] for name in group)
+        file = unfinished / f"{index}.jsonl"
+        command = [sys.executable, "-m", "benchmarks.gpu", "--records", str(file), "--only", *group]
+        command += ["--quick"] if args.quick else []
+        records = run_child(command, file, deadline - (time.monotonic() - begin), group)
+        found["records"] += records
+        found["targets"] = [] if names == ["sweep"] else report.targets(found["records"], sizes)
+        found["seconds"] = time.monotonic() - begin
+        paths = report.write(found, args.output)
+    shutil.rmtree(unfinished)
+
+    # what came out
     print(report.markdown(found), *(f"wrote {path}" for path in paths), sep="\n")
-    failed = [record for record in records if record["failed"]]
+    failed = [record for record in found["records"] if record["failed"]]
     print(f"{len(failed)} failed" + "".join(f"\n  {report.line(record)}" for record in failed))
     return 1 if failed else 0
 

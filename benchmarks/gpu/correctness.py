@@ -43,6 +43,10 @@ _ERRORS = 86  # the status that the sanitizer is told to end with if it finds an
 
 def tests(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
     """The kernel tests; on a GPU they run there, not interpreted."""
+    missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    if missing:
+        yield check("kernel tests", None, f"{' and '.join(missing)} not installed")
+        return
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", str(KERNEL_TESTS), f"--junitxml={report}"]

@@ -4,7 +4,6 @@ here is a measurement."""
 import importlib
 import json
 import math
-import time
 from dataclasses import replace
 
 import pytest
@@ -22,68 +21,13 @@ from benchmarks.gpu.attention import (
     partitioned,
     to_windows,
 )
-from benchmarks.gpu.measure import Map, Sizes, Timer
 from colt5_vision.ops import backend
-
-CPU = torch.device("cpu")
-TINY = Sizes(
-    maps=(Map(8, 2, 8, batch=2, window=4),),
-    gates=((2, 64),),
-    selection=(64,),
-    latency=64,
-    graph=Map(8, 2, 8, window=4),
-    compiled=((6, 7), (9, 8)),
-    seconds=0.01,
-    dtype=torch.float32,
-    compile_backend="eager",
-)
-
-
-class CpuTimer(Timer):
-    """In place of all that needs a GPU."""
-
-    def _flush_buffer(self):
-        return None
-
-    def once(self, call, calls, flush):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return 1e3 * (time.perf_counter() - start) / calls
-
-    def synchronize(self):
-        pass
-
-    def peak_bytes(self, call):
-        call()
-
-    def free(self):
-        pass
-
-    def capture(self, call):
-        written = call()
-
-        def replay():
-            for old, new in zip(measure.tensors(written), measure.tensors(call()), strict=True):
-                if old is not None:
-                    old.copy_(new)
-
-        return replay, written
+from tests.support.gpu_steps import CPU, TINY, CpuTimer, failures, run
 
 
 @pytest.fixture
 def timer():
     return CpuTimer(CPU, TINY.seconds, most=3)
-
-
-def run(names, timer, sizes=TINY):
-    records = []
-    command.run_steps(names, CPU, sizes, timer, records.append)
-    return records
-
-
-def failures(records):
-    return [report.line(record) for record in records if record["failed"]]
 
 
 def test_timed_steps_make_rows_targets_and_files(timer, tmp_path):
@@ -311,6 +255,15 @@ def test_errors_are_seen_by_relative_error():
         measure.relative_error([a], [a, a])
 
 
+def test_kernel_tests_need_pytest_and_say_so(timer, monkeypatch):
+    monkeypatch.setattr(correctness.importlib.util, "find_spec", lambda name: None)
+    (record,) = run(["tests"], timer)
+    assert (record["verdict"], record["detail"]) == (
+        "not run",
+        "pytest and hypothesis not installed",
+    )
+
+
 def test_kernel_tests_are_counted(timer, tmp_path, monkeypatch):
     body = (
         "def test_good(): pass\ndef test_bad(): assert {}\nimport pytest\n@pytest.mark.skip\ndef "
@@ -391,7 +344,13 @@ def test_without_a_gpu_nothing_is_measured_or_written(more, tmp_path, capsys, mo
 def test_every_step_has_its_time_and_all_fit_eight_minutes():
     assert set(command.FULL_SECONDS) == set(command.STEPS) - {"sweep"}
     assert sum(command.FULL_SECONDS.values()) <= 480
-    assert sum(command.QUICK_SECONDS.values()) <= 90
+    assert sum(command.QUICK_SECONDS.values()) <= 120
+
+
+def test_what_matters_most_comes_first():
+    """A run that is cut short has it: correctness, attention, the layer, gates."""
+    assert list(command.FULL_SECONDS)[:5] == ["tests", "opcheck", "attention", "layer", "gates"]
+    assert list(command.QUICK_SECONDS)[:4] == ["opcheck", "attention", "layer", "gates"]
 
 
 def test_a_process_that_dies_or_hangs_leaves_its_records_and_a_failure(tmp_path):
@@ -423,6 +382,9 @@ def test_main_writes_whatever_failed_and_says_so(tmp_path, monkeypatch, capsys):
     seen = []
 
     def run_child(argv, records, seconds, names):
+        # what comes from now on, and what was there before, is kept if the run ends here
+        assert records.parent.is_dir() and tmp_path in records.parents
+        assert seen == [] or list(tmp_path.glob("*.json"))
         seen.append(names)
         bad = names == ["tests"]
         return [
@@ -449,3 +411,4 @@ def test_main_writes_whatever_failed_and_says_so(tmp_path, monkeypatch, capsys):
         "gpu_nvidia_test_1_part.json",
         "gpu_nvidia_test_1_quick.json",
     }
+    assert not list(tmp_path.glob("gpu_unfinished*"))
