@@ -21,6 +21,7 @@ from .table import LEFT_LAYERS, LEFT_MODELS, TABLE, Family
 
 __all__ = ["family_of", "layer_spec", "parts"]
 
+_RING = "ring attention gives every process a part of the keys"
 # the backend that calls scaled_dot_product_attention
 _NATIVE = (Switch("processor._attention_backend", AttentionBackendName.NATIVE),)
 
@@ -98,6 +99,8 @@ def _add_family(
     """The layers of a module that is a row of the table."""
     module, prefix = modules[around], f"{around}." if around else ""
     alone = all(place == "map" for place in family.layers.values())
+    context = _context(module)
+    ring = context is not None and context.ring_degree > 1
     part.entrances[around] = Entrance(partial(_told, family.site, alone))
     for name in names:
         if not name.startswith(prefix) or name in part.layers:
@@ -106,6 +109,7 @@ def _add_family(
         if place is None:
             continue
         reason = None if family.left is None else family.left(module, modules[name])
+        reason = _RING if ring else reason
         if reason is not None:
             part.left[name] = reason
             continue
@@ -137,17 +141,27 @@ def _told(read, alone: bool, module: nn.Module, given: Mapping[str, Any]) -> Sit
     Args:
         read: tells the site.
         alone: no layer has other tokens than those of the map.
+
+    Raises:
+        ValueError: for ring attention; the switches of a routed layer do not fit it.
     """
-    parallel = getattr(module, "_parallel_config", None)
-    context = getattr(parallel, "context_parallel_config", None)
-    if context is not None:
-        if context.ring_degree > 1:
-            return "ring attention: every process holds a part of the keys"
-        if not alone:
-            return "context parallelism puts parts of the text between parts of the map"
-        if torch.is_grad_enabled():
-            return "context parallelism computes gradients of full attention"
-    return read(module, given)
+    context = _context(module)
+    if context is None:
+        return read(module, given)
+    if context.ring_degree > 1:
+        raise ValueError(f"{_RING}; expected ulysses_degree, or unroute_attention before")
+    if not alone:
+        return "context parallelism puts parts of the text between parts of the map"
+    if torch.is_grad_enabled():
+        return "context parallelism computes gradients of full attention"
+    site = read(module, given)
+    group = context._ulysses_mesh.get_group()
+    return site if isinstance(site, str) else site._replace(group=group)
+
+
+def _context(module: nn.Module) -> Any:
+    """How a model spreads its sequences over processes, or None."""
+    return getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
 
 
 def _place(family: Family, name: str) -> Place | None:

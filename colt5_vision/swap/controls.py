@@ -7,6 +7,7 @@ from ..mean_query import mean_query_logits
 from ..ops import route_topk
 from ..ops.autocast import without_autocast
 from ..positions import fixed_scores
+from .heads import Group, over_heads
 
 CONTROLS = ("mean_query", "random", "grid", "window")
 
@@ -21,6 +22,7 @@ def control_keys(
     curve: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
+    group: Group = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Routed keys of a map (B, heads, N, head_dim) by a control.
 
@@ -30,6 +32,7 @@ def control_keys(
         slots: number of keys K.
         curve: (M,) indices of the tokens that may be routed, of a volume; None: an image.
         mask: (B, N) bool, True = valid.
+        group: of processes that have the other heads.
 
     Returns:
         (indices, log_weights), both (B, K), -1 for an empty slot; None for no keys. Keys of
@@ -40,9 +43,9 @@ def control_keys(
         return None
     if router == "mean_query":
         with without_autocast(q.device.type):
-            logits = mean_query_logits(q.detach(), k.detach(), mask, scale).logsumexp(1)
-        indices, valid = route_topk(logits, slots, mask=mask)
-        return torch.where(valid, indices, -1), logits.new_zeros(batch, slots)
+            shares = mean_query_logits(q.detach(), k.detach(), mask, scale).exp()
+        indices, valid = route_topk(over_heads(shares, group), slots, mask=mask)
+        return torch.where(valid, indices, -1), shares.new_zeros(batch, slots)
 
     if router == "random" or curve is None:
         scores = fixed_scores(router, *grid_size, range(1), q.device)

@@ -18,6 +18,7 @@ from ..ops import routed_window_attention
 from ..ops.autocast import without_autocast
 from ..ops.dtypes import wide_dtype
 from ..store import save_atomically
+from .heads import Group, over_heads
 from .reroute import RoutedLayer
 from .sampling import inclusion_gates
 from .verb import routed_layers
@@ -27,7 +28,9 @@ from .window import check_window, window_of_grid
 __all__ = ["distill_routers"]
 
 
-def sampling_error(logits: Tensor, cost: Tensor, count: TokenCount) -> Tensor:
+def sampling_error(
+    logits: Tensor, cost: Tensor, count: TokenCount, mask: Tensor | None = None
+) -> Tensor:
     """(B,) expected squared error of the attention output when ``count`` keys are sampled by
     ``logits``, up to a factor.
 
@@ -37,9 +40,10 @@ def sampling_error(logits: Tensor, cost: Tensor, count: TokenCount) -> Tensor:
 
     Args:
         logits, cost: (B, N).
+        mask: (B, N) bool, True = valid.
     """
     slots = token_count("num_heavy_tokens_kv", count, logits.shape[-1])
-    gates = inclusion_gates(logits, slots, None).clamp_min(1e-12)
+    gates = inclusion_gates(logits, slots, mask).clamp_min(1e-12)
     return ((1 / gates - 1) * cost).sum(-1)
 
 
@@ -65,12 +69,11 @@ class Teacher:
         key_mask: Tensor | None,
         pair_bias,
         scale: float | None,
+        group: Group,
         window_size: int | tuple[int, ...] | None = None,
         num_heavy_tokens_kv: TokenCount | None = None,
         num_heavy_tokens_q: TokenCount | None = None,  # every query tells what it needs
     ) -> Tensor:
-        if key_mask is not None:
-            raise ValueError("attn_mask: distillation takes whole images, got a mask")
         attention = layer.attention
         window = attention.window_size if window_size is None else window_size
         window = window_of_grid(check_window("window_size", window), grid_size)
@@ -78,27 +81,29 @@ class Teacher:
             attention.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
         )
         how = {"num_prefix_tokens": num_prefix_tokens, "pair_bias": pair_bias, "scale": scale}
-        where = {"grid_size": grid_size, "window_size": window}
+        how |= {"key_mask": key_mask, "grid_size": grid_size, "window_size": window}
+        mask = None if key_mask is None else key_mask[:, num_prefix_tokens:]
 
         # what full attention gives, and what it would lose without each key
-        out = _full(q, k, v, **how, **where)
+        out = _full(q, k, v, **how)
         with without_autocast(q.device.type):
-            cost = self._cost(q, k, v, out, **how, **where)
+            cost = over_heads(self._cost(q, k, v, out, **how), group)
 
         # the router's error, over that of the router as it began
         with torch.enable_grad(), without_autocast(q.device.type):
-            logits = attention.logits(attention.importance(q, k, v, **how, **where), features)
-            error = sampling_error(logits, cost, count).mean()
+            importance = attention.importance(q, k, v, **how, group=group)
+            logits = attention.logits(importance, features)
+            error = sampling_error(logits, cost, count, mask).mean()
             base = (logits - attention.correct(features)).detach()
-            reference = sampling_error(base, cost, count).mean()
+            reference = sampling_error(base, cost, count, mask).mean()
             (error / reference.clamp_min(1e-30)).backward()
         self.errors[layer] = (error.item(), reference.item())
         return out
 
     def _cost(
-        self, q, k, v, out, *, num_prefix_tokens, pair_bias, scale, grid_size, window_size
+        self, q, k, v, out, *, num_prefix_tokens, key_mask, pair_bias, scale, grid_size, window_size
     ) -> Tensor:
-        """(B, N): sum over heads and sampled queries outside key j's window of
+        """(B, heads, N): sum over sampled queries outside key j's window of
         ``(p_ij |v_j - o_i|)²``."""
         # some queries of the map, their attention
         prefix, tokens = num_prefix_tokens, math.prod(grid_size)
@@ -112,21 +117,30 @@ class Teacher:
             every = torch.arange(k.shape[2], device=q.device)
             bias = pair_bias(at.view(1, 1, 1, -1, 1), every.view(1, 1, 1, 1, -1))
             logits = logits + bias.squeeze(2)
+        values = v[:, :, prefix:].to(wide)
+        if key_mask is not None:
+            logits = logits.masked_fill(~key_mask[:, None, None], torch.finfo(wide).min)
+            values = values.masked_fill(~key_mask[:, None, prefix:, None], 0)
         p = logits.softmax(-1)[..., prefix:]
 
         # squared distance of each value from the output
-        values, o = v[:, :, prefix:].to(wide), out[:, :, at].to(wide)
+        o = out[:, :, at].to(wide)
         squares = values.square().sum(-1).unsqueeze(2) + o.square().sum(-1, keepdim=True)
         distance = (squares - 2 * o @ values.mT).clamp_min(0)
 
         window = window_of_token(grid_size, window_size, q.device)
         outside = window[rows].unsqueeze(-1) != window
-        return (p.square() * distance * outside).sum((1, 2))
+        loss = p.square() * distance * outside
+        if key_mask is not None:  # a masked token asks for nothing
+            loss = loss.masked_fill(~key_mask[:, None, at, None], 0)
+        return loss.sum(2)
 
 
-def _full(q, k, v, *, num_prefix_tokens, pair_bias, scale, grid_size, window_size) -> Tensor:
+def _full(
+    q, k, v, *, num_prefix_tokens, key_mask, pair_bias, scale, grid_size, window_size
+) -> Tensor:
     """Full attention, with nothing of size N x N."""
-    if pair_bias is None:
+    if pair_bias is None and key_mask is None:
         return scaled_dot_product_attention(q, k, v, scale=scale)
     tokens = math.prod(grid_size)
     every = torch.arange(tokens, device=q.device).expand(q.shape[0], -1)
@@ -138,6 +152,7 @@ def _full(q, k, v, *, num_prefix_tokens, pair_bias, scale, grid_size, window_siz
         grid_size=(tokens // grid_size[-1], grid_size[-1]),
         window_size=window_size[-2:],
         num_prefix_tokens=num_prefix_tokens,
+        key_mask=key_mask,
         pair_bias=pair_bias,
         scale=scale,
     )

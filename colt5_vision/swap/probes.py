@@ -12,6 +12,7 @@ from ..ops.dtypes import wide_dtype
 from ..ops.grid import window_of_token
 from ..ops.routed_window_attention.gathered import PairBias
 from ..positions import morton_order
+from .heads import Group, over_heads
 
 _PROBES = 64  # spread over the map
 _CHUNK = 32  # of them at once
@@ -41,6 +42,7 @@ def probe(
     pair_bias: PairBias | None = None,
     scale: float | None = None,
     curve: Tensor | None = None,
+    group: Group = None,
 ) -> Probes:
     """Full attention of a few queries spread over the map; O(N).
 
@@ -55,6 +57,7 @@ def probe(
         grid_size, num_prefix_tokens, key_mask, pair_bias, scale: see
             :func:`~colt5_vision.ops.routed_window_attention`.
         curve: (M,) raster indices along which the queries are spread; default: a Z-order curve.
+        group: of processes that have the other heads; see :mod:`~colt5_vision.swap.heads`.
 
     Source: optimal allocation (Neyman 1934), to a ratio of sums.
     """
@@ -97,7 +100,8 @@ def probe(
             squared = squared + (attention[..., prefix:] * (beyond[part] & sees)).square().sum(2)
         value, weight = value[:, :, prefix:], squared.sqrt().unsqueeze(2)
         mean = weight @ value / weight.sum(-1, keepdim=True).clamp_min(tiny)
-        importance = (squared * (value - mean).square().sum(-1)).sum(1).clamp_min(tiny).log() / 2
+        square = over_heads(squared * (value - mean).square().sum(-1), group)
+        importance = square.clamp_min(tiny).log() / 2
     return Probes(rows, torch.cat(valids, 2), torch.cat(outs, 2), importance)
 
 

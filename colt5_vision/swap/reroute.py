@@ -31,6 +31,7 @@ from .._torch_internals import (
 from .adapter import LayerSpec, Switch
 from .call import Call, arrange, dense_bias, restore, with_heads
 from .config import RoutedAttentionConfig
+from .heads import all_heads
 from .report import Calls
 from .sampled import SampledAttention
 from .site import Pass, Scope, Site
@@ -102,13 +103,20 @@ class RoutedLayer:
             how.v,
             grid_size=site.grid if site.grid[0] > 1 else site.grid[1:],
             num_prefix_tokens=how.num_others,
-            features=how.features if self.attention.router == "learned" else None,
+            features=self._features(how.features, site),
             key_mask=how.key_mask,
             pair_bias=how.pair_bias,
             scale=call.scale,
+            group=site.group,
             **settings,
         )
         return restore(out, how)
+
+    def _features(self, features: Tensor, site: Site) -> Tensor | None:
+        """What a learned router reads."""
+        if self.attention.router != "learned":
+            return None
+        return all_heads(features, self.spec.key_channels, site.group)
 
     def exact(self, layer: nn.Module, site: Site | None, call: Call) -> Tensor:
         """Full attention, as the layer does it when it is not routed."""

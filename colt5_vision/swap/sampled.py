@@ -24,6 +24,7 @@ from ..ops.dtypes import wide_dtype
 from ..ops.routed_window_attention.gathered import PairBias
 from ..positions import morton_order
 from .controls import CONTROLS, control_keys
+from .heads import Group, over_heads
 from .probes import Probes, correction, probe
 from .sampling import inclusion_gates, sample_tokens
 from .volume import Volume, fold_volume
@@ -130,6 +131,7 @@ class SampledAttention(nn.Module):
         num_heavy_tokens_kv: TokenCount | None = None,
         num_heavy_tokens_q: TokenCount | None = None,
         curve: Tensor | None = None,
+        group: Group = None,
     ) -> Tensor:
         """Attend.
 
@@ -145,6 +147,8 @@ class SampledAttention(nn.Module):
             window_size, num_heavy_tokens_kv, num_heavy_tokens_q: of this call; default: the
                 module's.
             curve: (M,) raster indices along which keys are sampled; default: a Z-order curve.
+            group: of processes that have the other heads, which are then routed to the same keys;
+                ``features`` are those of all heads; None: all heads are here.
 
         Returns:
             (B, heads, P + N, head_dim).
@@ -182,7 +186,7 @@ class SampledAttention(nn.Module):
             "scale": scale,
             "window_size": window,
         }
-        probes = self.probe(q, k, v, curve=curve, **call) if self.samples else None
+        probes = self.probe(q, k, v, curve=curve, group=group, **call) if self.samples else None
 
         # routed keys, and attention over window and routed keys
         routed = self.route(
@@ -197,13 +201,14 @@ class SampledAttention(nn.Module):
             probes=probes,
             generator=generator or self.generator,
             curve=curve,
+            group=group,
         )
         if self.recorder is not None and routed is not None:
             self._record(routed, volume, whole_grid)
         if routed is None or q_count is None:
             out = self._attend_all(q, k, v, routed, probes, call)
         else:
-            out = self._attend_some(q, k, v, routed, probes, q_count, call)
+            out = self._attend_some(q, k, v, routed, probes, q_count, call, group)
         return out if volume is None else unfold(volume, prefix, out)
 
     def probe(self, q: Tensor, k: Tensor, v: Tensor, *, window_size=None, **call) -> Probes:
@@ -219,8 +224,8 @@ class SampledAttention(nn.Module):
             how = {"grid_size": grid_size, "num_prefix_tokens": num_prefix_tokens}
             return self.probe(q, k, v, **how, **call).importance
         volume = fold_volume(grid_size, call.pop("window_size"), q.device)
-        bias = call.pop("pair_bias")
-        q, k, v, _, mask, bias = fold(volume, num_prefix_tokens, q, k, v, None, None, bias)
+        mask, bias = call.pop("key_mask"), call.pop("pair_bias")
+        q, k, v, _, mask, bias = fold(volume, num_prefix_tokens, q, k, v, None, mask, bias)
         call |= {"window_size": volume.window, "grid_size": volume.grid, "curve": volume.curve}
         call |= {"num_prefix_tokens": num_prefix_tokens, "key_mask": mask, "pair_bias": bias}
         return self.probe(q, k, v, **call).importance[:, volume.place]
@@ -252,13 +257,14 @@ class SampledAttention(nn.Module):
         probes: Probes | None = None,
         generator: torch.Generator | None = None,
         curve: Tensor | None = None,
+        group: Group = None,
     ) -> tuple[Tensor, Tensor] | None:
         """Routed keys of the map: (indices, log_weights), both (B, slots), -1 for an empty slot;
         None for no keys.
 
         Args:
-            q, k, features, key_mask, scale, generator, curve: as for :meth:`forward`; ``key_mask``
-                (B, P + N).
+            q, k, features, key_mask, scale, generator, curve, group: as for :meth:`forward`;
+                ``key_mask`` (B, P + N).
             slots: number of routed keys.
             grid_size: (H, W).
             probes: of :meth:`probe`, where keys are sampled.
@@ -266,8 +272,17 @@ class SampledAttention(nn.Module):
         prefix = num_prefix_tokens
         mask = None if key_mask is None else key_mask[:, prefix:]
         if not self.samples:
-            where = {"grid_size": grid_size, "curve": curve, "mask": mask, "scale": scale}
-            return control_keys(self.router, q[:, :, prefix:], k[:, :, prefix:], slots, **where)
+            return control_keys(
+                self.router,
+                q[:, :, prefix:],
+                k[:, :, prefix:],
+                slots,
+                grid_size=grid_size,
+                curve=curve,
+                mask=mask,
+                scale=scale,
+                group=group,
+            )
 
         # draw keys by their importance
         gates = inclusion_gates(self.logits(probes.importance, features), slots, mask)
@@ -301,14 +316,14 @@ class SampledAttention(nn.Module):
         return out + nn.functional.pad(missing, (0, 0, prefix, 0))
 
     def _attend_some(
-        self, q, k, v, routed, probes: Probes | None, count: TokenCount, call: dict
+        self, q, k, v, routed, probes: Probes | None, count: TokenCount, call: dict, group: Group
     ) -> Tensor:
         """Some tokens see their window and the routed keys, the others their window."""
         prefix = call["num_prefix_tokens"]
         heavy = {"routed_indices": routed[0], "log_weights": routed[1], "weight_own_window": False}
         mask = None if call["key_mask"] is None else call["key_mask"][:, prefix:]
         queries = choose_queries(
-            q[:, :, prefix:], k[:, :, prefix:], routed, count, mask, call["scale"]
+            q[:, :, prefix:], k[:, :, prefix:], routed, count, mask, call["scale"], group
         )
         out = routed_window_attention(q, k, v, query_indices=queries, **heavy, **call)
 
@@ -334,6 +349,7 @@ def choose_queries(
     count: TokenCount,
     mask: Tensor | None,
     scale: float | None,
+    group: Group = None,
 ) -> Tensor:
     """Raster indices (B, Q) of the tokens that attend most to a few of the routed keys, against
     themselves; by content alone.
@@ -343,6 +359,7 @@ def choose_queries(
         routed: (indices, log_weights) of the routed keys, both (B, K).
         count: of the tokens to choose.
         mask: (B, N) bool, True = valid.
+        group: of processes that have the other heads.
     """
     slots = token_count("num_heavy_tokens_q", count, q.shape[2])
     indices, log_weights = routed
@@ -360,7 +377,7 @@ def choose_queries(
     weight = log_weights.detach()[:, few].to(wide).masked_fill(empty, torch.finfo(wide).min)
 
     score = (q @ keys.mT + weight[:, None, None]).logsumexp(-1) - (q * k).sum(-1)
-    return route_topk(score.mean(1), slots, mask=mask)[0]
+    return route_topk(over_heads(score, group), slots, mask=mask)[0]
 
 
 def fold(volume: Volume, prefix: int, q, k, v, features, key_mask, pair_bias) -> tuple:

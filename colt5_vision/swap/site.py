@@ -24,6 +24,7 @@ from .._torch_internals import (
     in_backward,
     is_compiling,
 )
+from .heads import Group
 
 
 class Site(NamedTuple):
@@ -35,12 +36,14 @@ class Site(NamedTuple):
         behind: number of other tokens behind it.
         order: (B or 1, N) int64, for each token of the raster, which of the map's tokens in the
             sequence it is; None: they are in raster order.
+        group: of processes that have the other heads of the layers; None: all heads are here.
     """
 
     grid: tuple[int, int, int]
     before: int = 0
     behind: int = 0
     order: Tensor | None = None
+    group: Group = None
 
     @property
     def tokens(self) -> int:
@@ -80,7 +83,7 @@ class Pass:
         if not is_compiling() or self.shape is None:
             return self.told
         frames, height, width, before, behind = self.shape.shape
-        return Site((frames, height, width), before, behind, self.told.order)
+        return Site((frames, height, width), before, behind, *self.told[3:])
 
     def alike(self, other: "Pass") -> bool:
         """Whether layers see the same in both."""

@@ -23,6 +23,9 @@ from tests.support.diffusers_cases import (
     run,
     some,
 )
+from tests.support.diffusers_models import MODELS, outputs
+from tests.support.diffusers_models import build as tiny
+from tests.support.diffusers_models import run as run_tiny
 
 
 def learned(case, dtype=torch.float32, **how):
@@ -46,11 +49,11 @@ def weights(model):
 def test_routers_learn_and_nothing_else_changes(case):
     model, original = learned(case), build(case, torch.float32)
     state = {name: x.clone() for name, x in model.state_dict().items()}
-    history = distill_routers(model, inputs(case), steps=12, lr=3e-2, progress=False)
-    assert len(history) == 12 and set(history[0]) == set(case.tokens)
+    history = distill_routers(model, inputs(case), steps=30, lr=3e-2, progress=False)
+    assert len(history) == 30 and set(history[0]) == set(case.tokens)
     assert all(abs(ratio - 1) < 1e-4 for ratio in history[0].values())  # starts as router="sampled"
     mean = lambda part: sum(sum(step.values()) / len(step) for step in part) / len(part)
-    assert mean(history[-2:]) < 0.99
+    assert mean(history[-10:]) < 0.99  # measured: 0.82 to 0.96
     assert all(torch.equal(model.state_dict()[name], x) for name, x in state.items())
     assert all(weight.abs().max() > 0 for weight in weights(model).values())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -133,6 +136,20 @@ def test_another_schedule_does_not_resume(tmp_path):
     other = learned(case, schedule=[{"min_tokens": 100, "num_heavy_tokens_kv": 7}])
     with pytest.raises(ValueError, match="expected that of the checkpoint"):
         distill_routers(other, inputs(case), **how)
+
+
+@pytest.mark.parametrize("name", ["ChromaTransformer2DModel", "HunyuanVideoTransformer3DModel"])
+def test_texts_of_different_lengths_are_no_obstacle(name):
+    model, call = tiny(name), MODELS[name].call(MODELS[name].grid, 2)
+    stock = run_tiny(model, call)
+    route_attention(model, config(router="learned"))
+    seen = []
+    model.register_forward_hook(lambda module, args, out: seen.append(out))
+    history = distill_routers(model, [call], steps=8, lr=3e-2, progress=False)
+    found = torch.cat([x.flatten() for x in outputs(seen[0])])
+    torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-4)
+    mean = [sum(step.values()) / len(step) for step in history]
+    assert abs(mean[0] - 1) < 1e-4 and mean[-1] < 0.99
 
 
 @some("sd15", "flux")

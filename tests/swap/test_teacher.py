@@ -1,0 +1,87 @@
+"""The teacher of a distillation, where tokens are masked: it learns from the others alone."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from colt5_vision import RoutedAttentionConfig
+from colt5_vision.swap.adapter import LayerSpec
+from colt5_vision.swap.distill import Teacher
+from colt5_vision.swap.reroute import RoutedLayer
+from colt5_vision.swap.sampled import SampledAttention
+from colt5_vision.swap.site import Scope
+
+GRIDS = {"map": (4, 6), "volume": (2, 3, 5)}
+HEADS, WIDTH = 2, 8
+
+
+def inputs(grid, prefix, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = prefix + torch.Size(grid).numel()
+    shape = 3, 2, HEADS, tokens, WIDTH
+    return (2 * torch.randn(shape, generator=generator, dtype=torch.float64)).unbind()
+
+
+def taught(q, k, v, grid, prefix, key_mask=None, bias=None):
+    """Output, error over that of the first router, and the router's gradients."""
+    settings = {"window_size": 2, "num_heavy_tokens_kv": 6, "router": "learned"}
+    torch.manual_seed(0)
+    attention = SampledAttention(**settings, dim=HEADS * WIDTH)
+    torch.nn.init.normal_(attention.correction[-1].weight)
+    config = RoutedAttentionConfig(**settings)
+    layer, teacher = RoutedLayer("attn", LayerSpec(), config, attention, Scope()), Teacher(16)
+    teacher.generator.manual_seed(0)
+    out = teacher(
+        layer,
+        q,
+        k,
+        v,
+        grid_size=grid,
+        num_prefix_tokens=prefix,
+        features=k[:, :, prefix:].transpose(1, 2).flatten(2),
+        key_mask=key_mask,
+        pair_bias=bias,
+        scale=None,
+        group=None,
+    )
+    gradients = [p.grad for p in attention.parameters()]
+    assert all(g.isfinite().all() for g in gradients) and gradients[0].abs().max() > 0
+    return out, torch.tensor(teacher.errors[layer]), gradients
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_masked_tokens_beside_the_map_are_as_if_they_were_not_there(grid):
+    q, k, v = inputs(grid, 4)
+    mask = torch.ones(2, k.shape[2], dtype=torch.bool)
+    mask[:, :2] = False
+    found = taught(q, k, v, grid, 4, mask)
+    expected = taught(*(x[:, :, 2:] for x in (q, k, v)), grid, 2)
+    close(found[0][:, :, 2:], expected[0])
+    close(found[1:], expected[1:])
+
+
+@pytest.mark.parametrize("bias", [None, lambda i, j: (i - j).abs().double() * -0.1])
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_what_stands_in_masked_tokens_of_the_map_has_no_influence(grid, bias):
+    q, k, v = inputs(grid, 1)
+    mask = torch.ones(2, k.shape[2], dtype=torch.bool)
+    mask[0, -7:] = False
+    expected = taught(q, k, v, grid, 1, mask, bias)
+    dense = torch.zeros(())
+    if bias is not None:
+        place = torch.arange(k.shape[2])
+        dense = bias(place[:, None], place)
+    dense = dense.to(q.dtype).masked_fill(~mask[:, None, None], -torch.inf)
+    full = scaled_dot_product_attention(q, k, v, attn_mask=dense)
+    valid = mask[:, None, :, None].expand_as(full)
+    close(expected[0][valid], full[valid])
+
+    other = inputs(grid, 1, seed=1)
+    q, k, v = (torch.where(mask[:, None, :, None], x, 9 * y) for x, y in zip((q, k, v), other))
+    found = taught(q, k, v, grid, 1, mask, bias)
+    close(found[0][valid], full[valid])
+    close(found[1:], expected[1:])
