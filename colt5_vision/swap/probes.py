@@ -18,6 +18,7 @@ _PROBES = 64  # spread over the map
 _CHUNK = 32  # of them at once
 # of the interpolation between them, over the mean square distance of their queries from the mean
 _SHARPNESS = 4.0
+_FARTHEST = 500.0  # in that unit; beyond it one probe has all the weight, and float16 overflows
 
 
 class Probes(NamedTuple):
@@ -134,7 +135,9 @@ def correction(probes: Probes, estimate: Tensor, q: Tensor, num_prefix_tokens: i
         # queries that are all zero are all alike
         alike = spread < torch.finfo(wide).tiny ** 0.5
         unit = spread.masked_fill(alike, 1).rsqrt().masked_fill(alike, 0)
-        image = ((image.to(wide) - mean) * unit).to(q.dtype)
+        image = (image.to(wide) - mean) * unit
+        far = image.norm(dim=-1, keepdim=True)
+        image = (image * (_FARTHEST / far).clamp_max(1)).to(q.dtype)
         key = (2 * _SHARPNESS * unit * key).to(q.dtype)
         # -sharpness |q - q_p|², in that unit, but for what is the same for all probes
         bias = (-_SHARPNESS * unit.square() * square).to(q.dtype)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from colt5_vision.swap import probes
+from colt5_vision.swap.sampled import SampledAttention
 from tests.support.attention_cases import randn
 from tests.support.dense import dense_attention, window_of
 from tests.swap.test_sampled import GRID, TOKENS, close, routed_keys, routing, some_mask, tensors
@@ -50,3 +51,14 @@ def test_few_probes_help_the_queries_around_them(monkeypatch):
     plain = dense_attention(q, k, v, GRID, 1, *found, own=False)
     error = lambda x: (x - full).square().mean().sqrt().item()
     assert error(part(q, k, v, **call)) < 0.5 * error(plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_queries_far_from_all_probes_stay_finite(dtype):
+    """In units of the probes' spread they are farther than float16 can count."""
+    rows = probes.morton_order(32, 32, "cpu")[(torch.arange(64) * 2 + 1) * 1024 // 128]
+    q, k, v = (3 * randn(1, 2, 1024, 16, seed=seed) for seed in range(3))
+    q[:, :, rows] = 0.01
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    out = SampledAttention(window_size=8, num_heavy_tokens_kv=64)(q, k, v, grid_size=(32, 32))
+    assert out.isfinite().all()
