@@ -5,6 +5,8 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 
+import torch
+
 from .config import BY_SCHEDULE, TOO_SMALL
 
 _COUNTING = threading.Lock()
@@ -19,11 +21,14 @@ class Calls:
     Attributes:
         routed: calls that were routed.
         exact: calls with full attention, by the reason.
+        compiled: a compiler has made a graph of the layer, whose calls are not among them. Layers
+            may share a graph, and then one of them knows.
     """
 
     def __init__(self):
         self.routed = 0
         self.exact: Counter[str] = Counter()
+        self.compiled = False
         self.warned = False
 
     def count(self, reason: str | None) -> None:
@@ -33,6 +38,12 @@ class Calls:
                 self.routed += 1
             else:
                 self.exact[reason] += 1
+
+    @torch.compiler.assume_constant_result  # called when a graph is made, not when it runs
+    def note_graph(self) -> bool:
+        """The call becomes part of a graph."""
+        self.compiled = True
+        return True
 
     def reset(self) -> None:
         with _COUNTING:
@@ -54,7 +65,8 @@ class Calls:
         )
 
     def __repr__(self) -> str:
-        return f"Calls(routed={self.routed}, exact={dict(self.exact)})"
+        more = ", compiled=True" if self.compiled else ""
+        return f"Calls(routed={self.routed}, exact={dict(self.exact)}{more})"
 
 
 class RoutedAttentionReport(dict):
@@ -84,6 +96,7 @@ class RoutedAttentionReport(dict):
         for calls in self.layer_calls.values():
             total.routed += calls.routed
             total.exact.update(calls.exact)
+            total.compiled |= calls.compiled
         return total
 
     def reset_calls(self) -> None:
@@ -100,4 +113,6 @@ class RoutedAttentionReport(dict):
         if calls.routed or calls.exact:
             lines.append(f"calls since: {calls.routed} routed, {calls.exact.total()} exact")
             lines += [f"  {count} exact: {reason}" for reason, count in calls.exact.most_common()]
+        if calls.compiled:
+            lines.append("calls in compiled graphs are not counted")
         return "\n".join(lines)

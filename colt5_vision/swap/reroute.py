@@ -70,7 +70,9 @@ class RoutedLayer:
         call = with_heads(call, self.spec.heads)
         out = self.route(mode.layer, mode.now, call)
         reason = out if isinstance(out, str) else None
-        if not is_compiling():
+        if is_compiling():
+            self.calls.note_graph()
+        else:
             self.calls.count(reason)
             mode.reasons.append(reason)
         if reason is not None:
@@ -234,6 +236,8 @@ class LeaveHook:
                     self._told(mode)
 
     def _told(self, mode: RerouteMode) -> None:
+        if not mode.reasons and self.routed.calls.compiled:
+            return  # the call was in a graph
         if not mode.reasons:
             self.routed.calls.count(NOT_CALLED)
             mode.reasons.append(NOT_CALLED)

@@ -146,6 +146,37 @@ def test_routing_is_switched_after_compiling(which):
     close(run(fast, case), expected)
 
 
+def told_of(warned):
+    return [w for w in warned if "is routed, and still ran" in str(w.message)]
+
+
+def test_calls_in_graphs_are_not_counted_and_the_report_says_so(recwarn):
+    case = SHALLOW["pixart"]
+    model = build(case)
+    report = route_attention(model, config())
+    assert not report.calls.compiled and "not counted" not in str(report)
+    fast, _ = compiled(model)
+    for _ in range(2):
+        run(fast, case)
+    calls = report.calls
+    assert calls.compiled and not calls.routed and not calls.exact
+    assert "calls in compiled graphs are not counted" in str(report)
+    assert not told_of(recwarn)
+
+
+def test_a_layer_whose_forward_alone_is_compiled_is_routed(recwarn):
+    case = SHALLOW["pixart"]
+    expected = run(enable(build(case)), case)
+    model = build(case)
+    attn = model.transformer_blocks[0].attn1
+    attn.forward = torch.compile(attn.forward, backend="eager")
+    report = route_attention(model, config())
+    for _ in range(2):
+        close(run(model, case), expected)
+    assert report.calls.compiled or report.calls.routed == 2
+    assert not told_of(recwarn)
+
+
 def test_a_compiled_model_keeps_its_schedule():
     case = SHALLOW["pixart"]
     rules = [
