@@ -6,6 +6,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from ._fx import fx_leaf
 from .branches import LightBranch
 from .checks import (
     TokenCount,
@@ -173,6 +174,7 @@ class ConditionalRoutedImageAttention(ScheduledLayer):
             f"num_heavy_tokens_kv={self.num_heavy_tokens_kv}"
         )
 
+    @fx_leaf
     def forward(
         self,
         x: Tensor,

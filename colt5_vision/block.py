@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from ._fx import fx_leaf
 from .attention import ConditionalRoutedImageAttention
 from .checks import TokenCount, check_count, check_float_tensor
 from .feedforward import ConditionalRoutedFeedForward
@@ -135,6 +136,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         """Draw all weights anew, as the constructor did."""
         init_weights(self)
 
+    @fx_leaf
     def forward(
         self,
         x: Tensor,

@@ -4,6 +4,7 @@ length."""
 import torch
 from torch import Tensor, nn
 
+from ._fx import fx_leaf
 from .branches import HeavyBranch
 from .checks import (
     TokenCount,
@@ -173,6 +174,7 @@ class ConditionalRoutedCrossAttention(ScheduledLayer):
             f"dim={self.dim}, num_tokens_q={self.num_tokens_q}, num_tokens_kv={self.num_tokens_kv}"
         )
 
+    @fx_leaf
     def forward(
         self,
         x: Tensor,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ._fx import fx_leaf
 from .checks import (
     TokenCount,
     check_count,
@@ -83,6 +84,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         """Draw all weights anew, as the constructor did."""
         init_weights(self)
 
+    @fx_leaf
     def forward(
         self,
         x: Tensor,

@@ -4,6 +4,7 @@ model's attentions."""
 import torch
 from torch import Tensor, nn
 
+from ._fx import fx_leaf
 from ._torch_internals import count_up, holds_number, in_backward, times_written
 from .checks import check_int
 from .scheduled import Narrowing, ScheduledLayer
@@ -175,6 +176,7 @@ class CarriedSchedule(nn.Module):
             state_dict.pop(name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """x as it is."""
         counts = self.runs and self.training and torch.is_grad_enabled()

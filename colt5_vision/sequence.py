@@ -4,6 +4,7 @@ seen by all."""
 import torch
 from torch import Tensor, nn
 
+from ._fx import fx_leaf
 from .attention import check_counts, counts_of
 from .branches import LightBranch
 from .checks import TokenCount, check_float_tensor, check_int, check_mask
@@ -121,6 +122,7 @@ class ConditionalRoutedAttention(ScheduledLayer):
             f"num_heavy_tokens_kv={self.num_heavy_tokens_kv}"
         )
 
+    @fx_leaf
     def forward(
         self,
         x: Tensor,

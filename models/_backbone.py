@@ -2,27 +2,21 @@
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerScale2d, get_device_dtype
-from timm.models import (
-    checkpoint,
-    register_notrace_function,
-    register_notrace_module,
-)
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from colt5_vision._fx import fx_leaf
 from colt5_vision.attention import ConditionalRoutedImageAttention
 from colt5_vision.branches import LightBranch
 from colt5_vision.checks import TokenCount, check_pair
 from colt5_vision.feedforward import ConditionalRoutedFeedForward
 from colt5_vision.schedule import CarriedSchedule
 
-register_notrace_module(CarriedSchedule)  # for FX a leaf: it counts when it runs
 
-
-@register_notrace_function
 def check_image(x: Tensor, stride: int) -> Tensor:
-    """``x`` as a batch of images of at least one token. One call in an FX graph."""
+    """``x`` as a batch of images of at least one token."""
     if x.ndim != 4:
         raise ValueError(f"x: expected (B, C, H, W), got {x.ndim} dimensions")
     if x.shape[2] < stride or x.shape[3] < stride:
@@ -31,6 +25,9 @@ def check_image(x: Tensor, stride: int) -> Tensor:
             f"got {x.shape[2]} x {x.shape[3]}"
         )
     return x
+
+
+fx.wrap("check_image")  # one call in a graph
 
 
 class Stem(nn.Module):
@@ -96,7 +93,6 @@ def routes_all(*counts: TokenCount | None) -> bool:
     return all(count is None or isinstance(count, float) and count == 1 for count in counts)
 
 
-@register_notrace_module  # for FX a leaf
 class Colt5Block(nn.Module):
     """Routed attention and routed feed-forward over (B, C, H, W), each with residual, layer scale
     and drop path.
@@ -182,6 +178,7 @@ class Colt5Block(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         if not self.grad_checkpointing:
             return self._forward(x)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from .._fx import fx_leaf
 from ..checks import (
     Count,
     TokenCount,
@@ -184,6 +185,7 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
             f"heavy_window_size={self.heavy_window_size}"
         )
 
+    @fx_leaf
     def forward(
         self,
         x: Tensor,

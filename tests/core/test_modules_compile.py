@@ -135,3 +135,23 @@ def test_two_ddp_processes_give_the_gradients_of_the_whole_batch(tmp_path):
     want = loss_gradients(CASES[name], module, module, image(4))
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), want, atol=1e-6, rtol=1e-4)
+
+
+class Around(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x, mask):
+        return self.module(x, mask=mask) * 2
+
+
+@every_module
+def test_a_graph_of_torch_fx_has_one_node_for_it(case):
+    module, x, mask = build(case), image(), some_mask()
+    traced = torch.fx.symbolic_trace(Around(module))
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 1
+    for size in (slice(None), slice(1, 6)):
+        some, valid = x[:, size], mask[:, size]
+        want = 2 * apply(case, module, some, valid)
+        torch.testing.assert_close(apply(case, traced, some, valid), want)

@@ -87,6 +87,21 @@ def test_linear_probe_on_a_frozen_backbone(name):
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("name", "node"), zip(SMALL, ("blocks.1", "stages.1"), strict=True))
+def test_feature_extraction_of_torchvision(name, node):
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model = timm.create_model(name).eval()
+    traced = extraction.create_feature_extractor(model, {node: "features"})
+    seen = []
+    model.get_submodule(node).register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        for size in ((96, 96), (64, 120)):
+            x = torch.randn(2, 3, *size)
+            found = traced(x)["features"]
+            model(x)
+            torch.testing.assert_close(found, seen.pop())
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_torch_export_for_any_batch_and_size(name):
     model = timm.create_model(name, num_classes=5).eval()

@@ -1,0 +1,23 @@
+"""Layers as single nodes of torch.fx graphs: what happens within them depends on sizes."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+
+def fx_leaf(forward: Callable) -> Callable:
+    """Decorate a module's forward: whoever traces a model with ``torch.fx`` gets one node for it.
+
+    Tracers ask themselves which modules are leaves, and none but torch's are by default.
+    """
+
+    @functools.wraps(forward)
+    def traced_or_run(self, *args, **kwargs):
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, torch.fx.Proxy):
+                path = x.tracer.path_of_module(self)
+                return x.tracer.create_proxy("call_module", path, args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    return traced_or_run
