@@ -685,6 +685,31 @@ def kandinsky2():
     return unet(**blocks, mid_block_type="UNetMidBlock2DSimpleCrossAttn")
 
 
+def upscaler():
+    """With the blocks of k-diffusion, as in Stable Diffusion's latent upscaler."""
+    down, up = ("KCrossAttnDownBlock2D",) * 2, ("KCrossAttnUpBlock2D",) * 2
+    return unet(
+        down_block_types=("KDownBlock2D", *down),
+        up_block_types=(*up, "KUpBlock2D"),
+        mid_block_type=None,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=2,
+        attention_head_dim=8,
+        norm_num_groups=None,
+        conv_in_kernel=1,
+        conv_out_kernel=1,
+        act_fn="gelu",
+        time_embedding_type="fourier",
+        timestep_post_act="gelu",
+        time_cond_proj_dim=8,
+        resnet_time_scale_shift="scale_shift",
+    )
+
+
+def upscaler_call(grid, batch):
+    return unet_call(grid, batch, timestep_cond=noise(batch, 8))
+
+
 def ddpm():
     return diffusers.UNet2DModel(
         sample_size=8,
@@ -1506,6 +1531,11 @@ MODELS: dict[str, Tiny] = {
     "StableCascadeUNet": Tiny(cascade, cascade_call, **UNET),
     "UNet2DConditionModel": Tiny(unet, unet_call, **UNET),
     "UNet2DConditionModel-added": Tiny(kandinsky2, unet_call, **UNET),
+    "UNet2DConditionModel-k": Tiny(
+        upscaler,
+        upscaler_call,
+        **UNET | {"grid": (1, 16, 24), "others": ((1, 24, 16), (1, 16, 24))},
+    ),
     "UNet2DModel": Tiny(ddpm, ddpm_call, **UNET),
     "UNet3DConditionModel": Tiny(unet_3d, motion_call, **UNET),
     "UNetControlNetXSModel": Tiny(controlnet_xs, controlnet_call, **UNET),
