@@ -99,7 +99,7 @@ def _add_family(
     """The layers of a module that is a row of the table."""
     module, prefix = modules[around], f"{around}." if around else ""
     alone = all(place == "map" for place in family.layers.values())
-    context = _context(module)
+    context = _parallel(module, "context")
     ring = context is not None and context.ring_degree > 1
     part.entrances[around] = Entrance(partial(_told, family.site, alone))
     for name in names:
@@ -145,23 +145,26 @@ def _told(read, alone: bool, module: nn.Module, given: Mapping[str, Any]) -> Sit
     Raises:
         ValueError: for ring attention; the switches of a routed layer do not fit it.
     """
-    context = _context(module)
-    if context is None:
-        return read(module, given)
-    if context.ring_degree > 1:
-        raise ValueError(f"{_RING}; expected ulysses_degree, or unroute_attention before")
-    if not alone:
-        return "context parallelism puts parts of the text between parts of the map"
-    if torch.is_grad_enabled():
-        return "context parallelism computes gradients of full attention"
+    context, mesh = _parallel(module, "context"), None
+    if context is not None:
+        if context.ring_degree > 1:
+            raise ValueError(f"{_RING}; expected ulysses_degree, or unroute_attention before")
+        if not alone:
+            return "context parallelism puts parts of the text between parts of the map"
+        if torch.is_grad_enabled():
+            return "context parallelism computes gradients of full attention"
+        mesh = context._ulysses_mesh
+    if (tensor := _parallel(module, "tensor")) is not None:
+        mesh = tensor._mesh
     site = read(module, given)
-    group = context._ulysses_mesh.get_group()
-    return site if isinstance(site, str) else site._replace(group=group)
+    if mesh is None or isinstance(site, str):
+        return site
+    return site._replace(group=mesh.get_group())
 
 
-def _context(module: nn.Module) -> Any:
-    """How a model spreads its sequences over processes, or None."""
-    return getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
+def _parallel(module: nn.Module, kind: str) -> Any:
+    """How a model is spread over processes, by ``"context"`` or ``"tensor"``; None: it is not."""
+    return getattr(getattr(module, "_parallel_config", None), f"{kind}_parallel_config", None)
 
 
 def _place(family: Family, name: str) -> Place | None:

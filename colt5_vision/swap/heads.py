@@ -1,4 +1,4 @@
-"""Heads of one layer that lie in several processes, as Ulysses' context parallelism spreads them.
+"""Heads of one layer that lie in several processes, as Ulysses and tensor parallelism spread them.
 
 Which keys are routed is asked of all heads together, so the processes add up what theirs say.
 """

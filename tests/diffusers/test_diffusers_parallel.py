@@ -1,4 +1,4 @@
-"""Several processes: a sequence spread over two (context parallelism), and training by DDP."""
+"""Several processes: context and tensor parallelism, which share the heads, and DDP."""
 
 import os
 import subprocess
@@ -13,9 +13,10 @@ import sys, warnings
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from diffusers import ContextParallelConfig
+from diffusers import ContextParallelConfig, TensorParallelConfig
+from diffusers.hooks import tensor_parallel
 from colt5_vision import distill_routers, route_attention, routed_layers
-from tests.diffusers.test_diffusers_parallel import ROUTED
+from tests.diffusers.test_diffusers_parallel import ROUTED, TENSOR
 from tests.support.diffusers_cases import CASES, arguments, config, spread
 from tests.support.diffusers_cases import build as build_case
 from tests.support.diffusers_models import MODELS, build, run, wan
@@ -60,6 +61,11 @@ anything = ContextParallelConfig(ulysses_degree=2, ulysses_anything=True)
 three = spread(wan(num_attention_heads=3))
 compare("three heads", WAN, three, anything, num_heavy_tokens_kv=0.25, router="learned")
 compare("text", QWEN, num_heavy_tokens_kv=0.25)
+
+# tensor parallelism: likewise, with the text
+tensor_parallel._SUPPORTED_TP_DEVICES = ("cpu",)
+for key, how in TENSOR.items():
+    compare(key, QWEN, parallel=TensorParallelConfig(tp_degree=2), **how)
 
 model, report = compare("gradients", WAN, num_heavy_tokens_kv=0.25)
 report.reset_calls()
@@ -112,6 +118,7 @@ ROUTED = {
         for router in ("learned", "mean_query", "grid")
     },
 }
+TENSOR = {f"tensor, {name}": ROUTED[name] for name in ("all", "sampled", "learned")}
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +140,13 @@ def results(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize("key", [*ROUTED, "three heads"])
-def test_under_ulysses_processes_route_their_heads_to_the_keys_of_one_process(results, key):
+@pytest.mark.parametrize("key", [*ROUTED, "three heads", *TENSOR])
+def test_processes_that_share_the_heads_route_them_to_the_keys_of_one(results, key):
     for found in results:
         stock, alone, together, routed, exact = found[key]
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
         assert routed and not exact
-        assert key == "all" or (alone - stock).abs().max() > 1e-3
+        assert key.endswith("all") or (alone - stock).abs().max() > 1e-3
 
 
 REASONS = {
