@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # threads that wait leave the cores to others sooner, and freed memory is kept for the next step (benchmarks.busy)
 GENTLE := GOMP_SPINCOUNT=1500 MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 
-.PHONY: demo swap diffusion test kernels lint prose bench bench-gpu clean
+.PHONY: demo swap diffusion test kernels lint prose docs dist bench bench-gpu clean
 
 # the main job on real images: trains a classifier of digits in large canvases, about 5 minutes on 2 CPU cores
 demo: $(STAMP)
@@ -31,10 +31,26 @@ kernels: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # words a sentence in README and docs, against their limits
 prose: $(STAMP)
 	$(BIN)/python -m tests.support.prose $(ARGS)
+
+# the pages and the API reference as a site, in build/site; a warning is an error
+docs: $(STAMP)
+	$(BIN)/python docs/gather.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# a wheel made of the source distribution, its metadata checked, imported from an environment of its own
+dist: $(STAMP)
+	rm -rf dist build/clean
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m venv --without-pip build/clean
+	$(BIN)/python -m pip --python build/clean install --quiet --no-deps --no-index dist/*.whl
+	cd build/clean && PYTHONPATH=$$($(CURDIR)/$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		bin/python -c 'import colt5_vision as c, colt5_vision.models, colt5_vision.pipelines; print(c.__version__, c.__file__)'
 
 # beside its peers, speed and memory: ten minutes on two quiet cores, then the layer of Stable Diffusion; ARGS=--quick: a minute
 bench: $(STAMP)
@@ -44,7 +60,7 @@ bench: $(STAMP)
 $(STAMP): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e ".[train,viz,examples,bench,test,dev]"
+	$(BIN)/python -m pip install -e ".[train,viz,examples,bench,test,dev,docs]"
 	touch $@
 
 # needs a GPU; eight minutes

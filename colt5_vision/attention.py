@@ -101,8 +101,8 @@ class ConditionalRoutedImageAttention(ScheduledLayer):
         fusion: str = "sum",
         rotary_emb: bool = False,
         router: str = "learned",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if fusion not in FUSIONS:

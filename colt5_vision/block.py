@@ -1,5 +1,6 @@
 """A transformer block of routed attention and routed feed-forward."""
 
+import torch
 from torch import Tensor, nn
 
 from ._fx import fx_leaf
@@ -103,8 +104,8 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         router: str = "learned",
         router_kwargs: dict | None = None,
         channel_first: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **attention,
     ):
         super().__init__()

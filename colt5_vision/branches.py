@@ -61,8 +61,8 @@ class LightBranch(nn.Module):
         *,
         window_size: tuple[int, int] | None = None,
         reach: int | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
@@ -149,8 +149,8 @@ class HeavyBranch(nn.Module):
         multiply_keys_by_score: bool = False,
         multiply_queries_by_score: bool = False,
         rotary_emb: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}

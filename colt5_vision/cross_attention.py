@@ -108,8 +108,8 @@ class ConditionalRoutedCrossAttention(ScheduledLayer):
         use_null_q_tokens: bool | None = None,
         routing_from_queries: bool = False,
         router: str = "learned",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}

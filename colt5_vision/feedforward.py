@@ -65,8 +65,8 @@ class ConditionalRoutedFeedForward(nn.Module):
         router: str = "learned",
         router_kwargs: dict | None = None,
         channel_first: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}

@@ -51,7 +51,7 @@ def route_by_mean_query(
         (B, num_routes, N), float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: for an argument that does not fit.
     """
     if (query is None) != (key is None):
         raise ValueError("query, key: expected both or neither")

@@ -98,8 +98,8 @@ class CoordinateDescentRouter(nn.Module):
         normalize: bool = True,
         cell_size: int | tuple[int, int] | None = None,
         router: str = "learned",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.kind = check_router(router, KINDS)

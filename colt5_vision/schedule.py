@@ -1,6 +1,8 @@
 """Route many tokens at first and fewer as training goes on: a schedule of the token counts of a
 model's attentions."""
 
+import numbers
+
 import torch
 from torch import Tensor, nn
 
@@ -86,8 +88,13 @@ class RoutingSchedule:
                 one more than the last.
 
         Raises:
-            ValueError: for another ``progress``.
+            TypeError, ValueError: for another ``progress``.
         """
+        if not isinstance(progress, numbers.Real):
+            raise TypeError(
+                f"progress: expected a number in [0, 1], got {progress!r} "
+                f"({type(progress).__name__})"
+            )
         if not 0 <= progress <= 1:
             raise ValueError(f"progress: expected a number in [0, 1], got {progress}")
         self._turn = self._turn if turn is None else turn

@@ -74,8 +74,8 @@ class ConditionalRoutedAttention(ScheduledLayer):
         use_null_q_tokens: bool | None = None,
         rotary_emb: bool = False,
         router: str = "learned",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}

@@ -45,8 +45,8 @@ class SoftmaxFusion(nn.Module):
         router_kwargs: dict | None,
         router_straight_through: bool | None,
         rotary_emb: bool,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_heads("heavy_heads", heads, "num_routed_kv", num_routed_kv)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and say what is wrong with them."""
+"""Files that are whole or not there."""
 
 import os
 from collections.abc import Callable
@@ -12,6 +12,6 @@ def save_atomically(path: Path, write: Callable[[Path], None]) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(partial)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -48,8 +48,8 @@ class SumFusion(nn.Module):
         multiply_queries_by_score: bool,
         use_null_q_tokens: bool | None,
         rotary_emb: bool,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_heads("heavy_heads", heads, "num_routed_kv", num_routed_kv)

@@ -1,5 +1,6 @@
 """What the routed backbones share: stems, the block, and timm's model contract."""
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerScale2d, get_device_dtype
 from timm.models import checkpoint
@@ -54,8 +55,8 @@ class Stem(nn.Module):
         kind: str,
         schedule: CarriedSchedule,
         *,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if kind not in _STEMS:
@@ -90,7 +91,7 @@ _STEMS = {"patch": _patch_convs, "conv": _overlapping_convs}
 
 def routes_all(*counts: TokenCount | None) -> bool:
     """Every token is routed whatever the size of the map: there is nothing to learn about which."""
-    return all(count is None or isinstance(count, float) and count == 1 for count in counts)
+    return all(count is None or (isinstance(count, float) and count == 1) for count in counts)
 
 
 class Colt5Block(nn.Module):
@@ -133,8 +134,8 @@ class Colt5Block(nn.Module):
         router_kwargs: dict | None,
         init_values: float | None,
         drop_path: float,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if dim % num_heads:

@@ -7,6 +7,7 @@ tokens. That last map is small, so there every token is routed, which *is* full 
 full feed-forward), computed without an N x N matrix.
 """
 
+import torch
 from timm.layers import ClassifierHead, RmsNorm2d, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -45,8 +46,8 @@ class Colt5Stage(nn.Module):
         dim: int,
         drop_path_rates: list[float],
         *,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **block,
     ):
         super().__init__()
@@ -126,8 +127,8 @@ class Colt5Pyramid(RoutedBackbone):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         routing_schedule: int | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}

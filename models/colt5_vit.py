@@ -4,6 +4,7 @@ No position table: attention carries 2-D rotary positions, so any input size run
 CoLT5: arXiv 2303.09752.
 """
 
+import torch
 from timm.layers import ClassifierHead, RmsNorm2d, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -75,8 +76,8 @@ class Colt5VisionTransformer(RoutedBackbone):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         routing_schedule: int | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}

@@ -3,6 +3,7 @@ weights already."""
 
 from collections.abc import Sequence
 
+import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class ConditionalRoutedAttentionBlock(nn.Module):
         scope: tells the (H, W) behind (B, N, C); None: only maps (B, C, H, W) are taken.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: for an argument that does not fit.
 
     Source: CoLT5 (arXiv 2303.09752) section 3; ADM (arXiv 2105.05233) for where the attention sits.
     """
@@ -78,8 +79,8 @@ class ConditionalRoutedAttentionBlock(nn.Module):
         residual_connection: bool = False,
         rescale_output_factor: float = 1.0,
         dropout: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **attention,
     ):
         super().__init__()
@@ -141,7 +142,7 @@ class ConditionalRoutedAttentionBlock(nn.Module):
             The shape of ``hidden_states``.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came; (B, N, C)
+            TypeError, ValueError: for an argument that does not fit; (B, N, C)
                 of a map of unknown size.
         """
         for name, value in (
@@ -223,8 +224,8 @@ def build_routed_attention(
         Names of the layers replaced.
 
     Raises:
-        TypeError, ValueError: naming the argument, or saying why no layer can be replaced; nothing
-            is changed then.
+        TypeError, ValueError: for an argument that does not fit, or saying why no layer can be
+            replaced; nothing is changed then.
 
     Source: CoLT5 (arXiv 2303.09752).
     """

@@ -37,7 +37,7 @@ class RoutedAttnProcessor:
         calls: live :class:`~colt5_vision.swap.report.Calls`.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: for an argument that does not fit.
 
     Source: CoLT5 (arXiv 2303.09752).
     """

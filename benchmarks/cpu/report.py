@@ -165,8 +165,13 @@ def markdown(report: dict) -> str:
     if report["growth"]:
         verdicts = {True: "met", False: "**not met**", None: ""}
         cells = [
-            [g["layer"], ", ".join(f"{s}²" for s in g["sides"]), figures(g["exponent"])]
-            + [f"<= {g['limit']}" if g["limit"] else "", verdicts[g["met"]]]
+            [
+                g["layer"],
+                ", ".join(f"{s}²" for s in g["sides"]),
+                figures(g["exponent"]),
+                f"<= {g['limit']}" if g["limit"] else "",
+                verdicts[g["met"]],
+            ]
             for g in report["growth"]
         ]
         lines += [

@@ -85,7 +85,7 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
         device, dtype: of the parameters.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: for an argument that does not fit.
 
     Source: CoLT5 (arXiv 2303.09752) section 3; the windows of colt5-attention 0.11.2.
     """
@@ -110,8 +110,8 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
         use_null_q_tokens: bool | None = None,
         rotary_emb: bool = False,
         router: str = "learned",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
@@ -212,7 +212,7 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
             The shape of ``x``; with a cache, a pair (output, cache).
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
+            TypeError, ValueError: for an argument that does not fit.
         """
         check_float_tensor("x", x, ndim=3)
         batch, num_tokens, dim = x.shape

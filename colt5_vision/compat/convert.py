@@ -170,7 +170,8 @@ def _shapes_that_differ(converted: Mapping, wanted: Mapping) -> list[str]:
 
 def _other_prefix(given, expected) -> list[str]:
     """What to say where all names given begin with something else than those expected."""
-    got, want = (commonprefix(list(names)).rpartition(".")[0] for names in (given, expected))
+    prefixes = (commonprefix(list(names)) for names in (given, expected))  # noqa: RUF071  of names
+    got, want = (prefix.rpartition(".")[0] for prefix in prefixes)
     if got == want:
         return []
     return [f"names there begin with {got!r}, here with {want!r}: of a wrapper?"]

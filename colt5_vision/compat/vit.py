@@ -81,8 +81,8 @@ class ConditionalRoutedViT(nn.Module):
         attn_num_routed_kv: int = 1,
         default_coor_descent_eps: float = 1.0,
         router: str = "learned",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_switches(router_use_triton=router_use_triton, flash_attn=flash_attn)

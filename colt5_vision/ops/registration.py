@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,15 +11,18 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from ..routing import Routing
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
-def overridable(function: Callable) -> Callable:
+
+def overridable(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Hand a call to the class of an argument that asks for it by ``__torch_function__``.
 
     As torch's own functions do. ``torch.fx`` records one call then, and looks at no size or value.
     """
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         given = (*args, *kwargs.values())
         routings = (x for x in given if isinstance(x, Routing))
         given = (*given, *(field for routing in routings for field in routing))

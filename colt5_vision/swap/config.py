@@ -30,7 +30,7 @@ class ScheduleRule:
             configuration; None: the same.
 
     Raises:
-        TypeError, ValueError: naming the argument; a rule that changes nothing.
+        TypeError, ValueError: for an argument that does not fit; a rule that changes nothing.
     """
 
     min_tokens: int | None = None
@@ -109,7 +109,7 @@ class RoutedAttentionConfig:
             on large maps: ``[{"min_tokens": 16384, "num_heavy_tokens_kv": 1 / 32}]``.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: for an argument that does not fit.
     """
 
     window_size: int | tuple[int, ...] = 16
@@ -195,7 +195,7 @@ def _check_number(name: str, value) -> None:
 def _check_layers(layers) -> tuple[int | str, ...] | None:
     if layers is None:
         return None
-    expected = "layers: expected names, patterns or indices of layers"
+    expected = "layers: expected a list of names, patterns or indices of layers"
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
         raise TypeError(f"{expected}, or None, got {layers!r}")
     layers = tuple(layers)

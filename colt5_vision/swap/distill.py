@@ -199,8 +199,8 @@ def distill_routers(
         One dict a step, name of a layer to its error over that of ``"sampled"`` (below 1: better).
 
     Raises:
-        TypeError, ValueError: naming the argument; a checkpoint of other layers or settings; an
-            error that is not finite, before it reaches a router.
+        TypeError, ValueError: for an argument that does not fit; a checkpoint of other
+            layers or settings; an error that is not finite, before it reaches a router.
 
     Source: layer-wise distillation (FitNets, arXiv 1412.6550); optimal sampling by Neyman (1934).
     """

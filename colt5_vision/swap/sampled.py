@@ -69,7 +69,7 @@ class SampledAttention(nn.Module):
             weights, and the grid; None: nobody looks.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: for an argument that does not fit.
 
     Source: CoLT5 (arXiv 2303.09752) with one softmax; Horvitz-Thompson weights (JASA 1952).
     """
@@ -154,7 +154,7 @@ class SampledAttention(nn.Module):
             (B, heads, P + N, head_dim).
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
+            TypeError, ValueError: for an argument that does not fit.
         """
         prefix = num_prefix_tokens
         if key_mask is not None and key_mask.shape[-1] == q.shape[2] - prefix:

@@ -51,8 +51,8 @@ def route_attention(
         :class:`RoutedAttentionReport`; print it.
 
     Raises:
-        TypeError, ValueError: naming the argument, or saying why no layer would be routed; nothing
-            is changed then.
+        TypeError, ValueError: for an argument that does not fit, or saying why no layer would be
+            routed; nothing is changed then.
 
     Source: CoLT5 (arXiv 2303.09752).
     """

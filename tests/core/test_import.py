@@ -1,7 +1,9 @@
 """What an import needs, and what it brings along."""
 
+import configparser
 import importlib.metadata
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -10,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import colt5_vision
+from colt5_vision import ops, visualize
 
+ROOT = Path(__file__).parents[2]
 BLOCKED = ("timm", "diffusers", "torchvision", "triton")
 
 # None in sys.modules: an import raises ModuleNotFoundError, and find_spec, by which torch looks for
@@ -86,3 +90,40 @@ def test_public_names():
     assert set(colt5_vision.__all__) <= set(dir(colt5_vision))
     assert colt5_vision.__version__ == importlib.metadata.version("colt5-vision")
     assert all(getattr(colt5_vision, name).__doc__ for name in colt5_vision.__all__)
+
+
+@pytest.mark.parametrize("module", [colt5_vision, ops, visualize], ids=lambda m: m.__name__)
+def test_every_public_parameter_has_a_type(module):
+    """What ``py.typed`` promises."""
+    bare = []
+    for name in module.__all__:
+        one = getattr(module, name)
+        members = vars(one).items() if inspect.isclass(one) else [(name, one)]
+        for member, function in members:
+            if not inspect.isfunction(function) or (
+                member.startswith("_") and member != "__init__"
+            ):
+                continue
+            parameters = inspect.signature(function).parameters.values()
+            bare += [
+                f"{name}.{member}: {p.name}"
+                for p in parameters
+                if p.annotation is p.empty and p.name != "self" and p.kind is not p.VAR_KEYWORD
+            ]
+    assert not bare
+
+
+def test_setup_lists_every_package_and_one_version():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = set(setup["options"]["packages"].split())
+    rooms = {"colt5_vision": ROOT / "colt5_vision"}
+    rooms |= {f"colt5_vision.{room}": ROOT / room for room in ("models", "pipelines")}
+    found = {
+        ".".join([name, *path.parent.relative_to(room).parts])
+        for name, room in rooms.items()
+        for path in room.rglob("__init__.py")
+    }
+    assert listed == found
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {colt5_vision.__version__}\n" in citation

@@ -188,6 +188,7 @@ def test_an_evaluation_after_an_interruption_has_the_models_own_counts(fusion):
         ("model", lambda m: RoutingSchedule(nn.Linear(2, 2))),
         ("progress", lambda m: RoutingSchedule(m).step(1.2)),
         ("progress", lambda m: RoutingSchedule(m).step(float("nan"))),
+        ("progress", lambda m: RoutingSchedule(m).step(None)),
     ],
 )
 def test_bad_input_is_named(name, call):

@@ -192,7 +192,7 @@ def made(name):
 
 def result(pipe, name, call):
     """Img2img and inpainting take their size from the image."""
-    drop = FREE if name in (img2img,) else {}
+    drop = FREE if name is img2img else {}
     return generate(pipe, name if isinstance(name, str) else "sd15", **call, drop=drop)
 
 

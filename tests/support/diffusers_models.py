@@ -149,8 +149,7 @@ def flux3():
 
 
 def flux3_call(grid, batch):
-    call = flux_call(grid, batch) | {"img_ids": places(grid, 4), "txt_ids": torch.zeros(TEXT, 4)}
-    return call
+    return flux_call(grid, batch) | {"img_ids": places(grid, 4), "txt_ids": torch.zeros(TEXT, 4)}
 
 
 def controlnet_flux_call(grid, batch):
@@ -522,8 +521,7 @@ def hunyuan_dit_call(grid, batch):
 
 
 def hunyuan_dit_controlnet():
-    how = {key: value for key, value in _HUNYUAN_DIT.items()}
-    return diffusers.HunyuanDiT2DControlNetModel(transformer_num_layers=4, **how)
+    return diffusers.HunyuanDiT2DControlNetModel(transformer_num_layers=4, **_HUNYUAN_DIT)
 
 
 def hunyuan_dit_controlnet_call(grid, batch):

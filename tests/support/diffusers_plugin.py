@@ -77,7 +77,8 @@ def pytest_runtest_logreport(report):
     result = _results.setdefault(report.nodeid, {"outcome": "passed", "routed_calls": 0, "why": ""})
     result["routed_calls"] += _calls
     _calls = 0
-    if report.outcome == "failed" or report.outcome == "skipped" and result["outcome"] == "passed":
+    skipped = report.outcome == "skipped" and result["outcome"] == "passed"
+    if report.outcome == "failed" or skipped:
         result |= {
             "outcome": report.outcome,
             "why": report.longreprtext.strip().rpartition("\n")[2],

@@ -79,8 +79,10 @@ def select(loaded: ModuleType, models: list[str]) -> dict:
         name: item
         for name, item in vars(loaded).items()
         if name == "cfg_device"
-        or name.startswith("test_")
-        and name not in DESELECTED
-        and names(item)
-        and names(item) <= set(models)
+        or (
+            name.startswith("test_")
+            and name not in DESELECTED
+            and names(item)
+            and names(item) <= set(models)
+        )
     }
