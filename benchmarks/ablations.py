@@ -1,16 +1,18 @@
 """One choice at a time: which settings of the routed attention are worth having, and so are its
 defaults.
 
-    python -m benchmarks.ablations                # 18 settings x 2 seeds, 600 steps: an hour on 2
-    cores python -m benchmarks.ablations --resume       # go on after an interruption, or add seeds
-    python -m benchmarks.ablations --gates        # the gates alone: seconds
-    python -m benchmarks.ablations --quick        # see that it runs
+    python -m benchmarks.ablations             # 18 settings x 2 seeds, 600 steps
+    python -m benchmarks.ablations --resume    # go on after an interruption, or add seeds
+    python -m benchmarks.ablations --gates     # the gates alone: seconds
+    python -m benchmarks.ablations --quick     # see that it runs
 
-Two tables in ``ablations_cpu.md`` and ``.json``. The gates: how far their sum is from k and their
-gradient from that of the exact gates in float64, for exact gates and for 20 and 50 iterations.
-Accuracy: the task of ``benchmarks.needle``, routed attention of ``sum`` with 1/8 of the keys, each
-row different in what it says. Keys of pretrained networks, how many of them heavy, sampled or
-pooled, are rows of ``python -m benchmarks.training_free``.
+Costs: an hour on two CPU cores. Leaves in --output: ``ablations_cpu.json`` and ``.md``.
+
+Two tables. The gates: how far their sum is from k and their gradient from that of the exact gates
+in float64, for exact gates and for 20 and 50 iterations. Accuracy: the task of
+``benchmarks.needle``, routed attention of ``sum`` with 1/8 of the keys, each row different in what
+it says. Keys of pretrained networks, how many of them heavy, sampled or pooled, are rows of
+``python -m benchmarks.training_free``.
 """
 
 import argparse
@@ -120,7 +122,7 @@ def study(args: argparse.Namespace) -> None:
     if args.gates:
         print(*lines, sep="\n")
         return
-    for records in records_of(ABLATIONS, args, stem.with_suffix(".jsonl")):
+    for records in records_of(ABLATIONS, args, stem.with_suffix(".json")):
         if not records:
             continue
         groups, first = by_variant(records, list(ABLATIONS)), records[0]
@@ -144,14 +146,14 @@ def study(args: argparse.Namespace) -> None:
         save_atomically(
             stem.with_suffix(".md"), lambda part, text=text: part.write_text("\n".join(text))
         )
-    print(f"wrote {stem}.jsonl, .json, .md")
+    print(f"wrote {stem}.json, .md")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of(__doc__, ABLATIONS)
     parser.add_argument("--gates", action="store_true", help="only the table of the gates, printed")
     parser.set_defaults(seeds=[0, 1], steps=600)
-    return exit_status(study, parse(parser, argv))
+    return exit_status(study, parse(parser, argv), argv)
 
 
 if __name__ == "__main__":

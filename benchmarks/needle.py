@@ -1,13 +1,18 @@
 """A task that needs the whole map: each white square must be labelled with the class of the one
 digit, far away.
 
-    python -m benchmarks.needle                                    # all variants, 3 seeds, 1200
-    steps; 2 hours on 2 cores python -m benchmarks.needle --resume                           # go on
-    after an interruption, or add seeds and variants python -m benchmarks.needle --variants full
-    sum-learned-eighth --seeds 0 python -m benchmarks.needle --canvas 384 --start 192 --steps 60
-    --points 5 --held-out 500 --seeds 0 python -m benchmarks.needle --canvas 768 --start 192 --steps
-    4 --points 1 --held-out 100 --seeds 0 python -m benchmarks.needle --quick
-    # see that it runs: a minute, a few steps of each
+    python -m benchmarks.needle             # all variants, 3 seeds, 1200 steps
+    python -m benchmarks.needle --resume    # go on after an interruption, or add seeds, variants
+    python -m benchmarks.needle --variants full sum-learned-eighth --seeds 0
+    python -m benchmarks.needle --canvas 384 --start 192 --steps 60 --points 5 \
+        --held-out 500 --seeds 0
+    python -m benchmarks.needle --canvas 768 --start 192 --steps 4 --points 1 \
+        --held-out 100 --seeds 0
+    python -m benchmarks.needle --quick     # see that it runs: a minute, a few steps of each
+
+Costs: two hours on two CPU cores. Leaves in --output: ``needle_cpu.json``, ``.md`` and ``.png``
+(``needle_384_cpu``, ... of larger canvases), and ``needle_scale_cpu.png`` of all canvases there
+are. Every (variant, seed) is a process of its own and written at once. Seconds are CPU seconds.
 
 The digit touches no square's window, so windows alone cannot answer. "eighth" routes 1/8 of the map
 as keys, of which some fall into every window, where window attention has spread the digit; "few"
@@ -19,12 +24,7 @@ of "softmax" in turns with steps that have it all, those of "sum" late.
 On larger canvases clutter and squares grow in proportion. With ``--start`` a run goes on with the
 weights that the same variant and seed had after the smaller canvas (every run leaves them in
 ``--weights``), with its own keys and a third of the learning rate; its curve begins before the
-first step.
-
-All variants of a seed see the same canvases in the same order. Every (variant, seed) is a process
-of its own and written at once to ``needle_cpu.jsonl``; ``needle_cpu.json``, ``.md`` and ``.png``
-are made from it (``needle_384_cpu``, ...), and ``needle_scale_cpu.png`` from all canvases there
-are. Seconds are CPU seconds.
+first step. All variants of a seed see the same canvases in the same order.
 """
 
 import argparse
@@ -51,6 +51,7 @@ from benchmarks.needle_task import CELL, Batch, NeedleTask
 from colt5_vision.store import save_atomically
 from colt5_vision.visualize import record_routing
 from examples.support.command_line import (
+    Help,
     UserError,
     at_least_one,
     exit_status,
@@ -166,13 +167,12 @@ def weights_of(name: str, seed: int, canvas: int, args: argparse.Namespace) -> P
 
 
 def read(path: Path, variants: dict[str, Variant], args: argparse.Namespace) -> list[dict]:
-    """The finished runs of this study; a line cut short is none."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    """The finished runs of this study."""
+    try:
+        records = json.loads(path.read_text())["runs"] if path.is_file() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--resume: {path} is no record of runs ({error!r})") from error
+    for record in records:
         for name in SETTINGS:
             given = getattr(args, name)
             if record.get(name) != given and not (name == "widest" and record[name] is None):
@@ -189,22 +189,17 @@ def read(path: Path, variants: dict[str, Variant], args: argparse.Namespace) -> 
         if (narrowed and tuple(narrowed)) != now:
             raise UserError(
                 f"--resume: {name} in {path} narrowed its keys by {narrowed}, now by {now}: "
-                "remove the line"
+                "remove the run"
             )
-        records.append(record)
     return records
 
 
 def records_of(
     variants: dict[str, Variant], args: argparse.Namespace, store: Path
 ) -> Iterator[list[dict]]:
-    """Yield all records known so far, first those of ``store``, then as runs finish and are written
-    there."""
+    """Yield all records known so far, first those of ``store``, then as runs finish; who asks
+    writes them there."""
     records = read(store, variants, args) if args.resume else []
-    lines = "".join(
-        json.dumps(record) + "\n" for record in records
-    )  # without one that was cut short
-    save_atomically(store, lambda part: part.write_text(lines))
     yield records
     done = {(r["variant"], r["seed"]) for r in records}
     wanted = [
@@ -227,8 +222,6 @@ def records_of(
         try:
             for future in as_completed(futures):
                 records.append(future.result())
-                with store.open("a") as file:
-                    file.write(json.dumps(records[-1]) + "\n")
                 yield records
         finally:
             for future in futures:
@@ -238,15 +231,13 @@ def records_of(
 def study(args: argparse.Namespace) -> None:
     stem = Path(args.output) / ("needle_cpu" if args.canvas == 192 else f"needle_{args.canvas}_cpu")
     lines = []
-    for records in records_of(VARIANTS, args, stem.with_suffix(".jsonl")):
+    for records in records_of(VARIANTS, args, stem.with_suffix(".json")):
         lines = report(records, stem, SETTINGS) if records else []
-    print(*lines, f"wrote {stem}.jsonl, .json, .md, .png, {draw_scale(stem.parent)}", sep="\n")
+    print(*lines, f"wrote {stem}.json, .md, .png, {draw_scale(stem.parent)}", sep="\n")
 
 
 def parser_of(description: str, variants: dict[str, Variant]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     parser.add_argument(
         "--variants", nargs="+", choices=variants, default=list(variants), metavar="VARIANT"
     )
@@ -304,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parse(parser, argv)
     args.weights = args.weights or (args.output if args.quick else "runs/needle_weights")
-    return exit_status(study, args)
+    return exit_status(study, args, argv)
 
 
 if __name__ == "__main__":

@@ -86,17 +86,16 @@ def test_variants_differ_in_their_attention_only():
 def test_a_study_resumes_where_it_stopped(tmp_path):
     few = ["--quick", "--output", str(tmp_path), "--held-out", "50"]
     assert needle.main([*few, "--variants", "full"]) == 0
-    store = tmp_path / "needle_cpu.jsonl"
-    first = store.read_text()
-    store.write_text(first + '{"variant": "window", "se')  # cut short
+    store = tmp_path / "needle_cpu.json"
+    first = json.loads(store.read_text())["runs"]
     assert (
         needle.main(
             [*few, "--resume", "--variants", "full", "softmax-learned-few", "sum-random-few"]
         )
         == 0
     )
-    assert store.read_text().startswith(first)
-    study = json.loads((tmp_path / "needle_cpu.json").read_text())
+    study = json.loads(store.read_text())
+    assert study["runs"][0] == first[0] and len(study["runs"]) == 3  # it was not run again
     assert [row["variant"] for row in study["summary"]] == [
         "full",
         "softmax-learned-few",
@@ -123,7 +122,7 @@ def test_a_larger_canvas_goes_on_with_the_weights_of_a_smaller_one(tmp_path, cap
     assert needle.main(few) == 0
     weights = torch.load(tmp_path / "192" / "sum-learned-few-0.pt", weights_only=True)
     assert needle.main(larger) == 0
-    record = json.loads((tmp_path / "needle_384_cpu.jsonl").read_text())
+    (record,) = json.loads((tmp_path / "needle_384_cpu.json").read_text())["runs"]
     assert (
         record["start"] == 192
         and record["keys"] == record["mean_keys"] == 9
@@ -150,8 +149,8 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path, capsys):
     assert "--steps: the runs in" in capsys.readouterr().err
     few[-1] = "softmax-random-few"
     assert needle.main(few) == 0
-    store = tmp_path / "needle_cpu.jsonl"
-    record = json.loads(store.read_text())
+    store = tmp_path / "needle_cpu.json"
+    (record,) = json.loads(store.read_text())["runs"]
     for changes, complaint in (
         (
             {"narrowing": [0.3, 0.9, True]},
@@ -159,9 +158,12 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path, capsys):
         ),
         ({"variant": "tiny"}, "has runs of tiny, expected one of full, window,"),
     ):
-        store.write_text(json.dumps(record | changes) + "\n")
+        store.write_text(json.dumps({"runs": [record | changes]}))
         assert needle.main([*few, "--resume"]) == 2
         assert complaint in capsys.readouterr().err
+    store.write_text('{"runs": [{"variant": "window", "se')
+    assert needle.main([*few, "--resume"]) == 2
+    assert "needle_cpu.json is no record of runs" in capsys.readouterr().err
     with pytest.raises(ValueError, match="^size: expected a multiple of 64"):
         NeedleTask(200)
 
@@ -228,7 +230,7 @@ def test_ablations_are_the_default_but_for_what_they_say(tmp_path):
     study = json.loads((tmp_path / "ablations_cpu.json").read_text())
     assert [row["variant"] for row in study["summary"]] == ["softmax", "window 4"]
     rows = {(g["n"], g["k"], g["eps"], g["gates"]): g for g in study["gates"]}
-    for n, k, eps, name in rows:
+    for n, k, eps, _ in rows:
         exact = rows[n, k, eps, "exact"]
         assert abs(exact["sum"] - 1) < 1e-5 and exact["gradient_error"] < 1e-5
     text = (tmp_path / "ablations_cpu.md").read_text()
