@@ -47,7 +47,7 @@ class NeedleTask:
         fragments, squares: how many per 192x192 pixels.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: for an argument that does not fit.
     """
 
     def __init__(self, size: int = 192, seed: int = 0, fragments: int = 8, squares: int = 6):

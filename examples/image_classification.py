@@ -1,132 +1,96 @@
 """Train an image classifier with routed attention on real images, and see where its heavy branch
 looks.
 
-    python examples/image_classification.py                        # digits in 192x192 canvases,
-    minutes on a CPU python examples/image_classification.py --resume               # go on after an
-    interruption python examples/image_classification.py --data FOLDER          # your own images,
-    one sub-folder a class torchrun --nproc-per-node 2 examples/image_classification.py
+    python examples/image_classification.py                       # digits in 192x192 canvases
+    python examples/image_classification.py --resume              # go on after an interruption
+    python examples/image_classification.py --data FOLDER         # your images, a folder a class
+    torchrun --nproc-per-node 2 examples/image_classification.py  # two processes
 
-Leaves in --output: checkpoint/ (safetensors), history.json, results.md, curve.png, routing.png.
+Costs: the digits take five minutes on two CPU cores, and no download.
+
+Leaves in --output: checkpoint/ (safetensors), settings.json (model, size, names of the classes),
+history.json, results.md (with a table of what was taken for what), curve.png, validation.png
+(held-out images, errors first), routing.png. An older run there is moved to --output/before.
 """
 
 import argparse
+import difflib
 import json
-import math
 import shutil
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 import colt5_vision.models  # noqa: F401  (registers colt5_* with timm)
-from colt5_vision.visualize import plot_routing, record_routing
-from support.command_line import UserError, at_least_one, exit_status
+from support.classes_report import draw_curve, draw_pictures, write_tables
+from support.command_line import (
+    Help,
+    UserError,
+    at_least_one,
+    exit_status,
+    learning_rate,
+    make_folder,
+    stop_request,
+)
 from support.digits import DigitCanvases
+from support.folders import open_folder
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+LEAVES = ("checkpoint", "settings.json", "history.json", "results.md")
+LEAVES += ("curve.png", "validation.png", "routing.png")
+SAME = ("model", "img_size", "data", "batch_size", "limit", "seed")  # of a resumed run
 
 
 def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-class ImageFolderSplit(Dataset):
-    """Images of ``root`` in torchvision's ``ImageFolder`` layout, resized and cropped to a
-    square."""
-
-    def __init__(self, root: Path, size: int, train: bool):
-        from torchvision import transforms
-        from torchvision.datasets import ImageFolder
-
-        crop = [transforms.RandomResizedCrop(size, (0.5, 1.0)), transforms.RandomHorizontalFlip()]
-        fixed = [transforms.Resize(size), transforms.CenterCrop(size)]
-        normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        transform = transforms.Compose(
-            [*(crop if train else fixed), transforms.ToTensor(), normalize]
-        )
-        try:
-            self.folder = ImageFolder(str(root), transform, loader=read_image)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"--data: {root} holds no class folders with images ({error})"
-            ) from error
-        self.classes = self.folder.classes
-
-    def __len__(self) -> int:
-        return len(self.folder)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.folder[index]
-
-
-def read_image(path: str):
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:  # UnidentifiedImageError is one
-        raise UserError(f"--data: cannot read image {path} ({error})") from error
+def normalisation(args) -> dict:
+    """Mean and deviation of each channel that a model wants: its own if its weights are loaded."""
+    told = timm.get_pretrained_cfg(args.model) if args.pretrained else None
+    return IMAGENET if told is None else {"mean": told.mean, "std": told.std}
 
 
 def open_data(args) -> tuple[Dataset, Dataset, int]:
     """Training set, held-out set, channels."""
-    if args.data is None:
-        try:
-            return (
-                *(
-                    DigitCanvases(train, args.img_size, args.limit, seed=args.seed)
-                    for train in (True, False)
-                ),
-                1,
-            )
-        except ValueError as error:
-            raise UserError(f"--img-size: {error}") from error
-    root = Path(args.data)
-    if not root.is_dir():
-        raise UserError(f"--data: no such folder: {root}")
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        train, val = (
-            ImageFolderSplit(root / part, args.img_size, part == "train")
-            for part in ("train", "val")
-        )
-        if train.classes != val.classes:
-            raise UserError(
-                f"--data: train and val hold other classes: {train.classes} and {val.classes}"
-            )
-        return train, val, 3
-    train, val = (ImageFolderSplit(root, args.img_size, part) for part in (True, False))
-    order = np.random.default_rng(args.seed).permutation(len(train))
-    held_out = max(1, len(order) // 5)
-    if len(order) < 2:
-        raise UserError(f"--data: expected at least 2 images in {root}, found {len(order)}")
-    parts = Subset(train, order[held_out:].tolist()), Subset(val, order[:held_out].tolist())
-    for part in parts:
-        part.classes = train.classes
-    return *parts, 3
-
-
-def create_model(args, in_chans: int, num_classes: int) -> torch.nn.Module:
-    if not timm.is_model(args.model.split(".")[0]):
-        raise UserError(
-            f"--model: timm knows no model {args.model!r}; try timm.list_models('*colt5*')"
-        )
-    common = {"in_chans": in_chans, "num_classes": num_classes, "pretrained": args.pretrained}
+    if args.data is not None:
+        how = {"seed": args.seed, "limit": args.limit, "skip_broken": args.skip_broken}
+        parts = open_folder(Path(args.data), args.img_size, **normalisation(args), **how)
+        return *parts, 3
     try:
-        return timm.create_model(args.model, img_size=args.img_size, **common)
-    except TypeError:  # a convolutional network takes any size and no img_size
-        return timm.create_model(args.model, **common)
+        train, val = (
+            DigitCanvases(train, args.img_size, args.limit, seed=args.seed)
+            for train in (True, False)
+        )
+    except ValueError as error:
+        raise UserError(f"--img-size: {error}") from error
+    return train, val, 1
+
+
+def create_model(args, in_chans: int, num_classes: int) -> tuple[torch.nn.Module, dict]:
+    """A model, and the options that make one of its shape."""
+    if not timm.is_model(args.model.split(".")[0]):
+        near = difflib.get_close_matches(args.model, timm.list_models(), 3)
+        near = near or ["timm.list_models('*colt5*')"]
+        raise UserError(f"--model: timm knows no model {args.model!r}; try {', '.join(near)}")
+    sized = {"img_size": args.img_size, "in_chans": in_chans, "num_classes": num_classes}
+    free = {"in_chans": in_chans, "num_classes": num_classes}
+    try:
+        try:
+            return timm.create_model(args.model, pretrained=args.pretrained, **sized), sized
+        except TypeError:  # a convolutional network takes any size and no img_size
+            return timm.create_model(args.model, pretrained=args.pretrained, **free), free
     except (RuntimeError, OSError) as error:
-        if not args.pretrained:
-            raise
-        raise UserError(
-            f"--pretrained: no weights for {args.model} ({first_line(error)})"
-        ) from error
+        option = "pretrained" if args.pretrained else "model"
+        raise UserError(f"--{option}: cannot make {args.model} ({first_line(error)})") from error
 
 
 def optimizer_for(model: torch.nn.Module, args) -> torch.optim.Optimizer:
@@ -140,17 +104,17 @@ def optimizer_for(model: torch.nn.Module, args) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=args.lr)
 
 
-class Progress:
-    """What a checkpoint holds besides weights and optimizer: finished epochs and their figures."""
-
-    def __init__(self):
-        self.history: list[dict] = []
-
-    def state_dict(self) -> dict:
-        return {"history": self.history}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.history = state["history"]
+def set_aside(output: Path) -> None:
+    """An older run in the folder goes to ``before``; the one that was there is lost."""
+    if not (output / "checkpoint").exists():
+        return
+    before = output / "before"
+    shutil.rmtree(before, ignore_errors=True)
+    before.mkdir()
+    for name in LEAVES:
+        if (output / name).exists():
+            (output / name).rename(before / name)
+    print(f"moved the run in {output} to {before}; --resume would have gone on with it")
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
@@ -159,7 +123,14 @@ def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(fresh, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(fresh), safe_serialization=True)
+    try:
+        accelerator.save_state(str(fresh), safe_serialization=True)
+    except Exception as error:  # a full disk is another error for each library that writes
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise UserError(
+            f"--output: cannot write a checkpoint to {folder.parent} ({first_line(error)}); the "
+            "one before is whole"
+        ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(old, ignore_errors=True)
@@ -170,35 +141,158 @@ def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
+def load_checkpoint(accelerator: Accelerator, folder: Path, settings: dict) -> None:
+    """Weights, optimizer and progress of a run with the same settings."""
     old = folder.with_name("checkpoint.old")  # interrupted between the two renames
     folder = folder if folder.exists() else old
     if not folder.exists():
         raise UserError(f"--resume: no checkpoint in {folder.parent}")
+    told = folder.with_name("settings.json")
+    saved = json.loads(told.read_text()) if told.exists() else {}
+    for name in SAME:
+        if name in saved and saved[name] != settings[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')}: the run to resume was made with {saved[name]}, got "
+                f"{settings[name]}"
+            )
     try:
         accelerator.load_state(str(folder))
     except Exception as error:  # safetensors, pickle and shape errors are many types
         raise UserError(f"--resume: cannot load {folder} ({first_line(error)})") from error
 
 
-def learning_rate(step: int, total: int, peak: float) -> float:
-    """Linear warm-up over a twentieth of the steps, then a cosine to 1/100."""
-    warm = max(1, total // 20)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (
-        0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
-    )
+class Run:
+    """A training in progress.
 
+    Attributes:
+        history: figures of the finished epochs.
+        losses: of the steps of the epoch in progress, the mean over processes.
+        taken: (classes, classes) counts of held-out images, what they are by what they were taken
+            for.
+    """
 
-@torch.no_grad()
-def evaluate(accelerator: Accelerator, model, loader) -> float:
-    model.eval()
-    right = seen = 0
-    for images, labels in loader:
-        guess, labels = accelerator.gather_for_metrics((model(images).argmax(1), labels))
-        right, seen = right + (guess == labels).sum().item(), seen + len(labels)
-    return right / seen
+    def __init__(self, args, accelerator: Accelerator):
+        self.args, self.accelerator = args, accelerator
+        self.output = Path(args.output)
+        train_set, self.held_out, channels = open_data(args)
+        self.classes = train_set.classes
+        loaders = {"batch_size": args.batch_size, "num_workers": args.workers}
+
+        # a batch of one image would have no variance; every other rest is trained on
+        single = len(train_set) % args.batch_size == 1 and len(train_set) > args.batch_size
+        self.order = torch.Generator()
+        shuffled = {"shuffle": True, "generator": self.order, "drop_last": single}
+        train_loader = DataLoader(train_set, **shuffled, **loaders)
+        model, self.made = create_model(args, channels, len(self.classes))
+        self.model, self.optimizer, self.loader, self.val_loader = accelerator.prepare(
+            model, optimizer_for(model, args), train_loader, DataLoader(self.held_out, **loaders)
+        )
+        self.history: list[dict] = []
+        self.losses: list[float] = []
+        accelerator.register_for_checkpointing(self)
+
+        # what there is, in a line
+        names = ", ".join(map(str, self.classes[:10])) + (", ..." if len(self.classes) > 10 else "")
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        accelerator.print(
+            f"{len(train_set)} images to train, {len(self.held_out)} held out, "
+            f"{len(self.classes)} classes ({names}); {args.model}, {parameters:.2f} M parameters, "
+            f"on {accelerator.device}; {len(self.loader)} steps an epoch"
+        )
+
+    def state_dict(self) -> dict:
+        return {"history": self.history, "losses": self.losses}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.history, self.losses = state["history"], state.get("losses", [])
+
+    def settings(self) -> dict:
+        """What another program needs to use the weights, and a resumed run to compare."""
+        told = {name: getattr(self.args, name) for name in SAME}
+        return told | {"classes": self.classes, **(normalisation(self.args))}
+
+    def save(self) -> None:
+        save_checkpoint(self.accelerator, self.output / "checkpoint")
+
+    def step(self, images: Tensor, labels: Tensor, stop: bool) -> bool:
+        """One optimizer step; whether any process was asked to stop."""
+        epoch, step = len(self.history), len(self.losses)
+        total, now = self.args.epochs * len(self.loader), epoch * len(self.loader) + step
+        torch.manual_seed(hash((self.args.seed, epoch, step, self.accelerator.process_index)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(now, total, self.args.lr, floor=0.01)
+        loss_of = torch.nn.CrossEntropyLoss(label_smoothing=0.05)
+        loss = loss_of(self.model(images), labels)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        told = torch.stack([loss.detach().float(), loss.new_tensor(float(stop), dtype=torch.float)])
+        mean, stops = self.accelerator.reduce(told, "mean").tolist()
+        self.losses.append(mean)
+        return stops > 0
+
+    def epoch(self, stop) -> None:
+        """Train the epoch in progress to its end, and judge; saves when asked to stop."""
+        epoch, done = len(self.history), len(self.losses)
+        # the order of an epoch depends on its number alone, so a resumed run sees what an unbroken
+        # one would
+        set_seed(self.args.seed * 1000 + epoch)
+        self.order.manual_seed(self.args.seed * 1000 + epoch)
+        loader = skip_first_batches(self.loader, done) if done else self.loader
+        loader.set_epoch(epoch)  # and with it the data set's
+        self.model.train()
+        start, shown = time.perf_counter(), self.accelerator.is_main_process
+        desc = f"epoch {epoch + 1}/{self.args.epochs}"
+        bar = tqdm(loader, desc, len(self.loader), initial=done, disable=not shown)
+        for images, labels in bar:
+            stopped = self.step(images, labels, stop.is_set())
+            recent = self.losses[-50:]
+            bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", refresh=False)
+            if stopped:
+                self.save()
+                raise KeyboardInterrupt
+        accuracy, seconds = self.judge(), time.perf_counter() - start
+        loss = sum(self.losses) / len(self.losses)
+        figures = {"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, "seconds": seconds}
+        self.history.append(figures)
+        self.losses = []
+        self.accelerator.print(
+            f"epoch {epoch + 1}: loss {loss:.3f}, held-out accuracy {accuracy:.3f}, {seconds:.0f} s"
+        )
+        self.save()
+
+    @torch.no_grad()
+    def judge(self) -> float:
+        """Share of the held-out images that are seen as what they are."""
+        self.model.eval()
+        count = len(self.classes)
+        self.taken = torch.zeros(count * count, dtype=torch.long)
+        for images, labels in self.val_loader:
+            pair = (labels, self.model(images).argmax(1))
+            is_, seen_as = self.accelerator.gather_for_metrics(pair)
+            self.taken += torch.bincount((is_ * count + seen_as).cpu(), minlength=count * count)
+        self.taken = self.taken.view(count, count)
+        return (self.taken.diagonal().sum() / self.taken.sum()).item()
+
+    def report(self) -> None:
+        """Tables and pictures, and how to use the weights."""
+        args, output = self.args, self.output
+        confusion = write_tables(output, args.model, self.classes, self.history, self.taken)
+        draw_curve(output / "curve.png", args.model, self.classes, self.history)
+        model = self.accelerator.unwrap_model(self.model)
+        pictures = draw_pictures(output, model, self.held_out)
+        if confusion:
+            print("held-out images, what they are by what they were seen as:", *confusion, sep="\n")
+        accuracy, epochs = self.history[-1]["accuracy"], len(self.history)
+        print(f"held-out accuracy {accuracy:.3f} after {epochs} epochs")
+        print(
+            f"wrote {output}/: checkpoint, settings.json, history.json, results.md, curve.png, "
+            f"{', '.join(pictures)}"
+        )
+        weights = str(output / "checkpoint" / "model.safetensors")
+        options = "".join(f"{name}={value!r}, " for name, value in self.made.items())
+        print(f"load it: timm.create_model({args.model!r}, {options}checkpoint_path={weights!r})")
 
 
 def train(args) -> None:
@@ -211,158 +305,63 @@ def train(args) -> None:
     except ValueError as error:  # a precision that the device does not have
         raise UserError(f"--amp: {error}") from error
     set_seed(args.seed)
-    train_set, val_set, channels = open_data(args)
-    output = Path(args.output)
-    loaders = {"batch_size": args.batch_size, "num_workers": args.workers}
-    order = torch.Generator()
-    train_loader = DataLoader(
-        train_set,
-        shuffle=True,
-        generator=order,
-        drop_last=len(train_set) >= args.batch_size,
-        **loaders,
-    )
-    val_loader = DataLoader(val_set, **loaders)
-    model = create_model(args, channels, len(train_set.classes))
-    optimizer, progress = optimizer_for(model, args), Progress()
-    model, optimizer, train_loader, val_loader = accelerator.prepare(
-        model, optimizer, train_loader, val_loader
-    )
-    accelerator.register_for_checkpointing(progress)
-    if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
+    output, main = Path(args.output), accelerator.is_main_process
+    if main:
+        make_folder(output)
+    run = Run(args, accelerator)
     if args.resume:
-        load_checkpoint(accelerator, output / "checkpoint")
-        accelerator.print(f"resuming after epoch {len(progress.history)} of {args.epochs}")
+        load_checkpoint(accelerator, output / "checkpoint", run.settings())
+        part = f" and {len(run.losses)} steps" if run.losses else ""
+        accelerator.print(f"resuming after epoch {len(run.history)}{part} of {args.epochs}")
+    elif main:
+        set_aside(output)
+    if main:
+        (output / "settings.json").write_text(json.dumps(run.settings(), indent=1) + "\n")
+    accelerator.wait_for_everyone()
 
-    loss_of = torch.nn.CrossEntropyLoss(label_smoothing=0.05)
-    total = args.epochs * len(train_loader)
-    for epoch in range(len(progress.history), args.epochs):
-        train_loader.set_epoch(epoch)  # and with it the data set's
-        # the order of an epoch depends on its number alone, so a resumed run sees what an unbroken
-        # one would
-        set_seed(args.seed * 1000 + epoch)
-        order.manual_seed(args.seed * 1000 + epoch)
-        model.train()
-        start, losses = time.perf_counter(), []
-        bar = tqdm(
-            train_loader,
-            desc=f"epoch {epoch + 1}/{args.epochs}",
-            disable=not accelerator.is_main_process,
-        )
-        for step, (images, labels) in enumerate(bar):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(epoch * len(train_loader) + step, total, args.lr)
-            loss = loss_of(model(images), labels)
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.detach())
-            if step % 10 == 0:
-                bar.set_postfix(loss=f"{torch.stack(losses[-50:]).mean().item():.3f}")
-        accuracy = evaluate(accelerator, model, val_loader)
-        seconds = time.perf_counter() - start
-        mean_loss = torch.stack(losses).mean().item()
-        progress.history.append(
-            {"epoch": epoch + 1, "loss": mean_loss, "accuracy": accuracy, "seconds": seconds}
-        )
-        accelerator.print(
-            f"epoch {epoch + 1}: loss {mean_loss:.3f}, held-out accuracy {accuracy:.3f}, "
-            f"{seconds:.0f} s"
-        )
-        save_checkpoint(accelerator, output / "checkpoint")
-    if accelerator.is_main_process:
-        report(args, output, progress.history, accelerator.unwrap_model(model), val_set)
+    with stop_request() as stop:
+        if len(run.history) >= args.epochs:  # resumed when all was done
+            run.judge()
+        while len(run.history) < args.epochs:
+            run.epoch(stop)
+    if main:
+        run.report()
     accelerator.wait_for_everyone()
 
 
-def report(
-    args, output: Path, history: list[dict], model: torch.nn.Module, val_set: Dataset
-) -> None:
-    """history.json, results.md, curve.png, and routing.png for a model with routed layers."""
-    from matplotlib.figure import Figure
-
-    (output / "history.json").write_text(json.dumps(history, indent=1))
-    rows = [
-        f"| {h['epoch']} | {h['loss']:.3f} | {h['accuracy']:.3f} | {h['seconds']:.0f} |"
-        for h in history
-    ]
-    table = ["| epoch | training loss | held-out accuracy | seconds |", "|---|---|---|---|", *rows]
-    (output / "results.md").write_text(f"# {args.model}\n\n" + "\n".join(table) + "\n")
-
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axis = figure.subplots()
-    epochs = [h["epoch"] for h in history]
-    axis.plot(
-        epochs,
-        [h["accuracy"] for h in history],
-        "o-",
-        color="tab:orange",
-        label="held-out accuracy",
-    )
-    axis.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1), title=args.model)
-    loss_axis = axis.twinx()
-    loss_axis.plot(
-        epochs, [h["loss"] for h in history], "s--", color="tab:blue", label="training loss"
-    )
-    loss_axis.set_ylabel("loss")
-    figure.legend(loc="outside lower center", ncols=2)
-    figure.savefig(output / "curve.png", dpi=110)
-
-    shown = [val_set[i] for i in range(min(4, len(val_set)))]
-    images = torch.stack([image for image, _ in shown])
-    device = next(model.parameters()).device
-    model.eval()
-    written = "curve.png"
-    try:
-        with record_routing(model) as records, torch.no_grad():
-            guesses = model(images.to(device)).argmax(1).tolist()
-    except ValueError:
-        print("no routing.png: the model has no routed layer")
-    else:
-        titles = [
-            f"is {val_set.classes[y]}, seen as {val_set.classes[g]}"
-            for (_, y), g in zip(shown, guesses)
-        ]
-        plot_routing(images, records, output / "routing.png", titles=titles)
-        written = "curve.png, routing.png"
-    print(f"held-out accuracy {history[-1]['accuracy']:.3f} after {len(history)} epochs")
-    print(f"wrote {output}/: checkpoint, history.json, results.md, {written}")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", help="a folder of images, one sub-folder a class (or train/ and val/ of such)"
-    )
-    parser.add_argument("--model", default="colt5_vit_nano_patch8_192", help="any timm model")
-    parser.add_argument(
-        "--pretrained", action="store_true", help="start from timm's weights (needs the hub)"
-    )
-    parser.add_argument("--img-size", type=int, default=192)
-    parser.add_argument("--epochs", type=int, default=7)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.02)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.add_argument("--amp", choices=("no", "bf16", "fp16"), default="no")
-    parser.add_argument("--workers", type=int, default=0, help="data loading processes")
-    parser.add_argument("--limit", type=int, help="use only so many digits of each split")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="runs/digits")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint in --output"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add("--data", help="a folder of images, one sub-folder a class (or train/ and val/ of such)")
+    add("--skip-broken", action="store_true", help="read all files first, leave out broken ones")
+    add("--model", default="colt5_vit_nano_patch8_192", help="any timm model")
+    add("--pretrained", action="store_true", help="start from timm's weights (needs the hub)")
+    add("--img-size", type=int, default=192, help="side in pixels")
+    add("--epochs", type=int, default=7, help="in all, those of a resumed run too")
+    add("--batch-size", type=int, default=16, help="of each process")
+    add("--lr", type=float, help="highest learning rate; 4e-3, with --pretrained 4e-4")
+    add("--weight-decay", type=float, default=0.02, help="of AdamW")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train")
+    add("--amp", choices=("no", "bf16", "fp16"), default="no", help="half precision")
+    add("--workers", type=int, default=0, help="data loading processes")
+    add("--limit", type=int, help="use only so many images of each split")
+    add("--seed", type=int, default=0, help="of weights, order and split")
+    add("--output", help="folder; runs/digits, or runs/NAME of --data")
+    add("--resume", action="store_true", help="go on from the checkpoint in --output")
     args = parser.parse_args(argv)
     at_least_one(parser, args, "img_size", "epochs", "batch_size", "limit")
+    args.lr = (4e-4 if args.pretrained else 4e-3) if args.lr is None else args.lr
+    if args.lr <= 0:
+        parser.error(f"--lr: expected a number above 0, got {args.lr}")
+    if args.workers < 0:
+        parser.error(f"--workers: expected at least 0, got {args.workers}")
+    name = "digits" if args.data is None else Path(args.data).resolve().name
+    args.output = args.output or f"runs/{name}"
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_status(train, parse(argv))
+    return exit_status(train, parse(argv), argv)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Train a small diffusers UNet with routed attention to draw real digits, from scratch.
 
-    python examples/train_diffusion.py                             # 64 x 64 digits, minutes on a
-    CPU python examples/train_diffusion.py --resume                    # go on after an interruption
-    torchrun --nproc-per-node 2 examples/train_diffusion.py        # or accelerate launch
-    --multi_gpu --num_processes 2
+    python examples/train_diffusion.py                       # 64 x 64 digits
+    python examples/train_diffusion.py --resume              # go on after an interruption
+    torchrun --nproc-per-node 2 examples/train_diffusion.py  # two processes
+
+Costs: some minutes on two CPU cores, and no download.
+
+Leaves in --output: checkpoint.pt, metrics.jsonl, results.md, curve.png, samples/epoch_001.png, ...
 
 DDPM given the digit, in the form that predicts sqrt(1 - s²) noise - s image ("velocity"); with the
 noise as the target the first epoch drew noise. Samples by DDIM with classifier-free guidance from
-averaged weights (EMA). Leaves in --output: checkpoint.pt, metrics.jsonl, results.md, curve.png,
-    samples/epoch_001.png, ...
+averaged weights (EMA).
 """
 
 import argparse
@@ -16,7 +18,6 @@ import json
 import sys
 import time
 import timeit
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +36,13 @@ from colt5_vision.checks import token_count
 from colt5_vision.pipelines import build_routed_attention
 from colt5_vision.store import save_atomically
 from support.command_line import (
+    Help,
     UserError,
     at_least_one,
+    count_or_share,
     exit_status,
     learning_rate,
+    make_folder,
     stop_request,
 )
 from support.digits import load_digits
@@ -268,6 +272,8 @@ def train(args) -> None:
     if args.resume:
         run.load(output / "checkpoint.pt")
         accelerator.print(f"resuming after step {len(run.losses)} of {args.epochs * run.steps}")
+    elif main:
+        make_folder(output)
     with stop_request() as stop:
         while (epoch := len(run.history)) < args.epochs:
             start, done = time.perf_counter(), len(run.losses) - epoch * run.steps
@@ -363,19 +369,8 @@ def compare(run: Run) -> str:
     )
 
 
-def keys(text: str) -> int | float:
-    """``64`` keys, or a share of the map: ``1/8``, ``0.125``."""
-    value = Fraction(text)
-    share = "/" in text or "." in text
-    if value <= 0 or share and value > 1:
-        raise ValueError
-    return float(value) if share else int(value)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--limit", type=int, help="use only so many digits")
     parser.add_argument(
@@ -384,7 +379,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="of each process")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument(
-        "--keys", type=keys, default="1/8", help="routed keys: a number, or a share such as 1/8"
+        "--keys",
+        type=count_or_share,
+        default="1/8",
+        help="routed keys: a number, or a share such as 1/8",
     )
     parser.add_argument(
         "--window", type=int, default=8, help="side of the light branch's windows in tokens"
@@ -405,7 +403,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_status(train, parse(argv))
+    return exit_status(train, parse(argv), argv)
 
 
 if __name__ == "__main__":

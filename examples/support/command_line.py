@@ -1,19 +1,26 @@
-"""What the training examples share: their learning rate, and how they end.
+"""What the examples share: options, their learning rate, and how they end.
 
 What the user can mend is one line, an interruption says how to go on.
 """
 
 import argparse
 import math
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
 from threading import Event
 
 
 class UserError(Exception):
     """What the user can mend; shown as one line."""
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and the default of every option that has a help."""
 
 
 def at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
@@ -22,6 +29,36 @@ def at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *nam
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+
+
+def share_of_map(text: str) -> float:
+    """A share of the map: ``1/8``, ``0.125``."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share in (0, 1], such as 1/8, got {text!r}")
+    return value
+
+
+def count_or_share(text: str) -> int | float:
+    """``64`` tokens, or a share of the map."""
+    if "/" in text or "." in text:
+        return share_of_map(text)
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a number from 1 on, or a share in (0, 1] such as 1/8, got {text!r}"
+        )
+    return int(text)
+
+
+def make_folder(path: Path) -> None:
+    """The folder for results, before anything has been computed."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: cannot make the folder {path} ({error.strerror})") from error
 
 
 @contextmanager
@@ -46,10 +83,30 @@ def learning_rate(step: int, total: int, peak: float, floor: float = 0.02) -> fl
     return peak * min((step + 1) / warm, floor + (1 - floor) * cosine)
 
 
-def exit_status(train: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Of a training run: 0, 2 for what the user can mend, 130 for an interruption."""
+def command(argv: Sequence[str] | None, *more: str) -> str:
+    """What to type to run this program with its arguments and ``more`` again."""
+    module = sys.modules["__main__"].__spec__
+    program = [sys.argv[0]] if module is None else ["-m", module.name]
+    words = list(sys.argv[1:] if argv is None else argv)
+    return shlex.join(["python", *program, *words, *(w for w in more if w not in words)])
+
+
+def exit_status(
+    work: Callable[[argparse.Namespace], None],
+    args: argparse.Namespace,
+    argv: Sequence[str] | None = None,
+    resume: Sequence[str] = ("--resume",),
+) -> int:
+    """Of a run: 0, 2 for what the user can mend, 130 for an interruption.
+
+    Args:
+        work: the run.
+        args: what it takes.
+        argv: what ``args`` were parsed from; None: the program's.
+        resume: options that let it go on where it stopped.
+    """
     try:
-        train(args)
+        work(args)
     except UserError as error:
         # a data loading process hands its traceback over as the message
         print(
@@ -58,6 +115,6 @@ def exit_status(train: Callable[[argparse.Namespace], None], args: argparse.Name
         )
         return 2
     except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with --resume --output {args.output}", file=sys.stderr)
+        print(f"\ninterrupted; go on with: {command(argv, *resume)}", file=sys.stderr)
         return 130
     return 0

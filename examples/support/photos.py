@@ -1,7 +1,8 @@
 """Photographs to measure on: scikit-image's, or the user's own."""
 
-import sys
 from pathlib import Path
+
+from .command_line import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -17,7 +18,7 @@ def find_photos(given: list[str]) -> list[Path]:
     """Photographs among the files and folders ``given``; none given: two of scikit-image's.
 
     Raises:
-        SystemExit: naming what is no file, or if there is none.
+        UserError: naming what is no file, or if there is none.
     """
     if not given:
         return [skimage_photo(name) for name in ("retina.jpg", "hubble_deep_field.jpg")]
@@ -30,7 +31,7 @@ def find_photos(given: list[str]) -> list[Path]:
         )
     missing = [str(path) for path in found if not path.is_file()]
     if missing or not found:
-        sys.exit(
+        raise UserError(
             "--images: expected photos or folders of photos, found no "
             f"{', '.join(missing or given)}"
         )

@@ -33,7 +33,7 @@ def small(monkeypatch):
     monkeypatch.setattr(example, "TRAINING", ["coffee.png", "coins.png"])
 
 
-def test_the_example_leaves_tables_pictures_and_routers(small, tmp_path, monkeypatch, capsys):
+def test_the_example_leaves_tables_pictures_and_routers(small, tmp_path, capsys):
     args = [
         "--sizes",
         "70",
@@ -45,8 +45,7 @@ def test_the_example_leaves_tables_pictures_and_routers(small, tmp_path, monkeyp
         "--output",
         str(tmp_path),
     ]
-    monkeypatch.setattr(sys, "argv", ["swap_pretrained_vit.py", *args])
-    example.main()
+    assert example.main(args) == 0
     text = (tmp_path / "results.md").read_text()
     assert text in capsys.readouterr().out
     for name in [*example.ROUTERS, *example.PEERS, "full attention", "distilled"]:
@@ -60,14 +59,30 @@ def test_the_example_leaves_tables_pictures_and_routers(small, tmp_path, monkeyp
     ("args", "message"),
     [
         (["--sizes", "100"], "--sizes: expected multiples of 14"),
-        (["--share", "0"], "--share"),
-        (["--images", "no.jpg"], "--images: .*no.jpg"),
+        (["--share", "0"], "--share: expected a share in (0, 1], such as 1/8, got '0'"),
+        (["--share", "1/0"], "--share: expected a share"),
+        (["--images", "no.jpg"], "--images: expected photos or folders of photos, found no no.jpg"),
+        (["--images", __file__], "--images: cannot read"),
     ],
 )
-def test_mistakes_are_told_in_one_line(args, message, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["swap_pretrained_vit.py", *args])
-    with pytest.raises(SystemExit, match=message):
-        example.main()
+def test_mistakes_are_told_in_one_line(small, args, message, tmp_path, capsys):
+    try:
+        code = example.main(["--no-distill", "--output", str(tmp_path), *args])
+    except SystemExit as exit:  # argparse
+        code = exit.code
+    error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert code == 2 and len(error) == 1 and message in error[0]
+
+
+def test_an_interruption_says_how_to_go_on(monkeypatch, tmp_path, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example, "load", interrupted)
+    monkeypatch.setattr(sys, "argv", ["swap.py"])
+    folder = tmp_path / "a b"
+    assert example.main(["--share", "1/8", "--output", str(folder)]) == 130
+    assert f"go on with: python swap.py --share 1/8 --output '{folder}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("peer", [subsampled_keys, merged_keys])

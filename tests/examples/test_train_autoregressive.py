@@ -83,7 +83,7 @@ def test_an_interrupted_run_goes_on_as_if_it_were_not(example, tmp_path, monkeyp
 def test_training_learns_and_the_bits_are_those_of_the_pixels(example):
     args = example.parse([*QUICK, "--limit", "64"])
     run = example.Run(args)
-    assert example.LEVELS <= run.symbols[:, 0].min() and run.symbols[:, 1:].max() < example.LEVELS
+    assert run.symbols[:, 0].min() >= example.LEVELS and run.symbols[:, 1:].max() < example.LEVELS
     assert set(map(tuple, run.symbols.tolist())).isdisjoint(map(tuple, run.held_out.tolist()))
     before = run.judge()
     for number in range(8):

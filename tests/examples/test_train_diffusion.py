@@ -164,8 +164,8 @@ def test_two_processes_stop_at_ctrl_c_and_go_on_together_to_pictures_and_figures
     [
         (["--size", "60"], "--size: expected a multiple of 8, at least 32, got 60"),
         (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
-        (["--keys", "3/2"], "--keys: invalid"),
-        (["--keys", "0"], "--keys: invalid"),
+        (["--keys", "3/2"], "--keys: expected a share in (0, 1]"),
+        (["--keys", "0"], "--keys: expected a number from 1 on, or a share in (0, 1]"),
         (["--limit", "7"], "--limit: expected 8 digits, a batch for each process, got 7"),
         (["--resume"], "--resume: no checkpoint"),
         (["--device", "cuda"], "--device: cuda is not available"),

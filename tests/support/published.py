@@ -10,7 +10,8 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
-SAMPLED = "mean query + weighted tail"  # of these files: ``router="sampled"``
+SAMPLED = "sampled"
+OLD_NAME = "mean query + weighted tail"  # of ``router="sampled"``, in older files
 
 
 def table(name: str, first: str, which: int = 0) -> dict[str, list[str]]:
@@ -23,6 +24,7 @@ def table(name: str, first: str, which: int = 0) -> dict[str, list[str]]:
     found = []
     for part in re.split(r"\n\s*\n", (RESULTS / name).read_text()):
         lines = [line for line in part.splitlines() if line.startswith("|")]
+        lines = [line.replace(OLD_NAME, SAMPLED) for line in lines]
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         if rows and rows[0][0] == first:
             found.append({row[0]: row[1:] for row in (rows[0], *rows[2:])})
