@@ -1,6 +1,9 @@
 """The index of benchmarks/results names every file, and the pages link to every page."""
 
+import importlib
 import re
+
+import pytest
 
 from tests.docs.test_links import PAGES, links
 from tests.support.prose import ROOT
@@ -30,3 +33,11 @@ def test_every_page_is_linked_from_another():
             if target != (ROOT / page).resolve():
                 linked.add(str(target.relative_to(ROOT)))
     assert set(PAGES) <= linked
+
+
+@pytest.mark.parametrize("name", ["", ".models", ".ops", ".pipelines", ".visualize"])
+def test_every_public_name_is_in_the_reference(name):
+    module = importlib.import_module(f"colt5_vision{name}")
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    listed = set(re.findall(rf"^::: {re.escape(module.__name__)}\.(\w+)$", pages, re.MULTILINE))
+    assert listed == set(module.__all__)

@@ -1,0 +1,44 @@
+"""Gather what ``mkdocs`` builds: pages in build/pages, sources of the API reference in build/src.
+
+The pages lie there as in the repository, so that their links lead where they lead on a host of
+repositories. The sources lie there as they are installed, with ``models/`` and ``pipelines/``
+inside of the package, and without the roles of reStructuredText that mkdocstrings does not read.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build"
+PAGES = ("*.md", "*.png", "*.py", "*.json", "LICENSE", "CITATION.cff")
+FOLDERS = ("docs", "benchmarks", "colt5_vision", "examples")
+ROLE = re.compile(r":(?:class|func|meth|attr|data|mod):`~?(?:[\w.]+\.)?([^`.]+)`")
+
+
+def pages() -> None:
+    """All pages and pictures, and the files that they link to."""
+    target = BUILD / "pages"
+    shutil.rmtree(target, ignore_errors=True)
+    found = [path for pattern in PAGES for path in ROOT.glob(pattern)]
+    found += [p for folder in FOLDERS for kind in PAGES for p in (ROOT / folder).rglob(kind)]
+    for path in found:
+        copy = target / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def sources() -> None:
+    """The package as it is installed."""
+    target = BUILD / "src" / "colt5_vision"
+    shutil.rmtree(target.parent, ignore_errors=True)
+    shutil.copytree(ROOT / "colt5_vision", target)
+    for room in ("models", "pipelines"):
+        shutil.copytree(ROOT / room, target / room)
+    for path in target.rglob("*.py"):
+        path.write_text(ROLE.sub(r"`\1`", path.read_text()))
+
+
+if __name__ == "__main__":
+    pages()
+    sources()
