@@ -1,0 +1,179 @@
+"""The field's training-free attention and ours, in the same attentions of two real networks.
+
+    python -m benchmarks.rivals                     # all methods; --resume goes on
+    python -m benchmarks.rivals --methods "PISA 1" "ours, sampled, window 14" --densities 0.05
+    python -m benchmarks.rivals --quick             # small maps, two minutes on one core
+
+DINOv2's ViT-S/14 on photographs and a consistency UNet on noise (see ``examples``). Every single
+attention on inputs it has under full attention, then whole networks with a method in all large
+attentions. The first photograph and the first noise are for choosing, the others are not looked at
+before. Each row is written at once to ``rivals_cpu.jsonl``; ``rivals_cpu.md`` and ``.png`` are made
+from it.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from colt5_vision.store import save_atomically
+from examples.support.command_line import UserError, at_least_one, exit_status
+from examples.support.photos import find_photos, skimage_photo
+
+from . import measure, networks, report
+from .layer import Layer
+from .methods import METHODS
+from .networks import Network
+
+_KEY = ("network", "size", "input", "layer", "density", "method", "draw")
+
+
+class Rows:
+    """Rows by what they are of, each written when it is measured."""
+
+    def __init__(self, path: Path, resume: bool):
+        self.path, self.rows = path, []
+        for line in path.read_text().splitlines() if resume and path.is_file() else ():
+            try:
+                self.rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # cut short
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        save_atomically(path, lambda part: part.write_text(lines))
+        self.known = {tuple(row[name] for name in _KEY) for row in self.rows}
+
+    def has(self, **of) -> bool:
+        return tuple(of[name] for name in _KEY) in self.known
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        self.known.add(tuple(row[name] for name in _KEY))
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def single(net: Network, size: int, name: str, args, rows: Rows) -> None:
+    """Every method in each attention of a forward with full attention."""
+
+    def attend(number: int, layer: Layer) -> torch.Tensor:
+        for density, method in cases if args.layers is None or number in args.layers else ():
+            of = {"network": net.name, "size": size, "input": name, "layer": number}
+            of |= {"density": density, "method": method, "draw": 0}
+            if not rows.has(**of):
+                row = measure.attention(METHODS[method], layer, density)
+                row |= {"timed": METHODS[method].timed}
+                if number == first:
+                    row["flops"] = measure.flops(METHODS[method], layer, density)
+                rows.add(of | row)
+                bar.update()
+        return layer.full
+
+    cases = [(d, m) for d in args.densities for m in args.methods]
+    first = min(args.layers or [0])
+    with tqdm(desc=f"{net.name}, {name}, single attentions", unit="row") as bar:
+        net.outputs(name, attend)
+
+
+def whole(net: Network, size: int, name: str, args, rows: Rows) -> None:
+    """Every method in all large attentions at once."""
+    full = None
+    cases = [
+        (density, method, draw)
+        for density in args.densities
+        for method in args.methods
+        for draw in range(args.draws if METHODS[method].draws else 1)
+    ]
+    for density, method, draw in tqdm(cases, f"{net.name}, {name}, whole"):
+        of = {"network": net.name, "size": size, "input": name, "layer": None}
+        of |= {"density": density, "method": method, "draw": draw}
+        if not rows.has(**of):
+            full = net.outputs(name) if full is None else full
+            rows.add(of | measure.network(METHODS[method], net, name, full, density, draw))
+
+
+def study(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    stem = Path(args.output) / "rivals_cpu"
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    rows = Rows(stem.with_suffix(".jsonl"), args.resume)
+    photos = {path.stem: path for path in args.photos}
+    try:
+        for kind in args.networks:
+            if kind == "DINOv2":
+                net, size = networks.vit(args.cache, args.vit_size, photos), args.vit_size
+            else:
+                net, size = networks.unet(args.cache, args.unet_size), args.unet_size
+            for name in photos if kind == "DINOv2" else map(str, args.noises):
+                for step in args.steps:
+                    {"layers": single, "whole": whole}[step](net, size, name, args, rows)
+                    report.write(rows.rows, stem)
+    except OSError as error:
+        raise UserError(f"weights: {error}") from error
+    print(report.write(rows.rows, stem), f"wrote {stem}.jsonl, .md, .png", sep="\n")
+
+
+def _photos() -> list[Path]:
+    """One to choose by, one inside of a package that chose nothing here."""
+    import sklearn
+
+    return [
+        skimage_photo("coffee.png"),
+        Path(sklearn.__file__).parent / "datasets" / "images" / "china.jpg",
+    ]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rivals",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD"
+    )
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.1, 0.05])
+    parser.add_argument("--draws", type=int, default=1, help="of methods that draw, whole networks")
+    parser.add_argument("--layers", nargs="+", type=int, help="single attentions; default: all")
+    parser.add_argument("--networks", nargs="+", choices=("DINOv2", "UNet"), default=None)
+    parser.add_argument("--steps", nargs="+", choices=("layers", "whole"), default=None)
+    parser.add_argument("--vit-size", type=int, default=1036, help="pixels, a multiple of 14")
+    parser.add_argument("--unet-size", type=int, default=256, help="pixels, a multiple of 16")
+    parser.add_argument("--images", nargs="*", default=[], help="photos or folders of photos")
+    parser.add_argument("--noises", nargs="+", type=int, default=[91, 92], help="seeds")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--output", help="folder, default benchmarks/results, with --quick runs/rivals"
+    )
+    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="for the wheels")
+    parser.add_argument("--resume", action="store_true", help="keep the rows in --output")
+    parser.add_argument("--quick", action="store_true", help="small maps, a few layers")
+    args = parser.parse_args(argv)
+
+    for density in args.densities:
+        if not 0 < density <= 1:
+            parser.error(f"--densities: expected shares in (0, 1], got {density}")
+    for name, step in (("vit_size", 14), ("unet_size", 16)):
+        if getattr(args, name) < step or getattr(args, name) % step:
+            option = name.replace("_", "-")
+            parser.error(f"--{option}: expected a multiple of {step}, got {getattr(args, name)}")
+    at_least_one(parser, args, "draws", "threads")
+    args.networks = args.networks or ["DINOv2", "UNet"]
+    args.steps = args.steps or ["layers", "whole"]
+    args.photos = find_photos(args.images) if args.images else _photos()
+    if args.quick:
+        args.vit_size, args.unet_size = min(args.vit_size, 518), min(args.unet_size, 128)
+        args.photos, args.noises, args.densities = args.photos[:1], args.noises[:1], [0.25]
+        args.layers = args.layers or [2]
+    args.output = args.output or ("runs/rivals" if args.quick else "benchmarks/results")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_status(study, parse(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Tables and pictures of the rows that ``benchmarks.rivals`` has measured so far."""
+
+import math
+import statistics
+from pathlib import Path
+
+from benchmarks.needle_report import machine
+from colt5_vision.store import save_atomically
+from examples.support.measure import table
+
+_ABOUT = """\
+Every method in the same attentions of two real networks. Density is the share of the map's keys
+that a query attends to exactly. Ours counts its window and its 64 probes. Not counted, for anybody:
+pooled keys and what chooses. FLOPs count all of it, over those of full attention.
+
+- error: relative L2 of single attentions, geometric mean over layers. Inputs are those under full
+  attention.
+- p99: 99th percentile of a query's error over the mean norm, geometric mean over layers.
+- kept: share of full attention's softmax on exact keys, mean over layers.
+- time: CPU seconds over those of full attention next to it, median over layers. Only rows with a
+  star are fast code. The others model what a kernel computes, in loops over tiles.
+- whole: all large attentions at once, against the network's output with full attention.
+"""
+
+
+def write(rows: list[dict], stem: Path) -> str:
+    """Writes ``stem``.md, and ``stem``.png if there is something to draw; the text."""
+    lines = ["# The field and ours in the same attentions\n", f"{machine()}\n", _ABOUT]
+    for place in sorted({_place(row) for row in rows}):
+        lines += _section(place, [row for row in rows if _place(row) == place])
+    text = "\n".join(lines) + "\n"
+    save_atomically(stem.with_suffix(".md"), lambda part: part.write_text(text))
+    _draw(rows, stem.with_suffix(".png"))
+    return text
+
+
+def _place(row: dict) -> tuple:
+    return row["network"], row["size"], row["density"]
+
+
+def _section(place: tuple, rows: list[dict]) -> list[str]:
+    name, size, density = place
+    inputs = list(dict.fromkeys(row["input"] for row in rows))
+    whole = [row for row in rows if row["layer"] is None]
+    column = "cosine" if any("cosine" in row for row in whole) else "psnr"
+    head = ["method", "FLOPs", "time", "error", "p99", "kept"]
+    for name_of in inputs:
+        head += [f"whole, {name_of}: relative", column, "worst draw"]
+    cells = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        cells.append([method, *_single(own)])
+        for name_of in inputs:
+            cells[-1] += _whole([r for r in own if r["input"] == name_of], column)
+    cells.sort(key=lambda cell: float(cell[6] or cell[3] or "inf"))
+    return [f"\n## {name}, {size} px, {density:.0%} of the keys\n", *table(head, cells)]
+
+
+def _single(rows: list[dict]) -> list[str]:
+    layers = [row for row in rows if row["layer"] is not None]
+    if not layers:
+        return [""] * 5
+    flops = [row["flops"] for row in layers if "flops" in row]
+    time = statistics.median(row["seconds"] / row["full_seconds"] for row in layers)
+    kept = [row["kept"] for row in layers if "kept" in row]
+    return [
+        f"{flops[0]:.1%}" if flops else "",
+        f"{time:.2f}" + "*" * layers[0]["timed"],
+        *(_number(_mean(row[key] for row in layers)) for key in ("error", "p99")),
+        f"{statistics.mean(kept):.3f}" if kept else "",
+    ]
+
+
+def _whole(rows: list[dict], column: str) -> list[str]:
+    draws = [row for row in rows if row["layer"] is None]
+    if not draws:
+        return [""] * 3
+    mean = statistics.mean(row[column] for row in draws)
+    return [
+        _number(_mean(row["relative"] for row in draws)),
+        f"{mean:.5f}" if column == "cosine" else f"{mean:.1f}",
+        _number(max(row["relative"] for row in draws)) if len(draws) > 1 else "",
+    ]
+
+
+def _mean(values) -> float:
+    return math.exp(statistics.mean(math.log(max(value, 1e-12)) for value in values))
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if value >= 1e-3 else f"{value:.1e}"
+
+
+def _draw(rows: list[dict], path: Path) -> None:
+    """Error of whole networks against FLOPs, a line a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    places = sorted({(row["network"], row["size"]) for row in rows if row["layer"] is None})
+    if not places:
+        return
+    figure, axes = plt.subplots(
+        1, len(places), figsize=(6 * len(places), 5), layout="constrained", squeeze=False
+    )
+    for axis, place in zip(axes[0], places):
+        own = [row for row in rows if (row["network"], row["size"]) == place]
+        for method in dict.fromkeys(row["method"] for row in own):
+            points = []
+            for density in sorted({row["density"] for row in own}):
+                part = [r for r in own if r["method"] == method and r["density"] == density]
+                flops = [row["flops"] for row in part if "flops" in row]
+                errors = [row["relative"] for row in part if row["layer"] is None]
+                if flops and errors:
+                    points.append((100 * flops[0], _mean(errors)))
+            if points:
+                width = 2.5 if method.startswith("ours") else 1
+                axis.plot(*zip(*points), marker="o", label=method, linewidth=width)
+        axis.set(
+            title=f"{place[0]}, {place[1]} px", xlabel="FLOPs, % of full attention", yscale="log"
+        )
+    axes[0, 0].set_ylabel("relative error of the whole network")
+    axes[0, -1].legend(fontsize=7)
+    save_atomically(path, lambda part: figure.savefig(part, dpi=120, format="png"))
+    plt.close(figure)
