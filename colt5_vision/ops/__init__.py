@@ -1,6 +1,7 @@
-"""The operators: soft and hard top-k, window attention with routed keys, and what surrounds a
-routed branch."""
+"""The operators: soft and hard top-k, window attention with routed keys, attention of groups to
+their own keys, and what surrounds a routed branch."""
 
+from .grouped_attention import PooledKeys, grouped_attention
 from .join import join
 from .route_topk import route_topk
 from .routed_rows import gather_normalize
@@ -9,8 +10,10 @@ from .router_logits import router_logits
 from .soft_topk import coordinate_descent, soft_topk
 
 __all__ = [
+    "PooledKeys",
     "coordinate_descent",
     "gather_normalize",
+    "grouped_attention",
     "join",
     "route_topk",
     "routed_window_attention",

@@ -73,9 +73,21 @@ def _biased(q, k, v, routed, **how):
     )
 
 
+def _groups(q, k, v, weights, pooled_k, pooled_v, mass, groups, keys, mask, **how):
+    pooled = ops.PooledKeys(pooled_k, pooled_v, mass)
+    how |= {"log_weights": weights, "key_mask": mask, "num_prefix_tokens": 1}
+    return ops.grouped_attention(q, k, v, groups, keys, pooled, **how)
+
+
 def _qkv(length):
     return tuple(randn(2, 2, length, 8, seed=s) for s in range(3))
 
+
+# of 20 tokens: groups of 7, 7 and 5, a token in none; their keys
+GROUPS = torch.nn.functional.pad(distinct(2, 2, 19, limit=20, seed=8), (0, 2), value=-1)
+GROUPS = GROUPS.unflatten(-1, (3, 7))
+KEYS = distinct(2, 1, 3, 4, limit=20, seed=9)
+KEYS[1, 0, 2, 1] = -1
 
 FILLED = torch.tensor([[True, True, True], [True, True, False]])
 CASES = {
@@ -116,6 +128,17 @@ CASES = {
         _attention,
         (*_qkv(21), randn(2, 2, 3, seed=5)),
         (ROUTED, MASK, distinct(2, 7, limit=20, seed=7)),
+        twice=False,
+    ),
+    "grouped_attention": Case(
+        _groups,
+        (
+            *_qkv(21),
+            randn(2, 1, 3, 4, seed=5),
+            *(randn(2, 2, 3, 2, 8, seed=s) for s in (6, 7)),
+            randn(2, 2, 3, 2, seed=8),
+        ),
+        (GROUPS, KEYS, MASK),
         twice=False,
     ),
     "routed_window_attention biased": Case(_biased, _qkv(20), (ROUTED,)),

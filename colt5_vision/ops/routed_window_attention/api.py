@@ -1,7 +1,5 @@
 """Window ∪ routed attention as one operator: checks, registration, autograd."""
 
-import math
-import numbers
 from collections.abc import Sequence  # infer_schema of torch 2.6 knows no list[float]
 
 import torch
@@ -13,7 +11,8 @@ from ..._torch_internals import (
     is_transformed,
     wants_plain_attention,
 )
-from ...checks import check_float_tensor, check_int, check_mask, check_pair
+from ...checks import check_float_tensor, check_int, check_pair
+from ..attention_checks import check_indices, check_qkv, checked_mask, checked_scale
 from ..autocast import without_autocast
 from ..backend import (
     HALVES,
@@ -189,32 +188,9 @@ count_flops(NAME, _flops)
 count_flops(f"{NAME}_backward", _flops_backward)
 
 
-def _check_indices(name: str, indices: Tensor, num_tokens: int, lowest: int) -> None:
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"{name}: expected a tensor of torch.int64, got {type(indices).__name__}")
-    if indices.dtype != torch.int64:
-        raise TypeError(f"{name}: expected torch.int64, got {indices.dtype}")
-    # elsewhere plain torch's gather checks on the device, and the kernels take a routed index out
-    # of range for an empty slot
-    if has_values(indices) and indices.numel() > 0:
-        low, high = (int(x) for x in indices.aminmax())
-        if low < lowest or high >= num_tokens:
-            raise ValueError(
-                f"{name}: expected entries in [{lowest}, {num_tokens}), got [{low}, {high}]"
-            )
-
-
 def _check_map(q: Tensor, k: Tensor, v: Tensor, grid_size, window_size, prefix) -> list[int]:
     """[prefix, height, width, window height, window width] of a checked map."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_float_tensor(name, x, ndim=4)
-    if k.shape != q.shape or v.shape != q.shape:
-        raise ValueError(
-            f"q, k, v: expected one shape, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-
+    check_qkv(q, k, v)
     height, width = check_pair("grid_size", grid_size)
     window = check_pair("window_size", window_size)
     prefix = check_int("num_prefix_tokens", prefix, minimum=0)
@@ -236,7 +212,7 @@ def _checked_routes(
             raise ValueError("log_weights: given without routed_indices")
         return torch.empty(batch, 1, 0, dtype=torch.int64, device=q.device), None
 
-    _check_indices("routed_indices", routed, tokens, -1)
+    check_indices("routed_indices", routed, tokens, -1)
     if routed.ndim not in (2, 3) or routed.shape[0] != batch or 0 in routed.shape[1:-1]:
         raise ValueError(
             f"routed_indices: expected shape ({batch}, K) or ({batch}, R, K), "
@@ -260,19 +236,8 @@ def _checked_routes(
     return routed, log_weights
 
 
-def _checked_mask(key_mask: Tensor | None, q: Tensor, prefix: int) -> Tensor | None:
-    """(B, P + N) or None."""
-    if key_mask is None:
-        return None
-    batch, length = q.shape[0], q.shape[2]
-    if prefix and isinstance(key_mask, Tensor) and key_mask.shape == (batch, length - prefix):
-        key_mask = torch.nn.functional.pad(key_mask, (prefix, 0), value=True)
-    check_mask("key_mask", key_mask, (batch, length))
-    return key_mask
-
-
 def _check_queries(query_indices: Tensor, batch: int, tokens: int) -> None:
-    _check_indices("query_indices", query_indices, tokens, 0)
+    check_indices("query_indices", query_indices, tokens, 0)
     if query_indices.ndim != 2 or query_indices.shape[0] != batch:
         raise ValueError(
             f"query_indices: expected shape ({batch}, Q), got {tuple(query_indices.shape)}"
@@ -283,16 +248,6 @@ def _check_queries(query_indices: Tensor, batch: int, tokens: int) -> None:
             raise ValueError(
                 "query_indices: expected distinct entries within a row, got repeated ones"
             )
-
-
-def _checked_scale(scale, head_dim: int) -> float:
-    if scale is None:
-        return head_dim**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymFloat)):
-        raise TypeError(f"scale: expected a number, got {scale!r} ({type(scale).__name__})")
-    if not (0 < scale < math.inf):
-        raise ValueError(f"scale: expected a positive finite number, got {scale}")
-    return scale
 
 
 def _takes_plain_path(q: Tensor, backend: str | None, pair_bias, *others: Tensor | None) -> bool:
@@ -374,10 +329,10 @@ def routed_window_attention(
     prefix, height, width, *window = _check_map(q, k, v, grid_size, window_size, num_prefix_tokens)
     tokens = height * width
     routed, log_weights = _checked_routes(routed_indices, log_weights, q, tokens)
-    key_mask = _checked_mask(key_mask, q, prefix)
+    key_mask = checked_mask(key_mask, q, prefix)
     if query_indices is not None:
         _check_queries(query_indices, q.shape[0], tokens)
-    scale = _checked_scale(scale, q.shape[-1])
+    scale = checked_scale(scale, q.shape[-1])
     if not isinstance(weight_own_window, bool):
         raise TypeError(f"weight_own_window: expected a bool, got {weight_own_window!r}")
     everywhere = weight_own_window or log_weights is None  # the same without weights

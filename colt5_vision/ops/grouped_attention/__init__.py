@@ -1,0 +1,3 @@
+from .api import PooledKeys, grouped_attention
+
+__all__ = ["PooledKeys", "grouped_attention"]
