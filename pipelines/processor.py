@@ -9,7 +9,6 @@ from colt5_vision.swap.adapter import LayerSpec, Place
 from colt5_vision.swap.config import RoutedAttentionConfig
 from colt5_vision.swap.report import Calls
 from colt5_vision.swap.reroute import RerouteMode, RoutedLayer
-from colt5_vision.swap.sampled import SampledAttention
 from colt5_vision.swap.site import Pass, Scope, Site, image_site
 
 __all__ = ["RoutedAttnProcessor"]
@@ -61,13 +60,8 @@ class RoutedAttnProcessor:
             raise ValueError(f"place: expected 'map', 'before' or 'behind', got {place!r}")
         self.config, self.grid_size, self.place = config, grid_size, place
         self.exact = AttnProcessor2_0() if exact is None else exact
-        attention = SampledAttention(
-            window_size=config.window_size,
-            num_heavy_tokens_kv=config.num_heavy_tokens_kv,
-            num_heavy_tokens_q=config.num_heavy_tokens_q,
-            router=config.router,
-        )
-        self.routed = RoutedLayer("attn", LayerSpec(place=place), config, attention, Scope())
+        spec = LayerSpec(place=place)
+        self.routed = RoutedLayer("attn", spec, config, config.attention(), Scope())
 
     @property
     def calls(self) -> Calls:

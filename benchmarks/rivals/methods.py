@@ -7,7 +7,7 @@ from typing import NamedTuple
 from .blocks import nearest_tiles, pisa, sol, sparge, sub_block
 from .clusters import svg_ear
 from .layer import Result
-from .tokens import oracle, sampled, todo, tome, window_only
+from .tokens import grouped, oracle, sampled, todo, tome, window_only
 
 
 class Method(NamedTuple):
@@ -35,4 +35,5 @@ METHODS = {
     "oracle per query": Method(oracle),
     "ours, sampled, window 8": Method(partial(sampled, window=8), draws=True, timed=True),
     "ours, sampled, window 14": Method(partial(sampled, window=14), draws=True, timed=True),
+    "ours, grouped": Method(grouped, draws=True, timed=True),
 }

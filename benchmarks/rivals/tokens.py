@@ -5,6 +5,7 @@ from torch import Tensor
 
 from colt5_vision.ops import window_attention
 from colt5_vision.ops.grid import window_of_token
+from colt5_vision.swap.grouped import GroupedAttention, tiles_of
 from colt5_vision.swap.sampled import SampledAttention
 from examples.support.peers import merged_keys, subsampled_keys
 
@@ -75,6 +76,27 @@ def sampled(layer: Layer, density: float, window: int, draw: int = 0) -> Result:
         return torch.cat([groups[group], routed]).unique()
 
     return Result(out[0, :, layer.prefix :], seen=(groups, keys))
+
+
+def grouped(layer: Layer, density: float, window: int = 16, draw: int = 0) -> Result:
+    """``router="grouped"``: keys of each tile drawn by what its own probes attend to, corrected by
+    them.
+
+    Keys of a tile and all probes together are the density. Draw 0 is the fixed sample.
+    """
+    tiles = tiles_of(layer.grid, (window, window), "cpu")
+    count = layer.tokens if density == 1 else int(density * layer.tokens - 4 * len(tiles))
+    if count < 1:
+        raise ValueError(f"density: expected more than {4 * len(tiles)} probes, got {density}")
+    attention = GroupedAttention(window_size=window, num_heavy_tokens_kv=count)
+    attention.generator = torch.Generator().manual_seed(draw) if draw else None
+    found = []
+    attention.recorder = lambda indices, weights, grid: found.append(indices[0])
+    out = attention(*_batch(layer), grid_size=layer.grid, num_prefix_tokens=layer.prefix)
+    keys = found[0].unflatten(0, (len(tiles), -1))
+    groups = [tile[tile >= 0] for tile in tiles]
+    seen = (groups, lambda head, group: keys[group][keys[group] >= 0])
+    return Result(out[0, :, layer.prefix :], seen=seen)
 
 
 def _batch(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checks import TokenCount, check_int, check_token_count
-from .sampled import ROUTERS
+from .grouped import GroupedAttention
+from .sampled import ROUTERS, SampledAttention
 from .window import check_window
 
 __all__ = ["RoutedAttentionConfig", "ScheduleRule"]
@@ -100,7 +101,9 @@ class RoutedAttentionConfig:
             many) or a float in (0, 1] (that share of the map).
         num_heavy_tokens_q: tokens that see the routed keys, likewise; None: all.
         router: see :class:`~colt5_vision.swap.sampled.SampledAttention`; ``"learned"`` starts as
-            ``"sampled"`` and is trained by :func:`~colt5_vision.distill_routers`.
+            ``"sampled"`` and is trained by :func:`~colt5_vision.distill_routers`. ``"grouped"``
+            draws keys for each tile of the map, ``window_size`` its least side, see
+            :class:`~colt5_vision.swap.grouped.GroupedAttention`; all tokens query.
         min_tokens: maps of fewer tokens get full attention, which is as fast there.
         layers: which self-attention layers: names, patterns (``"up_blocks.*"``, see :mod:`fnmatch`)
             or indices among those that can be routed; None: all.
@@ -126,11 +129,31 @@ class RoutedAttentionConfig:
                 raise TypeError(f"{name}: expected a value, got None")
         for name, value in _check_settings(self).items():
             object.__setattr__(self, name, value)
-        if self.router not in ROUTERS:
-            raise ValueError(f"router: expected one of {ROUTERS}, got {self.router!r}")
+        routers = (*ROUTERS, GroupedAttention.router)
+        if self.router not in routers:
+            raise ValueError(f"router: expected one of {routers}, got {self.router!r}")
         check_int("min_tokens", self.min_tokens, minimum=0)
         object.__setattr__(self, "layers", _check_layers(self.layers))
         object.__setattr__(self, "schedule", _check_schedule(self.schedule))
+        if self.router == GroupedAttention.router:
+            for given in (self, *self.schedule):
+                if given.num_heavy_tokens_q is not None:
+                    raise ValueError(
+                        "num_heavy_tokens_q: expected None with router='grouped', got "
+                        f"{given.num_heavy_tokens_q}"
+                    )
+
+    def attention(self, **where) -> SampledAttention | GroupedAttention:
+        """What takes the place of ``scaled_dot_product_attention`` in a layer.
+
+        Args:
+            where: ``dim`` and ``device`` of a learned router.
+        """
+        how = {"window_size": self.window_size, "num_heavy_tokens_kv": self.num_heavy_tokens_kv}
+        if self.router == GroupedAttention.router:
+            return GroupedAttention(**how)
+        how |= {"num_heavy_tokens_q": self.num_heavy_tokens_q, "router": self.router}
+        return SampledAttention(**how, **where)
 
     @property
     def needs_timestep(self) -> bool:

@@ -31,6 +31,7 @@ from .._torch_internals import (
 from .adapter import LayerSpec, Switch
 from .call import Call, arrange, dense_bias, restore, with_heads
 from .config import RoutedAttentionConfig
+from .grouped import GroupedAttention
 from .heads import all_heads
 from .report import Calls
 from .sampled import SampledAttention
@@ -55,7 +56,7 @@ class RoutedLayer:
         name: str,
         spec: LayerSpec,
         config: RoutedAttentionConfig,
-        attention: SampledAttention,
+        attention: SampledAttention | GroupedAttention,
         scope: Scope,
     ):
         self.name, self.spec, self.config = name, spec, config
@@ -96,6 +97,8 @@ class RoutedLayer:
         how = arrange(call, site, self.spec.place, self.spec.masks, bias)
         if isinstance(how, str):
             return how
+        if how.pair_bias is not None and self.attention.router == "grouped":
+            return "a bias of pairs, which router='grouped' cannot take"
 
         # attention over the map, in place
         attend = self.attention if self.teacher is None else partial(self.teacher, self)

@@ -12,6 +12,7 @@ from .._torch_internals import forget_compiled_graphs, hooks_of, put_hook, remov
 from ..checks import check_pair
 from .adapter import LayerSpec, Part, adapters_of
 from .config import RoutedAttentionConfig
+from .grouped import GroupedAttention
 from .report import RoutedAttentionReport
 from .reroute import EnterHook, LeaveHook, RoutedLayer
 from .sampled import SampledAttention
@@ -122,7 +123,7 @@ class Plan:
 
     config: RoutedAttentionConfig
     chosen: dict[str, Chosen]
-    attention: dict[str, SampledAttention]
+    attention: dict[str, SampledAttention | GroupedAttention]
     clocks: dict[nn.Module, ClockHook]
     tokens: dict[str, int | None]  # of the layers that will be routed at the sample size
     exact: dict[str, str]
@@ -315,7 +316,9 @@ def _choose(
     return {name: layer for name, layer in layers.items() if name in chosen}
 
 
-def _attention(name: str, one: Chosen, config: RoutedAttentionConfig) -> SampledAttention:
+def _attention(
+    name: str, one: Chosen, config: RoutedAttentionConfig
+) -> SampledAttention | GroupedAttention:
     where = {}
     if config.router == "learned":
         if one.spec.key_channels is None:
@@ -325,13 +328,7 @@ def _attention(name: str, one: Chosen, config: RoutedAttentionConfig) -> Sampled
         # an offloaded layer lies on no device
         away = device is None or device.type == "meta"
         where = {"dim": one.spec.key_channels, "device": None if away else device}
-    return SampledAttention(
-        window_size=config.window_size,
-        num_heavy_tokens_kv=config.num_heavy_tokens_kv,
-        num_heavy_tokens_q=config.num_heavy_tokens_q,
-        router=config.router,
-        **where,
-    )
+    return config.attention(**where)
 
 
 def _routed(module: nn.Module) -> RoutedLayer | None:

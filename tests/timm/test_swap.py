@@ -114,7 +114,9 @@ def test_copies_and_pickles_route_on_their_own(case):
         assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("router", ["sampled", "learned", "mean_query", "random", "grid", "window"])
+@pytest.mark.parametrize(
+    "router", ["sampled", "grouped", "learned", "mean_query", "random", "grid", "window"]
+)
 def test_every_router_runs_and_keeps_the_mode_and_dtype(router):
     case = CASES["vit"]
     model, x = build(case, torch.bfloat16).train(), image(case, dtype=torch.bfloat16)
@@ -122,6 +124,33 @@ def test_every_router_runs_and_keeps_the_mode_and_dtype(router):
     assert all(layer.attention.router == router for layer in routed_layers(model).values())
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert model(x).isfinite().all()
+
+
+@some("vit", "dinov2-registers", "eva02")
+def test_grouped_with_all_keys_kept_is_full_attention(case):
+    model, x = build(case), image(case)
+    with torch.no_grad():
+        want = model(x)
+        few = routed(model, router="grouped", num_heavy_tokens_kv=3)(x)
+        assert few.isfinite().all() and not torch.allclose(few, want, rtol=1e-4)
+        unroute_attention(model)
+        routed(model, router="grouped", num_heavy_tokens_kv=1.0)
+        torch.testing.assert_close(model(x), want, rtol=1e-9, atol=1e-9)
+        assert all(layer.calls.routed for layer in routed_layers(model).values())
+        unroute_attention(model)
+        assert torch.equal(model(x), want)
+
+
+@some("sam", "beit")
+@pytest.mark.filterwarnings("ignore:.*never routed")
+def test_grouped_leaves_a_bias_of_pairs_exact_and_tells(case):
+    model, x = build(case), image(case)
+    with torch.no_grad():
+        want = model(x)
+        routed(model, router="grouped", num_heavy_tokens_kv=3)
+        torch.testing.assert_close(model(x), want, rtol=1e-9, atol=1e-9)
+    reasons = [layer.calls.exact for layer in routed_layers(model).values()]
+    assert all("bias of pairs" in next(iter(counted)) for counted in reasons)
 
 
 def test_routers_choose_differently():

@@ -178,15 +178,16 @@ def forward(
     """
     k, v = _blank_masked(k, v, key_mask)
     how = _routes(q, groups, keys, log_weights, log_mass, key_mask, prefix)
-    if how.bias.shape[-1] == 0:  # no key at all
-        return torch.zeros_like(q), q.new_full(q.shape[:3], float("inf"), dtype=wide_dtype(q))
-    outs, lses = [], []
-    for part in _parts(q, k, v, pooled, how):
-        out, lse = attend(part.query, part.key, part.value, part.bias, scale)
-        outs.append(out.to(q.dtype))
-        lses.append(lse)
-    out = _tokens(torch.cat(outs), how, q.shape[0], 0.0)
-    lse = _tokens(torch.cat(lses), how, q.shape[0], float("inf"))
+    out = torch.zeros_like(q[:, :, prefix:])
+    lse = q.new_full(out.shape[:3], float("inf"), dtype=wide_dtype(q))
+    if how.bias.numel():  # there are groups, and keys
+        found = [
+            attend(part.query, part.key, part.value, part.bias, scale)
+            for part in _parts(q, k, v, pooled, how)
+        ]
+        outs, lses = zip(*found)
+        out = _tokens(torch.cat(outs).to(q.dtype), how, q.shape[0], 0.0)
+        lse = _tokens(torch.cat(lses), how, q.shape[0], float("inf"))
     empty = lse < _OFF / 2
     if prefix:
         own = attend(q[:, :, :prefix], k, v, how.prefix_bias, scale)
@@ -216,7 +217,7 @@ def backward(
     batch, dim, grad = q.shape[0], q.shape[-1], grad.contiguous()
     k, v = _blank_masked(k, v, key_mask)
     how = _routes(q, groups, keys, log_weights, log_mass, key_mask, prefix)
-    exact, total, wide = how.keys.shape[1], how.bias.shape[-1], wide_dtype(q)
+    exact, wide = how.keys.shape[1], wide_dtype(q)
     biased = log_weights is not None or log_mass is not None
     given = _rows(grad, out, routes=how.routes)
     lse_rows = torch.nn.functional.pad(lse, (0, 1), value=float("inf"))
@@ -227,7 +228,7 @@ def backward(
         batch * how.routes * (q.shape[2] + 1), given.shape[1], 2 * dim, dtype=wide, device=q.device
     )
     by_group: list[list[Tensor]] = [[], [], [], []]
-    for part in _parts(q, k, v, pooled, how) if total else ():
+    for part in _parts(q, k, v, pooled, how) if how.bias.numel() else ():
         index = how.queries[part.at]
         own = given[index.flatten()].unflatten(0, index.shape).transpose(1, 2).to(part.query.dtype)
         tensors = [own[..., :dim], part.query, part.key, part.value, own[..., dim:]]
@@ -248,8 +249,11 @@ def backward(
     rows = rows.transpose(2, 3).flatten(1, 2)  # (B, heads, P + N, 2 D)
     grad_k, grad_v = (x.clone() for x in rows.split(dim, -1))
     grad_q = torch.zeros_like(q[:, :, prefix:])
-    grad_weights = grad_pk = grad_pv = grad_mass = None
-    if total:
+    further = (log_weights, *(pooled or (None, None)), log_mass)
+    grad_weights, grad_pk, grad_pv, grad_mass = (
+        None if x is None else torch.zeros_like(x) for x in further
+    )
+    if how.bias.numel():
         dq, dk, dv, dbias = (torch.cat(parts) for parts in by_group)
         grad_q = _tokens(dq.to(q.dtype), how, batch, 0.0)
         if log_weights is not None:

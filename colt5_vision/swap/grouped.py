@@ -1,0 +1,355 @@
+"""Routed attention whose keys are chosen per tile of the map, for ``router="grouped"``.
+
+The map is cut into at most about 25 tiles, and the queries of each tile, by content, into four
+groups of alike ones. The mean query of a group is its *probe*: it attends to everything.
+
+    tile of queries -> 4 groups -> 4 probes --importance--> keys of the tile, sampled
+                                      |                          |
+                                      +-- output - estimate      v
+                                              |            attention of the tile
+                                              +----------------> + correction, per group
+
+Keys are sampled as :class:`~colt5_vision.swap.sampled.SampledAttention` does it, with a Horvitz-
+Thompson weight each, but by what the tile's own probes attend to. What the estimate gets wrong at a
+probe is known, and added for all queries of its group. The number of probes does not grow with the
+map, so time and memory are O(N).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import TokenCount, check_token_count, token_count
+from ..ops import grouped_attention
+from ..ops.autocast import without_autocast
+from ..ops.dtypes import wide_dtype
+from ..positions import morton_order
+from .sampling import inclusion_gates, sample_tokens
+from .volume import curve_order
+from .window import check_window, window_of_grid
+
+__all__ = ["GroupedAttention"]
+
+_TILES = 25  # about, at most
+_HALVINGS = 2  # of a tile, into groups of alike queries
+_SKETCH = 32  # keys whose logits tell how alike queries are
+_STEPS = 2  # of the power iteration for the direction of a cut
+# of the importance, the share that all tiles have in common: a few keys that every query attends to
+# matter to queries that no probe stands for
+_COMMON = 0.3
+
+
+class _Probes(NamedTuple):
+    """What the mean queries of G groups tell, in float32 (float64 for float64)."""
+
+    attention: Tensor  # (B, heads, G, P + N)
+    out: Tensor  # (B, heads, G, head_dim)
+    importance: Tensor  # (B, G, N), squared
+
+
+class GroupedAttention(nn.Module):
+    """A stand-in for ``scaled_dot_product_attention`` over the tokens of a map or a volume.
+
+    Args:
+        window_size: least side of the tiles in tokens, (height, width), or (frames, height, width).
+            Large maps have larger tiles.
+        num_heavy_tokens_kv: keys of each tile, an int or a float in (0, 1], that share of the map.
+
+    Attributes:
+        generator: draws the samples where a call gives no generator; None: the same input gives the
+            same sample.
+        recorder: gets the keys of all tiles, (B, tiles * K) raster indices (-1: empty) and log
+            weights, and the grid; None: nobody looks.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: Horvitz-Thompson weights (JASA 1952); a query for a cluster of alike ones as in
+        clustered attention (arXiv 2007.04825).
+    """
+
+    router = "grouped"
+
+    def __init__(self, *, window_size: int | tuple[int, ...], num_heavy_tokens_kv: TokenCount):
+        super().__init__()
+        self.window_size = check_window("window_size", window_size)
+        self.num_heavy_tokens_kv = check_token_count("num_heavy_tokens_kv", num_heavy_tokens_kv)
+        self.generator: torch.Generator | None = None
+        self.recorder: Callable[[Tensor, Tensor, tuple[int, ...]], None] | None = None
+
+    def extra_repr(self) -> str:
+        return (
+            f"window_size={self.window_size}, num_heavy_tokens_kv={self.num_heavy_tokens_kv}, "
+            f"router={self.router!r}"
+        )
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        grid_size: tuple[int, ...],
+        num_prefix_tokens: int = 0,
+        features: None = None,
+        key_mask: Tensor | None = None,
+        pair_bias: None = None,
+        scale: float | None = None,
+        generator: torch.Generator | None = None,
+        window_size: int | tuple[int, ...] | None = None,
+        num_heavy_tokens_kv: TokenCount | None = None,
+        num_heavy_tokens_q: None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            q, k, v: (B, heads, P + N, head_dim), positions applied; P prefix tokens, then the map
+                in raster order.
+            grid_size: (H, W), or (T, H, W), whose product is N.
+            num_prefix_tokens: P.
+            key_mask: (B, N) or (B, P + N) bool, True = may be attended to.
+            scale: factor of the logits, default head_dim ** -0.5.
+            generator: draws the sample; default: the module's.
+            window_size, num_heavy_tokens_kv: of this call; default: the module's.
+            features, pair_bias, num_heavy_tokens_q: None, they are for other routers.
+
+        Returns:
+            (B, heads, P + N, head_dim).
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        # checks
+        further = {"features": features, "pair_bias": pair_bias}
+        for name, value in (further | {"num_heavy_tokens_q": num_heavy_tokens_q}).items():
+            if value is not None:
+                raise ValueError(f"{name}: expected None with router='grouped', got {value!r}")
+        prefix = num_prefix_tokens
+        if math.prod(grid_size) != q.shape[2] - prefix:
+            raise ValueError(
+                f"grid_size: expected a product of {q.shape[2] - prefix} tokens, got {grid_size}"
+            )
+        if key_mask is not None and key_mask.shape[-1] == q.shape[2] - prefix:
+            key_mask = nn.functional.pad(key_mask, (prefix, 0), value=True)
+        window = self.window_size if window_size is None else window_size
+        window = window_of_grid(check_window("window_size", window), grid_size)
+        count = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
+        slots = token_count("num_heavy_tokens_kv", count, q.shape[2] - prefix)
+
+        # groups of alike queries, and what their means tell
+        tiles = tiles_of(grid_size, window, q.device)
+        curve = _curve(grid_size, q.device)
+        with torch.no_grad(), without_autocast(q.device.type):
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            groups = alike_groups(q, k, tiles, curve, prefix, key_mask, scale)
+            probes = _probe(q, k, v, groups, prefix, key_mask, scale)
+
+            # keys of each tile, and what they get wrong at the probes
+            mask = None if key_mask is None else key_mask[:, prefix:]
+            generator = generator or self.generator
+            keys, log_weights = _draw(probes, tiles.shape[0], slots, curve, mask, generator)
+            missing = probes.out - _estimate(probes, v, keys, log_weights, prefix, key_mask)
+        if self.recorder is not None:
+            self.recorder(keys.flatten(1), log_weights.flatten(1), tuple(grid_size))
+
+        out = grouped_attention(
+            q,
+            k,
+            v,
+            groups.unflatten(1, (tiles.shape[0], -1)).flatten(2).unsqueeze(1),
+            keys.unsqueeze(1),
+            log_weights=log_weights.unsqueeze(1),
+            key_mask=key_mask,
+            num_prefix_tokens=prefix,
+            scale=scale,
+        )
+        correction = _by_token(missing, groups, q.shape[2] - prefix)
+        return out + nn.functional.pad(correction, (0, 0, prefix, 0)).to(out.dtype)
+
+
+def tiles_of(grid: tuple[int, ...], window: tuple[int, ...], device) -> Tensor:
+    """(tiles, S) raster indices of balanced tiles of a map or a volume, -1 where one is smaller.
+
+    Args:
+        window: least sides of a tile; S is a multiple of the groups that a tile is cut into.
+    """
+    sides = _sides(grid, window)
+    axes, index = len(grid), torch.zeros((), dtype=torch.int64, device=device)
+    inside = torch.ones((), dtype=torch.bool, device=device)
+    for axis, length in enumerate(grid):
+        parts = -(-length // sides[axis])
+        side = -(-length // parts)  # all of about one size
+        shape = [1] * (2 * axes)
+        shape[axis], shape[axes + axis] = parts, side
+        at = torch.arange(parts * side, device=device).view(shape)
+        index = index * length + at.clamp_max(length - 1)
+        inside = inside & (at < length)
+    index = torch.where(inside, index, -1).flatten(axes).flatten(0, axes - 1)
+    return nn.functional.pad(index, (0, -index.shape[1] % 2**_HALVINGS), value=-1)
+
+
+def _sides(grid: tuple[int, ...], window: tuple[int, ...]) -> list[int]:
+    """At least those of the window, and so large that there are about ``_TILES`` tiles at most."""
+    sides, area = list(window), math.prod(grid) / _TILES
+    for count, axis in enumerate(sorted(range(len(grid)), key=grid.__getitem__)):
+        least = min(grid[axis], math.ceil(area ** (1 / (len(grid) - count))))
+        sides[axis] = max(window[axis], least)
+        area = max(1.0, area / least)
+    return sides
+
+
+def _curve(grid: tuple[int, ...], device) -> Tensor:
+    """(N,) raster indices along a Z-order curve."""
+    if len(grid) == 2:
+        return morton_order(*grid, device)
+    shapes = ((-1, 1, 1), (1, -1, 1), (1, 1, -1))
+    return curve_order([torch.arange(n, device=device).view(s) for n, s in zip(grid, shapes)])
+
+
+def alike_groups(
+    q: Tensor,
+    k: Tensor,
+    tiles: Tensor,
+    curve: Tensor,
+    prefix: int,
+    key_mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """(B, tiles * 4, S / 4) raster indices of alike queries, -1 for none, for all heads in common;
+    those of a tile follow each other.
+
+    Queries are alike that give alike logits, in all heads, to a few keys spread over the map. Each
+    tile is cut in halves across the direction in which these vary most, and the halves again.
+
+    Args:
+        tiles: (tiles, S) raster indices, -1 for none.
+    """
+    # logits to a few keys, (B, N, heads * keys)
+    few = min(_SKETCH, curve.shape[0])
+    rows = curve[(torch.arange(few, device=q.device) * 2 + 1) * curve.shape[0] // (2 * few)]
+    key = k[:, :, rows + prefix].to(wide_dtype(q)) * scale
+    query = q[:, :, prefix:].to(key.dtype)
+    if key_mask is not None:  # a masked token has no say, whatever stands in it
+        key = key.masked_fill(~key_mask[:, None, rows + prefix, None], 0)
+        query = query.masked_fill(~key_mask[:, None, prefix:, None], 0)
+    logits = (query @ (key - key.mean(2, keepdim=True)).mT).transpose(1, 2).flatten(2)
+
+    members = tiles.expand(q.shape[0], -1, -1)
+    for _ in range(_HALVINGS):
+        members = _halves(logits, members)
+    return members
+
+
+def _halves(x: Tensor, members: Tensor) -> Tensor:
+    """Cut groups (B, G, S) of rows of (B, N, F) across their first principal direction: (B, 2 G,
+    S / 2)."""
+    there = (members >= 0).unsqueeze(-1)
+    at = members.clamp_min(0).flatten(1).unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    rows = x.gather(1, at).unflatten(1, members.shape[1:]) * there
+    mean = rows.sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp_min(1)
+    rows = (rows - mean) * there
+
+    # power iteration, from the row farthest from the mean
+    far = rows.square().sum(-1).argmax(-1)[:, :, None, None].expand(-1, -1, -1, x.shape[-1])
+    direction = rows.gather(2, far)
+    for _ in range(_STEPS):
+        direction = (rows @ direction.mT).mT @ rows
+        norm = direction.norm(dim=-1, keepdim=True)
+        direction = direction / norm.clamp_min(torch.finfo(x.dtype).tiny)
+    place = (rows @ direction.mT).squeeze(-1).masked_fill(~there.squeeze(-1), float("inf"))
+    return members.gather(2, place.argsort(-1)).unflatten(2, (2, -1)).flatten(1, 2)
+
+
+def _probe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: Tensor,
+    prefix: int,
+    key_mask: Tensor | None,
+    scale: float,
+) -> _Probes:
+    """Full attention of the mean query of each group."""
+    wide, dim = wide_dtype(q), q.shape[-1]
+    key, value, there = k.to(wide), v.to(wide), groups >= 0
+    query = q[:, :, prefix:].to(wide)
+    if key_mask is not None:
+        key, value = (x.masked_fill(~key_mask[:, None, :, None], 0) for x in (key, value))
+        query = query.masked_fill(~key_mask[:, None, prefix:, None], 0)
+        there = there & key_mask[:, None, prefix:].expand(-1, groups.shape[1], -1).gather(
+            2, groups.clamp_min(0)
+        )
+
+    # means of the groups
+    at = groups.clamp_min(0).flatten(1)[:, None, :, None].expand(-1, q.shape[1], -1, dim)
+    rows = query.gather(2, at).unflatten(2, groups.shape[1:]) * there[:, None, ..., None]
+    mean = rows.sum(3) / there.sum(2).clamp_min(1)[:, None, :, None]
+
+    # attention, and what each key has in the outputs of all heads
+    logits = mean * scale @ key.mT
+    if key_mask is not None:
+        logits = logits.masked_fill(~key_mask[:, None, None], torch.finfo(wide).min)
+    attention = logits.softmax(-1)
+    out, own = attention @ value, value[:, :, prefix:]
+    apart = own.square().sum(-1).unsqueeze(2) + out.square().sum(-1, keepdim=True)
+    apart = (apart - 2 * out @ own.mT).clamp_min(0)
+    importance = (attention[..., prefix:].square() * apart).sum(1)
+    return _Probes(attention, out, importance * there.any(2).unsqueeze(-1))
+
+
+def _draw(
+    probes: _Probes,
+    tiles: int,
+    slots: int,
+    curve: Tensor,
+    mask: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Keys of each tile: (indices, log_weights), both (B, tiles, K), -1 for an empty slot."""
+    # of a tile's importance, a part is what all tiles have in common
+    squared = probes.importance.unflatten(1, (tiles, -1)).sum(2)
+    own, common = squared.sqrt(), squared.mean(1, keepdim=True).sqrt()
+    tiny = torch.finfo(own.dtype).tiny
+    own, common = (x / x.sum(-1, keepdim=True).clamp_min(tiny) for x in (own, common))
+    logits = ((1 - _COMMON) * own + _COMMON * common).clamp_min(tiny).log()
+
+    # a sample for each tile
+    whole = None if mask is None else mask.repeat_interleave(tiles, 0)
+    gates = inclusion_gates(logits.flatten(0, 1), slots, whole).view_as(logits)
+    indices, valid = sample_tokens(gates, slots, curve, mask, generator)
+    weights = gates.gather(-1, indices).clamp_min(tiny).log().neg()
+    return torch.where(valid, indices, -1), weights.masked_fill(~valid, 0)
+
+
+def _estimate(
+    probes: _Probes,
+    v: Tensor,
+    keys: Tensor,
+    log_weights: Tensor,
+    prefix: int,
+    key_mask: Tensor | None,
+) -> Tensor:
+    """(B, heads, G, head_dim), what the sampled keys of its tile give a probe."""
+    value = v.to(probes.out.dtype)
+    if key_mask is not None:
+        value = value.masked_fill(~key_mask[:, None, :, None], 0)
+    weight = torch.where(keys < 0, 0, log_weights.exp())
+    dense = weight.new_zeros(*keys.shape[:2], v.shape[2] - prefix)
+    dense = dense.scatter_add(2, keys.clamp_min(0), weight)
+    dense = nn.functional.pad(dense, (prefix, 0), value=1.0)
+    per_tile = probes.out.shape[2] // keys.shape[1]
+    attention = probes.attention * dense.repeat_interleave(per_tile, 1).unsqueeze(1)
+    whole = attention.sum(-1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny)
+    return attention @ value / whole
+
+
+def _by_token(x: Tensor, groups: Tensor, tokens: int) -> Tensor:
+    """(B, heads, G, D), each token with what its group has: (B, heads, N, D)."""
+    number = torch.arange(groups.shape[1], device=x.device)[:, None].expand_as(groups)
+    group = groups.new_zeros(groups.shape[0], tokens + 1)
+    token = torch.where(groups < 0, tokens, groups)
+    group = group.scatter(1, token.flatten(1), number.flatten(1))[:, :tokens]
+    return x.gather(2, group[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
