@@ -102,6 +102,7 @@ class GroupedAttention(nn.Module):
         window_size: int | tuple[int, ...] | None = None,
         num_heavy_tokens_kv: TokenCount | None = None,
         num_heavy_tokens_q: None = None,
+        group: None = None,
     ) -> Tensor:
         """Attend.
 
@@ -114,7 +115,7 @@ class GroupedAttention(nn.Module):
             scale: factor of the logits, default head_dim ** -0.5.
             generator: draws the sample; default: the module's.
             window_size, num_heavy_tokens_kv: of this call; default: the module's.
-            features, pair_bias, num_heavy_tokens_q: None, they are for other routers.
+            features, pair_bias, num_heavy_tokens_q, group: None, they are for other routers.
 
         Returns:
             (B, heads, P + N, head_dim).
@@ -123,7 +124,7 @@ class GroupedAttention(nn.Module):
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
         # checks
-        further = {"features": features, "pair_bias": pair_bias}
+        further = {"features": features, "pair_bias": pair_bias, "group": group}
         for name, value in (further | {"num_heavy_tokens_q": num_heavy_tokens_q}).items():
             if value is not None:
                 raise ValueError(f"{name}: expected None with router='grouped', got {value!r}")

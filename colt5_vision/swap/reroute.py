@@ -97,8 +97,11 @@ class RoutedLayer:
         how = arrange(call, site, self.spec.place, self.spec.masks, bias)
         if isinstance(how, str):
             return how
-        if how.pair_bias is not None and self.attention.router == "grouped":
-            return "a bias of pairs, which router='grouped' cannot take"
+        if self.attention.router == "grouped":
+            if how.pair_bias is not None:
+                return "a bias of pairs, which router='grouped' cannot take"
+            if site.group is not None:
+                return "heads in several processes, which router='grouped' cannot take"
 
         # attention over the map, in place
         attend = self.attention if self.teacher is None else partial(self.teacher, self)

@@ -61,6 +61,7 @@ anything = ContextParallelConfig(ulysses_degree=2, ulysses_anything=True)
 three = spread(wan(num_attention_heads=3))
 compare("three heads", WAN, three, anything, num_heavy_tokens_kv=0.25, router="learned")
 compare("text", QWEN, num_heavy_tokens_kv=0.25)
+compare("grouped", WAN, num_heavy_tokens_kv=0.25, router="grouped")
 
 # tensor parallelism: likewise, with the text
 tensor_parallel._SUPPORTED_TP_DEVICES = ("cpu",)
@@ -152,6 +153,7 @@ def test_processes_that_share_the_heads_route_them_to_the_keys_of_one(results, k
 REASONS = {
     "text": "context parallelism puts parts of the text between parts of the map",
     "gradients": "context parallelism computes gradients of full attention",
+    "grouped": "heads in several processes, which router='grouped' cannot take",
 }
 
 
