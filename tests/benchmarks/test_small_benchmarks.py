@@ -6,7 +6,7 @@ from benchmarks import busy, video
 
 
 def test_the_table_of_a_video_has_a_ratio_for_each_window(tmp_path, monkeypatch, capsys):
-    options = "--grid 2 6 8 --heads 1 --head-dim 16 --output".split()
+    options = ["--grid", "2", "6", "8", "--heads", "1", "--head-dim", "16", "--output"]
     monkeypatch.setattr(sys, "argv", ["benchmarks.video", *options, str(tmp_path)])
     video.main()
     lines = capsys.readouterr().out.splitlines()
