@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._torch_internals import in_onnx_export
+from ._torch_internals import in_onnx_export, is_transformed
 from .checks import (
     TokenCount,
     check_filled,
@@ -265,6 +265,7 @@ class CoordinateDescentRouter(nn.Module):
         """Whether anyone will see the soft gates of ``logits``."""
         # straight through they are for a gradient only, and an ONNX file is for inference
         trains = torch.is_grad_enabled() and logits.requires_grad
+        trains = trains or is_transformed(logits)
         trains = trains and not in_onnx_export(logits)
         return self.kind not in _CONTENT_FREE and (trains or not self.straight_through)
 

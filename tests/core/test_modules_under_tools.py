@@ -1,0 +1,150 @@
+"""Every module under torch's transforms and tracers: right, never silently wrong."""
+
+import functools
+
+import pytest
+import timm
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import colt5_vision.models  # noqa: F401
+from colt5_vision import ConditionalRoutedAutoregressiveAttention, route_attention
+from tests.support.module_cases import CASES, DIM, build, image
+from tests.support.module_cases import apply as apply_case
+
+
+def of_case(name):
+    """A module of the list, its call on a map, and a map of two samples."""
+    case = CASES[name]
+    module = build(case, torch.float64)
+    return module, functools.partial(apply_case, case), image(2, dtype=torch.float64)
+
+
+def causal():
+    torch.manual_seed(0)
+    width = {"light_dim_head": 8, "light_heads": 2, "heavy_dim_head": 8, "heavy_heads": 2}
+    counts = {"num_heavy_tokens_q": 2, "num_heavy_tokens_kv": 3}
+    layer = ConditionalRoutedAutoregressiveAttention(DIM, light_window_size=4, **width, **counts)
+    return layer.double(), lambda module, x: module(x), image(2, dtype=torch.float64).flatten(1, 2)
+
+
+def network(name, routed, **options):
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=32, depth=1, num_classes=3, **options).double().eval()
+    if routed:
+        route_attention(model, window_size=2, num_heavy_tokens_kv=1 / 4, min_tokens=1)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return model, lambda module, x: module(x), x
+
+
+MADE = {name: functools.partial(of_case, name) for name in CASES} | {
+    "causal": causal,
+    "backbone": lambda: network("test_colt5_vit", False),
+    "swapped": lambda: network("vit_tiny_patch16_224", True, patch_size=8),
+}
+every = pytest.mark.parametrize("made", MADE.values(), ids=MADE.keys())
+SWAPPED = "swapped"
+
+
+def random_like(x, seed=5):
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+
+
+@every
+@sdpa_kernel(SDPBackend.MATH)  # torch's fused attention refuses forward mode
+def test_forward_mode_is_the_adjoint_of_backward(made):
+    module, apply, x = made()
+    call = functools.partial(apply, module)
+    out, moved = jvp(call, (x,), (random_like(x),))
+    torch.testing.assert_close(out, call(x))
+    _, pull = vjp(call, x)
+    weight = random_like(out)
+    assert moved.abs().max() > 1e-4
+    (back,) = pull(weight)
+    torch.testing.assert_close((moved * weight).sum(), (back * random_like(x)).sum())
+
+    with forward_ad.dual_level():
+        dual = call(forward_ad.make_dual(x, random_like(x)))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, moved)
+
+
+class Applied(torch.nn.Module):
+    """A module whose forward takes what ``apply`` does, as transforms and tracers want it."""
+
+    def __init__(self, module, apply):
+        super().__init__()
+        self.module, self.apply_to = module, apply
+
+    def forward(self, x):
+        return self.apply_to(self.module, x)
+
+
+@every
+def test_gradients_of_each_sample_are_those_it_has_alone(made):
+    module, apply, x = made()
+    parameters = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+
+    applied = Applied(module, apply)
+
+    def loss(parameters, sample):
+        named = {f"module.{name}": value for name, value in parameters.items()}
+        return functional_call(applied, named, (sample[None],)).square().sum()
+
+    found = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+    for i, sample in enumerate(x):
+        module.zero_grad()
+        apply(module, sample[None]).square().sum().backward()
+        for name, parameter in module.named_parameters():
+            if name in found:
+                want = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                torch.testing.assert_close(found[name][i], want)
+
+
+@every
+def test_a_second_derivative_is_right_or_refused(made):
+    module, apply, x = made()
+    for part in module.modules():  # what is straight through is no derivative of what came out
+        if getattr(part, "straight_through", False):
+            part.straight_through = part.log_gradient = False
+    weight, step = random_like(x), 1e-5
+
+    def slope(x):
+        x = x.detach().requires_grad_()
+        out = apply(module, x)
+        (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        return x, first
+
+    with sdpa_kernel(SDPBackend.MATH):
+        at, first = slope(x)
+        (second,) = torch.autograd.grad((first * weight).sum(), at)
+        moved = (slope(x + step * weight)[1] - slope(x - step * weight)[1]) / (2 * step)
+    torch.testing.assert_close(second, moved.detach(), rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_traced_once_it_gives_the_same(made):
+    module, apply, x = made()
+    call, other = Applied(module, apply).eval(), random_like(x, seed=6)
+    with torch.no_grad():
+        traced = torch.jit.trace(call, (x,), check_trace=False)
+        torch.testing.assert_close(traced(other), call(other))
+        torch.testing.assert_close(make_fx(call)(x)(other), call(other))
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake:
+            out = call(fake.from_tensor(x))
+        want = call(x)
+        assert (out.shape, out.dtype) == (want.shape, want.dtype)
+
+
+@pytest.mark.parametrize("name", ["sum-q", "softmax", "block", "backbone", SWAPPED])
+def test_attention_counts_as_flops(name):
+    module, apply, x = MADE[name]()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        apply(module, x)
+    counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    assert counts["colt5_vision.routed_window_attention"] > 0
