@@ -90,6 +90,14 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def without_tangent(x: Tensor) -> Tensor:
+    """x as backward sees it; forward-mode AD sees a constant."""
+    # as in is_transformed; if the level goes: unpack always
+    if torch.compiler.is_dynamo_compiling() or forward_ad._current_level < 0:
+        return x
+    return forward_ad.unpack_dual(x).primal
+
+
 def has_values(*tensors: Tensor) -> bool:
     """Whether values may be read: real tensors on the CPU, in a call that nothing traces.
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ._torch_internals import without_tangent
 from .ops.grid import cell_slots, slot_of_token
 
 
@@ -11,10 +12,15 @@ def log_gates(gates: Tensor) -> Tensor:
     return gates.clamp_min(torch.finfo(gates.dtype).tiny).log()
 
 
+def only_gradient(x: Tensor) -> Tensor:
+    """0 with the gradient of x; in forward mode a constant, which is what it is."""
+    x = without_tangent(x)
+    return x - x.detach()
+
+
 def pass_straight(gates: Tensor, log_gradient: bool = False) -> Tensor:
     """Gates of exactly 1, with the gradient of ``gates``, or with that of their logarithm."""
-    gradient = log_gates(gates) if log_gradient else gates
-    return 1 + (gradient - gradient.detach())
+    return 1 + only_gradient(log_gates(gates) if log_gradient else gates)
 
 
 def cut_into_cells(

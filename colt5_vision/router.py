@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._torch_internals import in_onnx_export, is_transformed
+from ._torch_internals import in_onnx_export
 from .checks import (
     TokenCount,
     check_filled,
@@ -18,7 +18,7 @@ from .checks import (
     filled_slots,
     token_count,
 )
-from .gates import cut_into_cells, join_cells, log_gates, pass_straight
+from .gates import cut_into_cells, join_cells, log_gates, only_gradient, pass_straight
 from .mean_query import route_by_mean_query
 from .ops import coordinate_descent, route_topk, router_logits, soft_topk
 from .ops.autocast import without_autocast
@@ -265,7 +265,6 @@ class CoordinateDescentRouter(nn.Module):
         """Whether anyone will see the soft gates of ``logits``."""
         # straight through they are for a gradient only, and an ONNX file is for inference
         trains = torch.is_grad_enabled() and logits.requires_grad
-        trains = trains or is_transformed(logits)
         trains = trains and not in_onnx_export(logits)
         return self.kind not in _CONTENT_FREE and (trains or not self.straight_through)
 
@@ -393,7 +392,7 @@ class CoordinateDescentRouter(nn.Module):
             soft = self._gates(logits, slots, filled, mask, grid_size).gather(-1, indices)
             gates, log_weights = self.straight(soft), log_gates(soft)
             if self.straight_through:
-                log_weights = log_weights - log_weights.detach()
+                log_weights = only_gradient(log_weights)
         else:
             gates = torch.ones_like(indices, dtype=logits.dtype)
             log_weights = torch.zeros_like(gates)

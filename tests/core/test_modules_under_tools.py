@@ -7,7 +7,7 @@ import timm
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -57,19 +57,19 @@ def random_like(x, seed=5):
 
 @every
 @sdpa_kernel(SDPBackend.MATH)  # torch's fused attention refuses forward mode
-def test_forward_mode_is_the_adjoint_of_backward(made):
+def test_forward_mode_is_the_derivative_of_what_came_out(made):
+    """Also where gates are straight through: their gradient is for backward alone."""
     module, apply, x = made()
-    call = functools.partial(apply, module)
-    out, moved = jvp(call, (x,), (random_like(x),))
-    torch.testing.assert_close(out, call(x))
-    _, pull = vjp(call, x)
-    weight = random_like(out)
+    call, along, step = functools.partial(apply, module), random_like(x), 1e-6
+    out, moved = jvp(call, (x,), (along,))
+    with torch.no_grad():
+        torch.testing.assert_close(out, call(x))
+        want = (call(x + step * along) - call(x - step * along)) / (2 * step)
     assert moved.abs().max() > 1e-4
-    (back,) = pull(weight)
-    torch.testing.assert_close((moved * weight).sum(), (back * random_like(x)).sum())
+    torch.testing.assert_close(moved, want, rtol=1e-4, atol=1e-6)
 
     with forward_ad.dual_level():
-        dual = call(forward_ad.make_dual(x, random_like(x)))
+        dual = call(forward_ad.make_dual(x, along))
         torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, moved)
 
 
