@@ -4,6 +4,7 @@
 nothing and needs no GPU.
 """
 
+import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -437,4 +438,5 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(tables())

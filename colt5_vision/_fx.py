@@ -2,11 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
-def fx_leaf(forward: Callable) -> Callable:
+
+def fx_leaf(forward: _Forward) -> _Forward:
     """Decorate a module's forward: whoever traces a model with ``torch.fx`` gets one node for it.
 
     Tracers ask themselves which modules are leaves, and none but torch's are by default.
@@ -20,4 +23,4 @@ def fx_leaf(forward: Callable) -> Callable:
                 return x.tracer.create_proxy("call_module", path, args, kwargs)
         return forward(self, *args, **kwargs)
 
-    return traced_or_run
+    return traced_or_run  # type: ignore[return-value]  it has the signature of what it wraps

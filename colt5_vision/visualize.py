@@ -31,6 +31,7 @@ __all__ = ["RoutingRecord", "plot_routing", "record_routing", "show_routing"]
 # of a router's tokens: what they are called, the part they belong to, and what sets them apart
 _ROLES = {
     "kv_router": ("heavy keys", "attention", "every token of the image attends to them"),
+    "tile_keys": ("heavy keys", "attention", "the tokens of each tile attend to a few of them"),
     "q_router": ("heavy queries", "attention", "they attend to the heavy keys"),
     "router": ("heavy tokens", "feed-forward", "they go through the large feed-forward too"),
 }
@@ -46,18 +47,20 @@ class RoutingRecord(NamedTuple):
         grid_size: (H, W) of the map, (T * H, W) of a volume, or (1, N) of a sequence.
         place: number of this router among those of its kind in the model, from 1, and how many
             there are.
+        by_tile: every tile of tokens chose keys of its own, all of them told as one route.
     """
 
     name: str
     routing: Routing
     grid_size: tuple[int, int]
     place: tuple[int, int] = (1, 1)
+    by_tile: bool = False
 
     @property
     def role(self) -> str:
         """``"kv_router"``, ``"q_router"`` or ``"router"``, of feed-forwards. A layer that went
-        through ``route_attention`` routes keys."""
-        return _role(self.name)
+        through ``route_attention`` routes keys, with ``router="grouped"`` ``"tile_keys"``."""
+        return "tile_keys" if self.by_tile else _role(self.name)
 
     def num_routed(self) -> int:
         """How many tokens of the first sample were routed, by any of the routes."""
@@ -68,7 +71,7 @@ class RoutingRecord(NamedTuple):
         indices, taken = self.routing.indices, self.routing.mask.float()  # (B, R, K)
         height, width = self.grid_size
         votes = torch.zeros(*indices.shape[:2], height * width).scatter_add(-1, indices, taken)
-        return votes.mean(1).unflatten(-1, (height, width))
+        return votes.clamp_max(1).mean(1).unflatten(-1, (height, width))
 
 
 @contextmanager
@@ -104,7 +107,7 @@ def record_routing(model: nn.Module) -> Iterator[list[RoutingRecord]]:
 
         return record
 
-    def layer_hook(name: str):
+    def layer_hook(name: str, by_tile: bool):
         def record(indices: Tensor, log_weights: Tensor, grid: tuple[int, ...]) -> None:
             valid, indices = (indices >= 0).cpu(), indices.clamp_min(0).cpu()
             weights = log_weights.detach().cpu()
@@ -112,13 +115,13 @@ def record_routing(model: nn.Module) -> Iterator[list[RoutingRecord]]:
             fields = (x.unsqueeze(1) for x in (indices, gates, weights, valid))
             height = math.prod(grid[:-1])
             grid = (height, grid[-1])
-            records.append(RoutingRecord(name, Routing(*fields), grid, places[name]))
+            records.append(RoutingRecord(name, Routing(*fields), grid, places[name], by_tile))
 
         return record
 
     handles = [m.register_forward_hook(hook(name), with_kwargs=True) for name, m in routers.items()]
     for name, layer in layers.items():
-        layer.attention.recorder = layer_hook(name)
+        layer.attention.recorder = layer_hook(name, layer.config.router == "grouped")
     try:
         yield records
     finally:
@@ -337,7 +340,7 @@ def _choose(records: list[RoutingRecord], layers: int | Sequence[str]) -> list[R
             names = ", ".join(dict.fromkeys(record.name for record in records))
             raise ValueError(f"layers: expected some of {names}, got {list(layers)}")
         return found
-    keys = [record for record in records if record.role == "kv_router"] or records
+    keys = [record for record in records if record.role in ("kv_router", "tile_keys")] or records
     count = min(check_int("layers", layers), len(keys))
     return [keys[round(i)] for i in np.linspace(0, len(keys) - 1, count)]
 

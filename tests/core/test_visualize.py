@@ -229,3 +229,15 @@ def test_show_routing_of_a_transformers_model():
     figure = show_routing(model, torch.randn(3, 64, 64), layers=2)
     shown = [f"attention, layer {i} of 2\n9 heavy keys of 64 tokens" for i in (1, 2)]
     assert titles(figure) == ["image", *shown]
+
+
+def test_show_routing_of_keys_by_tile():
+    timm = pytest.importorskip("timm")
+    options = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": (96, 96)}
+    model = timm.create_model("vit_tiny_patch16_224", **options)
+    route_attention(model, window_size=3, num_heavy_tokens_kv=4, min_tokens=0, router="grouped")
+    with record_routing(model.eval()) as records:
+        model(torch.randn(2, 3, 96, 96))
+    assert records[0].routing.indices.shape == (2, 1, 4 * 4) and records[0].heatmap().max() <= 1
+    figure = show_routing(model, torch.randn(3, 96, 96))
+    assert "the tokens of each tile attend to a few of them" in figure.get_supxlabel()
