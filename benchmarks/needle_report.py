@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from benchmarks.needle_model import VARIANTS
@@ -125,22 +124,28 @@ def report(records: list[dict], stem: Path, settings: Sequence[str]) -> list[str
 
 
 def line_of(name: str) -> dict:
-    """Color and style of a variant, the same in every figure."""
-    styles, variant = {"learned": "-", "random": ":", "grid": "-."}, VARIANTS[name]
+    """Label and look of a variant, the same in every figure: its color is the fusion, its dashes
+    the router, and it is thin with few keys."""
+    variant = VARIANTS[name]
     if variant.router is None:
-        return {"color": {"full": "k", "window": "0.6"}[name], "ls": "--"}
+        label = {"full": "full attention", "window": "windows only"}[name]
+        return {"label": label, "color": {"full": "k", "window": "0.6"}[name], "ls": "--"}
+    keys = {"eighth": "1/8 of the keys", "few": "few keys"}[variant.keys]
     return {
-        "color": colormaps["tab20"].colors[list(VARIANTS).index(name)],
-        "ls": styles[variant.router],
+        "label": f"{variant.kind}, {variant.router}, {keys}",
+        "color": {"softmax": "tab:blue", "sum": "tab:orange"}[variant.kind],
+        "ls": {"learned": "-", "random": ":", "grid": "-."}[variant.router],
+        "lw": {"eighth": 2.0, "few": 1.0}[variant.keys],
     }
 
 
 def draw(groups: dict[str, list[dict]], path: Path) -> None:
     """Accuracy against steps, a panel each for 1/8 of the keys and for few, full and window in
     both; against seconds."""
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    figure = Figure(figsize=(15, 5.4), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
-    for axis, keys in zip(axes, ("eighth", "few", None)):
+    titles = {"eighth": "1/8 of the keys", "few": "few keys", None: "time"}
+    for axis, (keys, title) in zip(axes, titles.items()):
         for name, group in groups.items():
             variant = VARIANTS[name]
             if keys is not None and variant.keys not in (None, keys):
@@ -148,24 +153,14 @@ def draw(groups: dict[str, list[dict]], path: Path) -> None:
             curves = torch.tensor([r["curve"] for r in group])
             line = line_of(name)
             along = curves[0, :, 0] if keys else curves[..., 2].mean(0)
-            axis.plot(along, curves[..., 1].mean(0), label=name, **line)
+            axis.plot(along, curves[..., 1].mean(0), **line)
             if keys:
-                axis.fill_between(
-                    along,
-                    curves[..., 1].amin(0),
-                    curves[..., 1].amax(0),
-                    alpha=0.12,
-                    color=line["color"],
-                )
-        axis.set(
-            xlabel="steps" if keys else "CPU seconds",
-            ylim=(0, 1),
-            title=f"keys: {keys}" if keys else "time",
-        )
-        if axis.lines:
-            axis.legend(fontsize=6)
+                low, high = curves[..., 1].amin(0), curves[..., 1].amax(0)
+                axis.fill_between(along, low, high, alpha=0.12, color=line["color"])
+        axis.set(xlabel="steps" if keys else "CPU seconds", ylim=(0, 1), title=title)
         axis.axhline(0.1, color="0.8", lw=0.8)
     axes[0].set_ylabel("held-out accuracy (band: range over seeds)")
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=110, format="png")
 
 
@@ -184,13 +179,14 @@ def draw_scale(folder: Path) -> Path:
         for name, group in by_variant(study["runs"], list(VARIANTS)).items():
             line = line_of(name)
             curve = torch.tensor([r["curve"] for r in group]).mean(0)
-            column[0].plot(curve[:, 2], curve[:, 1], label=name, **line)
+            column[0].plot(curve[:, 2], curve[:, 1], **line)
             memory, accuracy = torch.tensor([(r["added_mib"], r["accuracy"]) for r in group]).T
             column[1].scatter(
                 memory,
                 accuracy,
-                label=name,
+                label=line["label"],
                 color=line["color"],
+                alpha=0.5 if line.get("lw") == 1.0 else 1.0,
                 marker={"--": "s", ":": "x"}.get(line["ls"], "o"),
             )
         column[0].set(
@@ -198,12 +194,12 @@ def draw_scale(folder: Path) -> Path:
             title=f"canvas {study['canvas']}, {study['steps']} steps",
         )
         column[1].set(xlabel="MiB added by the first step")
-        column[1].legend(fontsize=6)
         for axis in column:
             axis.set(ylim=(0, 1), xlim=(0, 1.05 * axis.dataLim.xmax))
             axis.axhline(0.1, color="0.8", lw=0.8)
     for axis in axes[:, 0]:
         axis.set_ylabel("held-out accuracy")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     path = folder / "needle_scale_cpu.png"
     save_atomically(path, lambda part: figure.savefig(part, dpi=110, format="png"))
     return path
