@@ -59,7 +59,7 @@ def draw_curve(path: Path, name: str, classes, history: list[dict]) -> None:
     losses = [h["loss"] for h in history]
     loss_axis.plot(epochs, losses, "s--", color="tab:blue", label="training loss")
     loss_axis.set_ylabel("loss")
-    loss_axis.set_ylim(bottom=0)
+    loss_axis.set_ylim(0, 1.1 * max(losses))
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 
