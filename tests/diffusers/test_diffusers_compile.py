@@ -127,8 +127,12 @@ def test_blocks_compiled_one_by_one_make_no_graph_for_each_size(case, more):
     assert graphs[0] > 0 and graphs[1] <= graphs[0] + more
 
 
+def told_of(warned):
+    return [w for w in warned if "is routed, and still ran" in str(w.message)]
+
+
 @pytest.mark.parametrize("which", ["compiled", "in place"])
-def test_routing_is_switched_after_compiling(which):
+def test_routing_is_switched_after_compiling(which, recwarn):
     case = SHALLOW["pixart"]
     model = build(case)
     expected = run(model, case)
@@ -139,29 +143,14 @@ def test_routing_is_switched_after_compiling(which):
     else:
         fast = torch.compile(model, fullgraph=True, backend="eager")
     close(run(fast, case), expected)
-    route_attention(fast, config())
+    report = route_attention(fast, config())
     assert set(routed_layers(model)) == set(routed_layers(fast)) == {"transformer_blocks.0.attn1"}
+    assert not report.calls.compiled and "not counted" not in str(report)
     close(run(fast, case), few)
+    assert report.calls.compiled and not report.calls.routed and not report.calls.exact
+    assert "calls in compiled graphs are not counted" in str(report) and not told_of(recwarn)
     unroute_attention(fast)
     close(run(fast, case), expected)
-
-
-def told_of(warned):
-    return [w for w in warned if "is routed, and still ran" in str(w.message)]
-
-
-def test_calls_in_graphs_are_not_counted_and_the_report_says_so(recwarn):
-    case = SHALLOW["pixart"]
-    model = build(case)
-    report = route_attention(model, config())
-    assert not report.calls.compiled and "not counted" not in str(report)
-    fast, _ = compiled(model)
-    for _ in range(2):
-        run(fast, case)
-    calls = report.calls
-    assert calls.compiled and not calls.routed and not calls.exact
-    assert "calls in compiled graphs are not counted" in str(report)
-    assert not told_of(recwarn)
 
 
 def test_a_layer_whose_forward_alone_is_compiled_is_routed(recwarn):
