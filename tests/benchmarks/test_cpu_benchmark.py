@@ -12,6 +12,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+pytest.importorskip("colt5_attention")
+pytest.importorskip("tomesd")
+
 from benchmarks.cpu import __main__ as command
 from benchmarks.cpu import memory, report
 from benchmarks.cpu.attention import Attention

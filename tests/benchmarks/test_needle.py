@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 
+pytest.importorskip("matplotlib")
+
 from benchmarks import ablations, needle
 from benchmarks.needle_model import DIM, VARIANTS, SquareReader
 from benchmarks.needle_report import accuracy_table, by_variant, summarize

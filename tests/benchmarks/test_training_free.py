@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+pytest.importorskip("diffusers.models")
+
 from benchmarks import training_free
 from benchmarks.training_free_report import Record, write_report
 

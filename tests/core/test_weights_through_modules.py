@@ -9,8 +9,6 @@ import warnings
 import pytest
 import timm
 import torch
-from accelerate import cpu_offload
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -71,13 +69,14 @@ def linears(module):
 
 @every_layer
 def test_an_adapter_on_any_linear_changes_the_output_and_trains(make):
+    peft = pytest.importorskip("peft")
     module, run = make()
     before = run(module).detach()
     for name in linears(module):
         adapted = copy.deepcopy(module)
         torch.manual_seed(0)
-        config = LoraConfig(r=2, target_modules=f".*{name}", init_lora_weights=False)
-        inject_adapter_in_model(config, adapted)
+        config = peft.LoraConfig(r=2, target_modules=f".*{name}", init_lora_weights=False)
+        peft.inject_adapter_in_model(config, adapted)
 
         out = run(adapted)
         assert (out - before).abs().max() > 1e-5, name
@@ -132,6 +131,7 @@ def test_dynamic_int8_on_every_linear_runs_and_is_near(make):
 @every_layer
 @torch.no_grad()
 def test_offloaded_weights_are_fetched(make):
+    cpu_offload = pytest.importorskip("accelerate").cpu_offload
     module, run = make()
     module.eval()
     before = run(module)

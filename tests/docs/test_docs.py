@@ -3,10 +3,15 @@
 import re
 from pathlib import Path
 
-import diffusers
+import pytest
 import torch
 
 from colt5_vision import routed_layers
+
+pytest.importorskip("diffusers.models")
+
+import diffusers
+
 from tests.support.diffusers_cases import CASES, arguments
 from tests.support.diffusers_pipes import pipeline
 

@@ -21,6 +21,9 @@ from colt5_vision import (
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers.models")
+
 import distill_diffusion as example
 
 from support import terrain

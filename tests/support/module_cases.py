@@ -60,14 +60,15 @@ class Case(NamedTuple):
     build: Callable[[], nn.Module]
     layout: str = "first"  # of the map: channel "first" or "last", or flat "tokens"
     residual: bool = False
+    routes_on_rounded: str = ""  # count of tokens that are chosen by an intermediate
 
     @property
     def precise(self):
-        """Counts to compare precisions with: the block's feed-forward would route on a rounded
-        intermediate."""
-        return {"num_heavy_ff_tokens": 1.0} if self.residual else {}
+        """Counts to compare precisions with: a choice by a rounded intermediate may differ."""
+        return {self.routes_on_rounded: 1.0} if self.routes_on_rounded else {}
 
 
+FF = "num_heavy_ff_tokens"
 CASES = {
     "sum": Case(functools.partial(Attention)),
     "sum-q": Case(
@@ -97,14 +98,18 @@ CASES = {
     "softmax-cells": Case(
         functools.partial(Attention, fusion="softmax", router_kwargs={"cell_size": 3})
     ),
-    "softmax-mean": Case(functools.partial(Attention, fusion="softmax", router="mean_query")),
+    "softmax-mean": Case(
+        functools.partial(Attention, fusion="softmax", router="mean_query"),
+        routes_on_rounded="num_heavy_tokens_kv",
+    ),
     "ff": Case(FeedForward),
     "ff-tokens": Case(FeedForward, "tokens"),
-    "block": Case(Block, residual=True),
+    "block": Case(Block, residual=True, routes_on_rounded=FF),
     "block-softmax-q": Case(
         functools.partial(Block, fusion="softmax", num_heavy_attn_tokens_q=6, channel_first=False),
         "last",
         residual=True,
+        routes_on_rounded=FF,
     ),
     "sequence": Case(Sequence, "tokens"),
     "sequence-q-rotary": Case(
@@ -141,7 +146,7 @@ CASES = {
         ),
         "tokens",
     ),
-    "block-sequence": Case(Block, "tokens", residual=True),
+    "block-sequence": Case(Block, "tokens", residual=True, routes_on_rounded=FF),
 }
 every_module = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
