@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # threads that wait leave the cores to others sooner, and freed memory is kept for the next step (benchmarks.busy)
 GENTLE := GOMP_SPINCOUNT=1500 MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 
-.PHONY: demo swap diffusion test kernels lint prose docs dist bench bench-gpu clean
+.PHONY: demo swap diffusion test test-versions kernels lint prose docs dist bench bench-gpu clean
 
 # the main job on real images: trains a classifier of digits in large canvases, about 5 minutes on 2 CPU cores
 demo: $(STAMP)
@@ -27,6 +27,11 @@ test: $(STAMP)
 # the Triton kernels on the CPU, by Triton's interpreter: it must be asked for before Triton is imported
 kernels: $(STAMP)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/kernels
+
+# all tests on the oldest torch and on the newest, each in an environment of its own; ARGS: --smoke,
+# --only 2.11, and what pytest takes, such as tests/ops
+test-versions:
+	.ci/versions $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -68,4 +73,4 @@ bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venvs runs build *.egg-info
