@@ -131,6 +131,16 @@ efficient = torch.ops.aten._scaled_dot_product_efficient_attention
 efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
 
 
+def registered_operator(name: str, schema: str):
+    """What ``torch.library.custom_op`` has made of this name with this schema in this process, or
+    None.
+
+    If a name goes, answer None: modules may then be imported once in a process.
+    """
+    known = torch._library.custom_ops.OPDEFS.get(name)
+    return known if known is not None and known._schema == schema else None
+
+
 def begins_no_graph(function):
     """Mark a function that torch.compile must not begin a graph with, nor with what it calls.
 

@@ -9,10 +9,31 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from .._torch_internals import registered_operator
 from ..routing import Routing
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+
+def operator(name: str) -> Callable:
+    """Register a function as the operator ``colt5_vision::name``, which has no alias and no write.
+
+    Where it is registered already, by an earlier import in this process, it gets this function:
+    torch would free an operator that is registered again, and crash where the earlier import, or a
+    graph compiled with it, calls it.
+    """
+    name = f"colt5_vision::{name}"
+
+    def register(function: Callable):
+        schema = torch.library.infer_schema(function, mutates_args=())
+        known = registered_operator(name, schema)
+        if known is None:
+            return torch.library.custom_op(name, function, mutates_args=())
+        known.register_kernel(None, function)
+        return known
+
+    return register
 
 
 def overridable(function: Callable[_P, _T]) -> Callable[_P, _T]:

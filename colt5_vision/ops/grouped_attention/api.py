@@ -17,7 +17,7 @@ from ..attention_checks import check_indices, check_qkv, checked_mask, checked_s
 from ..autocast import without_autocast
 from ..backend import check_backend, needs_operator, takes_transform
 from ..dtypes import wide_dtype
-from ..registration import count_flops, once_differentiable, overridable
+from ..registration import count_flops, once_differentiable, operator, overridable
 from . import eager
 
 NAME = "grouped_attention"
@@ -54,7 +54,7 @@ def _pair(keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, Tensor] |
     return None if keys is None else (keys, values)
 
 
-@torch.library.custom_op("colt5_vision::grouped_attention", mutates_args=())
+@operator("grouped_attention")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -82,7 +82,7 @@ def _(q, k, v, groups, keys, log_weights, pooled_keys, pooled_values, log_mass, 
     return _empty_head_last(q), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
 
 
-@torch.library.custom_op("colt5_vision::grouped_attention_backward", mutates_args=())
+@operator("grouped_attention_backward")
 def _attention_backward(
     grad: Tensor,
     q: Tensor,

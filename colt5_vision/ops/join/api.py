@@ -8,13 +8,13 @@ from ...checks import check_float_tensor, check_mask
 from ...routing import Routing
 from ..backend import takes_operator, use_triton, why_not_triton
 from ..dtypes import wide_dtype
-from ..registration import count_flops, no_flops, overridable
+from ..registration import count_flops, no_flops, operator, overridable
 from . import eager
 
 NAME = "join"
 
 
-@torch.library.custom_op("colt5_vision::join", mutates_args=())
+@operator("join")
 def _join(
     light: Tensor,
     heavy: Tensor,
@@ -35,7 +35,7 @@ def _(light, heavy, indices, gates, null, backend):
     return torch.empty_like(light)
 
 
-@torch.library.custom_op("colt5_vision::join_backward", mutates_args=())
+@operator("join_backward")
 def _join_backward(
     grad: Tensor,
     heavy: Tensor,

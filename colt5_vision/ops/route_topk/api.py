@@ -17,11 +17,11 @@ from ..backend import (
     why_not_triton,
 )
 from ..dtypes import wide_dtype
-from ..registration import count_flops, no_flops, overridable
+from ..registration import count_flops, no_flops, operator, overridable
 from . import eager
 
 
-@torch.library.custom_op("colt5_vision::top_indices", mutates_args=())
+@operator("top_indices")
 def _top_indices(scores: Tensor, k: int, backend: str) -> Tensor:
     # "auto" stays with torch.topk: no measurement on a GPU has shown the kernels to be faster yet
     if requested_backend(backend) == "triton":

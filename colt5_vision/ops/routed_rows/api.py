@@ -7,13 +7,13 @@ from ..._torch_internals import has_values, is_transformed
 from ...checks import check_float_tensor, check_positive
 from ..backend import HALVES, takes_operator, use_triton, why_not_triton
 from ..dtypes import wide_dtype
-from ..registration import count_flops, no_flops, overridable
+from ..registration import count_flops, no_flops, operator, overridable
 from . import eager
 
 NAME = "gather_normalize"
 
 
-@torch.library.custom_op("colt5_vision::gather_normalize", mutates_args=())
+@operator("gather_normalize")
 def _gather_normalize(
     x: Tensor, indices: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, backend: str | None
 ) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def _(x, indices, weight, eps, dtype, backend):
     )
 
 
-@torch.library.custom_op("colt5_vision::gather_normalize_backward", mutates_args=())
+@operator("gather_normalize_backward")
 def _gather_normalize_backward(
     grad: Tensor,
     x: Tensor,

@@ -23,7 +23,7 @@ from ..backend import (
     why_not_triton,
 )
 from ..dtypes import wide_dtype
-from ..registration import count_flops, once_differentiable, overridable
+from ..registration import count_flops, once_differentiable, operator, overridable
 from . import eager
 from .gathered import PairBias, gathered_attention
 from .geometry import Geometry
@@ -63,7 +63,7 @@ def _implementation(q: Tensor, backend: str):
     return eager
 
 
-@torch.library.custom_op("colt5_vision::routed_window_attention", mutates_args=())
+@operator("routed_window_attention")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -91,7 +91,7 @@ def _(q, k, v, routed, log_weights, key_mask, query_indices, grid, scale, backen
     return _empty_head_last(q, length), q.new_empty(q.shape[0], q.shape[1], length, dtype=wide)
 
 
-@torch.library.custom_op("colt5_vision::routed_window_attention_backward", mutates_args=())
+@operator("routed_window_attention_backward")
 def _attention_backward(
     grad: Tensor,
     q: Tensor,

@@ -8,7 +8,7 @@ from ...checks import check_float_tensor, check_positive
 from ..autocast import without_autocast
 from ..backend import takes_operator, use_triton, why_not_triton
 from ..dtypes import wide_dtype
-from ..registration import count_flops, laid_out_as, overridable
+from ..registration import count_flops, laid_out_as, operator, overridable
 from . import eager
 
 NAME = "router_logits"
@@ -18,7 +18,7 @@ def _use_triton(x: Tensor, backend: str | None) -> bool:
     return use_triton(NAME, backend, why_not_triton(x))
 
 
-@torch.library.custom_op("colt5_vision::router_logits", mutates_args=())
+@operator("router_logits")
 def _router_logits(
     x: Tensor, tokens: Tensor, eps: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ def _(x, tokens, eps, backend):
     return tokens.new_empty(x.shape[0], tokens.shape[-2], x.shape[1]), tokens.new_empty(x.shape[:2])
 
 
-@torch.library.custom_op("colt5_vision::router_logits_backward", mutates_args=())
+@operator("router_logits_backward")
 def _router_logits_backward(
     grad: Tensor,
     x: Tensor,

@@ -16,6 +16,7 @@ from ..registration import (
     laid_out_as,
     no_flops,
     once_differentiable,
+    operator,
     overridable,
 )
 from . import eager
@@ -36,7 +37,7 @@ def _runs_kernels(operator: str, backend: str, scores: Tensor, n_iters: int = 1)
     return use_triton(operator, backend or None, why_not)
 
 
-@torch.library.custom_op("colt5_vision::soft_topk", mutates_args=())
+@operator("soft_topk")
 def _soft_topk(
     scores: Tensor, k: Tensor, num_valid: Tensor, eps: float, head_size: int, backend: str = ""
 ) -> Tensor:
@@ -52,7 +53,7 @@ def _(scores, k, num_valid, eps, head_size, backend=""):
     return torch.empty_like(scores)
 
 
-@torch.library.custom_op("colt5_vision::soft_topk_backward", mutates_args=())
+@operator("soft_topk_backward")
 def _soft_topk_gradient(
     grad: Tensor, gates: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,7 @@ count_flops("soft_topk", no_flops)
 count_flops("soft_topk_backward", no_flops)
 
 
-@torch.library.custom_op("colt5_vision::coordinate_descent", mutates_args=())
+@operator("coordinate_descent")
 def _coordinate_descent(
     scores: Tensor, k: Tensor, num_valid: Tensor, schedule: Sequence[float], backend: str = ""
 ) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,7 @@ def _(scores, k, num_valid, schedule, backend=""):
     return torch.empty_like(scores), scores.new_empty(scores.shape[0], len(schedule) - 1)
 
 
-@torch.library.custom_op("colt5_vision::coordinate_descent_backward", mutates_args=())
+@operator("coordinate_descent_backward")
 def _coordinate_descent_backward(
     grad: Tensor,
     scores: Tensor,
