@@ -15,6 +15,7 @@ from .router import CoordinateDescentRouter
 from .routing import Routing
 from .schedule import RoutingSchedule
 from .sequence import ConditionalRoutedAttention
+from .swap.calibrate import calibrate_routing
 from .swap.config import RoutedAttentionConfig
 from .swap.distill import distill_routers
 from .swap.report import RoutedAttentionReport
@@ -36,6 +37,7 @@ __all__ = [
     "RoutedAttentionReport",
     "Routing",
     "RoutingSchedule",
+    "calibrate_routing",
     "distill_routers",
     "load_routing",
     "route_attention",

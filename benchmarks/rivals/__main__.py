@@ -115,7 +115,7 @@ def study(args: argparse.Namespace) -> None:
     print(report.write(rows.rows, stem), f"wrote {stem}.jsonl, .md, .png", sep="\n")
 
 
-def _photos() -> list[Path]:
+def default_photos() -> list[Path]:
     """One to choose by, one inside of a package that chose nothing here."""
     import sklearn
 
@@ -162,7 +162,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     at_least_one(parser, args, "draws", "threads")
     args.networks = args.networks or ["DINOv2", "UNet"]
     args.steps = args.steps or ["layers", "whole"]
-    args.photos = find_photos(args.images) if args.images else _photos()
+    args.photos = find_photos(args.images) if args.images else default_photos()
     if args.quick:
         args.vit_size, args.unet_size = min(args.vit_size, 518), min(args.unet_size, 128)
         args.photos, args.noises, args.densities = args.photos[:1], args.noises[:1], [0.25]

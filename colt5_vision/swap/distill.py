@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..checks import TokenCount, check_int, check_positive, token_count
-from ..ops import routed_window_attention
 from ..ops.autocast import without_autocast
 from ..ops.dtypes import wide_dtype
 from ..store import save_atomically
+from .batches import check_batches, run_batch
+from .full import full_attention
 from .heads import Group, over_heads
 from .reroute import RoutedLayer
 from .sampling import inclusion_gates
@@ -85,7 +85,7 @@ class Teacher:
         mask = None if key_mask is None else key_mask[:, num_prefix_tokens:]
 
         # what full attention gives, and what it would lose without each key
-        out = _full(q, k, v, **how)
+        out = full_attention(q, k, v, **how)
         with without_autocast(q.device.type):
             cost = over_heads(self._cost(q, k, v, out, **how), group)
 
@@ -134,28 +134,6 @@ class Teacher:
         if key_mask is not None:  # a masked token asks for nothing
             loss = loss.masked_fill(~key_mask[:, None, at, None], 0)
         return loss.sum(2)
-
-
-def _full(
-    q, k, v, *, num_prefix_tokens, key_mask, pair_bias, scale, grid_size, window_size
-) -> Tensor:
-    """Full attention, with nothing of size N x N."""
-    if pair_bias is None and key_mask is None:
-        return scaled_dot_product_attention(q, k, v, scale=scale)
-    tokens = math.prod(grid_size)
-    every = torch.arange(tokens, device=q.device).expand(q.shape[0], -1)
-    return routed_window_attention(
-        q,
-        k,
-        v,
-        routed_indices=every,
-        grid_size=(tokens // grid_size[-1], grid_size[-1]),
-        window_size=window_size[-2:],
-        num_prefix_tokens=num_prefix_tokens,
-        key_mask=key_mask,
-        pair_bias=pair_bias,
-        scale=scale,
-    )
 
 
 def distill_routers(
@@ -210,10 +188,7 @@ def distill_routers(
         raise ImportError("distill_routers needs tqdm: pip install tqdm") from error
 
     # checks
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a model, such as pipe.unet, got {type(model).__name__}")
-    if isinstance(inputs, (Tensor, Mapping)) or not isinstance(inputs, Iterable):
-        raise TypeError(f"inputs: expected an iterable of batches, got one {type(inputs).__name__}")
+    check_batches(model, inputs)
     for name, value in (("steps", steps), ("num_queries", num_queries), ("save_every", save_every)):
         check_int(name, value)
     check_int("seed", seed, minimum=0)
@@ -263,7 +238,7 @@ def distill_routers(
             # of the step and the process: resuming changes nothing
             teacher.generator.manual_seed(seed + 1_000_003 * len(history) + 7_919 * rank)
             with torch.no_grad():
-                _run(model, next(batches))
+                run_batch(model, next(batches))
             ratios = _ratios(teacher, layers, len(history))
             _average_gradients(routers)
             optimizer.step()
@@ -287,19 +262,6 @@ def distill_routers(
         for module, mode in training.items():
             module.training = mode
     return history
-
-
-def _run(model: nn.Module, batch: Any) -> None:
-    """Run a model on one of the inputs."""
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, Tensor):
-        model(batch)
-    else:
-        raise TypeError(
-            "inputs: expected tensors or mappings of the model's arguments, got "
-            f"{type(batch).__name__}; of (images, labels), give the images"
-        )
 
 
 def _ratios(teacher: Teacher, layers: dict[str, RoutedLayer], step: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -77,6 +78,8 @@ class RoutedAttentionReport(dict):
         exact: names of the other attention layers, and why each keeps full attention.
         layer_calls: by name of each layer that may be routed, its live :class:`Calls`. A layer too
             small for routing at ``sample_size`` is among them.
+        calibration: by name, what :func:`~colt5_vision.calibrate_routing` found for a layer; empty
+            without it.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class RoutedAttentionReport(dict):
         super().__init__(routed)
         self.exact = dict(exact)
         self.layer_calls = dict(layer_calls)
+        self.calibration: dict[str, Any] = {}
 
     @property
     def calls(self) -> Calls:
@@ -107,7 +111,8 @@ class RoutedAttentionReport(dict):
     def __str__(self) -> str:
         lines = [f"{len(self)} layers routed, {len(self.exact)} as they were"]
         for name, tokens in self.items():
-            lines.append(f"  {name}: {'?' if tokens is None else f'{tokens:,}'} tokens")
+            how = f", {self.calibration[name]}" if name in self.calibration else ""
+            lines.append(f"  {name}: {'?' if tokens is None else f'{tokens:,}'} tokens{how}")
         lines += [f"  {name}: full attention, {reason}" for name, reason in self.exact.items()]
         calls = self.calls
         if calls.routed or calls.exact:

@@ -34,7 +34,7 @@ def save_routing(model: Any, directory: str | os.PathLike) -> None:
         directory: made if it is not there.
 
     Raises:
-        TypeError, ValueError: if nothing is routed, or layers are routed in several ways.
+        TypeError, ValueError: if nothing is routed, or layers have several schedules.
     """
     from safetensors.torch import save
 
@@ -42,10 +42,11 @@ def save_routing(model: Any, directory: str | os.PathLike) -> None:
     routed = routed_layers(model)
     if not routed:
         raise ValueError("model: nothing is routed, expected one that went through route_attention")
-    config, *others = {layer.config for layer in routed.values()}
-    if others:
+    config = next(iter(routed.values())).config
+    others = {n: layer.config for n, layer in routed.items() if layer.config != config}
+    if any(other.schedule != config.schedule for other in others.values()):
         raise ValueError(
-            "model: expected one configuration for all layers, got several; save model by model"
+            "model: expected one schedule for all layers, got several; save model by model"
         )
 
     # the routers first: the JSON that names them is what makes them valid
@@ -56,6 +57,7 @@ def save_routing(model: Any, directory: str | os.PathLike) -> None:
     about = {
         "format": 2,
         "config": config.to_dict(),
+        "by_layer": {name: other.to_dict() for name, other in others.items()},
         "layers": list(routed),
         "weights": {"file": file, "sha256": digest},
     }
@@ -96,7 +98,10 @@ def load_routing(
     # what would be routed, beside the model
     try:
         config = RoutedAttentionConfig.from_dict(about["config"])
-        planned = plan(model, config, sample_size=sample_size, must_route=False)
+        others = about["by_layer"].items()
+        by_layer = {name: RoutedAttentionConfig.from_dict(values) for name, values in others}
+        how = {"by_layer": by_layer, "sample_size": sample_size}
+        planned = plan(model, config, **how, must_route=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"directory: {directory} does not fit {kind}: {error}") from error
     if list(planned.chosen) != about["layers"]:
@@ -158,6 +163,7 @@ def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
         digest = hashlib.sha256(data).hexdigest()
         if digest != about["weights"]["sha256"]:
             raise ValueError(f"expected sha256 {about['weights']['sha256']}, got {digest}")
+        about["by_layer"] = dict(about.get("by_layer", {}))
         if not isinstance(about["layers"], list) or "config" not in about:
             raise ValueError("expected layers and a config")
         return about, load(data)

@@ -121,7 +121,7 @@ class Chosen:
 class Plan:
     """What routing would change."""
 
-    config: RoutedAttentionConfig
+    configs: dict[str, RoutedAttentionConfig]  # of each layer chosen
     chosen: dict[str, Chosen]
     attention: dict[str, SampledAttention | GroupedAttention]
     clocks: dict[nn.Module, ClockHook]
@@ -133,12 +133,14 @@ def plan(
     model: Any,
     config: RoutedAttentionConfig,
     *,
+    by_layer: Mapping[str, RoutedAttentionConfig] | None = None,
     sample_size: int | tuple[int, int] | None = None,
     must_route: bool = True,
 ) -> Plan:
     """All that can fail of :func:`route_attention`; changes nothing.
 
     Args:
+        by_layer: configurations of single layers by name, in place of ``config``; its schedule.
         must_route: raise if no layer would be routed at ``sample_size``.
     """
     parts = _parts(model, _check_size(sample_size))
@@ -147,14 +149,15 @@ def plan(
     if not layers:
         raise ValueError(f"model: {_nothing(model, exact)}")
     chosen = _choose(layers, exact, config.layers)
+    configs = _configs(chosen, config, by_layer or {})
     exact |= {name: "not among layers" for name in layers if name not in chosen}
 
     # which of them are routed at the sample size
     tokens = {}
     for name, one in chosen.items():
-        count = one.spec.tokens
-        settings = {} if count is None else config.settings(count)
-        if isinstance(settings, str) and not (config.needs_timestep and count >= config.min_tokens):
+        count, own = one.spec.tokens, configs[name]
+        settings = {} if count is None else own.settings(count)
+        if isinstance(settings, str) and not (own.needs_timestep and count >= own.min_tokens):
             exact[name] = f"{count} tokens: {settings}"
         else:
             tokens[name] = count
@@ -165,14 +168,14 @@ def plan(
             f"inputs tell sample_size=(H, W), min_tokens is {config.min_tokens}"
         )
 
-    attention = {name: _attention(name, one, config) for name, one in chosen.items()}
+    attention = {name: _attention(name, one, configs[name]) for name, one in chosen.items()}
     clocks = {}
     if config.needs_timestep:
         for one in chosen.values():
             part = one.part
             if part.model not in clocks:
                 clocks[part.model] = ClockHook(part.model, config.schedule, part.timestep)
-    return Plan(config, chosen, attention, clocks, tokens, exact)
+    return Plan(configs, chosen, attention, clocks, tokens, exact)
 
 
 def apply(planned: Plan) -> RoutedAttentionReport:
@@ -197,7 +200,8 @@ def apply(planned: Plan) -> RoutedAttentionReport:
                 _mark(beside, scope, only_backward=True)
 
         module = model.get_submodule(one.path)
-        layer = RoutedLayer(name, one.spec, planned.config, planned.attention[name], scope)
+        config, attention = planned.configs[name], planned.attention[name]
+        layer = RoutedLayer(name, one.spec, config, attention, scope)
         layer.set_switches(module)
         put_hook(module, _ENTER, EnterHook(layer))
         put_hook(module, _LEAVE, LeaveHook(layer), after=True)
@@ -314,6 +318,20 @@ def _choose(
             raise ValueError(f"layers: {one!r} is no layer that can be routed{why}")
         chosen.update(matches)
     return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def _configs(
+    chosen: Mapping[str, Chosen],
+    config: RoutedAttentionConfig,
+    by_layer: Mapping[str, RoutedAttentionConfig],
+) -> dict[str, RoutedAttentionConfig]:
+    """Of each layer chosen, its own or the common one."""
+    for name, own in by_layer.items():
+        if name not in chosen:
+            raise ValueError(f"by_layer: {name!r} is no layer that is routed")
+        if own.schedule != config.schedule:  # one clock tells all layers which rules hold
+            raise ValueError(f"by_layer: {name}: expected the schedule that all layers have")
+    return {name: by_layer.get(name, config) for name in chosen}
 
 
 def _attention(

@@ -1,0 +1,213 @@
+"""Settings chosen layer by layer, on the layer's own queries, keys and values."""
+
+import dataclasses
+import json
+
+import pytest
+import timm
+import torch
+
+from colt5_vision import (
+    RoutedAttentionConfig,
+    calibrate_routing,
+    load_routing,
+    route_attention,
+    routed_layers,
+    save_routing,
+    unroute_attention,
+)
+from colt5_vision.swap import calibrate
+from colt5_vision.swap.full import full_attention
+
+SETTINGS = [
+    {"router": router, "window_size": 3, "num_heavy_tokens_kv": keys}
+    for router in ("sampled", "grouped")
+    for keys in (1 / 4, 1.0)
+]
+
+
+def vit():
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=160, depth=3, embed_dim=64, num_heads=2, num_classes=5
+    )
+    for name, parameter in model.named_parameters():
+        if "qkv.weight" in name:
+            parameter.data *= 8  # attention that matters
+    return model
+
+
+def images(count=2):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(1, 3, 160, 160, generator=generator) for _ in range(count)]
+
+
+def seconds(monkeypatch, of):
+    """Let a call take as long as ``of`` says of what is called: None is full attention."""
+
+    def timed(call, device):
+        return call(), of(getattr(call, "func", None))
+
+    monkeypatch.setattr(calibrate, "_timed", timed)
+
+
+def by_keys(attention):
+    """Few keys are fast, and grouped ones slower."""
+    if attention is None:
+        return 2.0
+    return attention.num_heavy_tokens_kv * (1.5 if attention.router == "grouped" else 1)
+
+
+def test_the_fastest_that_is_exact_enough_is_taken(monkeypatch):
+    seconds(monkeypatch, by_keys)
+    for tolerance, keys in ((10.0, 1 / 4), (1e-4, 1.0)):
+        model = vit()
+        report = calibrate_routing(
+            model,
+            images(),
+            tolerance=tolerance,
+            settings=SETTINGS,
+            min_tokens=1,
+            progress=False,
+        )
+        layers = routed_layers(model)
+        assert list(layers) == [f"blocks.{i}.attn" for i in range(3)] == list(report)
+        for name, layer in layers.items():
+            assert (layer.config.router, layer.config.num_heavy_tokens_kv) == ("sampled", keys)
+            found = report.calibration[name]
+            assert found.error <= tolerance and found.speedup == 2 / keys
+            assert f"{found.speedup:.1f} times as fast" in str(report)
+        unroute_attention(model)
+
+
+def test_the_error_is_that_of_the_layer_alone(monkeypatch):
+    """On the inputs that it has under full attention."""
+    seconds(monkeypatch, by_keys)
+    model, (image,) = vit().eval(), images(1)
+    seen = {}
+
+    class Watch:
+        def __call__(self, layer, q, k, v, **how):
+            how.pop("group"), how.pop("features")
+            window = {"window_size": (3, 3)}
+            exact = full_attention(q, k, v, **how, **window)
+            seen[layer.name] = (layer.attention(q, k, v, **how) - exact).norm() / exact.norm()
+            return exact
+
+    route_attention(model, **SETTINGS[0], min_tokens=1)
+    for layer in routed_layers(model).values():
+        layer.teacher = Watch()
+    with torch.no_grad():
+        model(image)
+    unroute_attention(model)
+    report = calibrate_routing(
+        model, [image], tolerance=1e3, settings=SETTINGS[:1], min_tokens=1, progress=False
+    )
+    assert len(seen) == 3
+    for name, error in seen.items():
+        assert report.calibration[name].error == pytest.approx(error.item(), rel=1e-4)
+        assert error > 1e-2
+
+
+def test_layers_choose_for_themselves_and_are_saved_so(monkeypatch, tmp_path):
+    """One layer wants another router, one keeps full attention."""
+    order = []
+
+    def of(attention):
+        if attention is None:
+            order.append(None)
+            return 1.0
+        layer = (len(order) - 1) % 3  # full attention comes first in each layer
+        return {0: {"sampled": 0.2, "grouped": 0.5}, 1: {"sampled": 0.5, "grouped": 0.2}}.get(
+            layer, {"sampled": 1.0, "grouped": 1.0}
+        )[attention.router]
+
+    seconds(monkeypatch, of)
+    model, (image,) = vit().eval(), images(1)
+    settings = [SETTINGS[0], SETTINGS[2]]
+    how = {"settings": settings, "tolerance": 1e3, "min_tokens": 1, "repeats": 1}
+    report = calibrate_routing(model, [image], **how, progress=False)
+    routers = {name: layer.config.router for name, layer in routed_layers(model).items()}
+    assert routers == {"blocks.0.attn": "sampled", "blocks.1.attn": "grouped"}
+    assert "1.1 times as fast" in report.exact["blocks.2.attn"]
+
+    with torch.no_grad():
+        expected = model(image)
+        save_routing(model, tmp_path)
+        other = vit().eval()
+        load_routing(other, tmp_path)
+        assert torch.equal(other(image), expected)
+    again = {name: layer.config for name, layer in routed_layers(other).items()}
+    assert again == {name: layer.config for name, layer in routed_layers(model).items()}
+    unroute_attention(model)
+    with torch.no_grad():
+        assert not torch.equal(model(image), expected)
+
+    # a file whose layers disagree with the model
+    about = json.loads((tmp_path / "routed_attention.json").read_text())
+    about["by_layer"]["blocks.9.attn"] = about["config"]
+    (tmp_path / "routed_attention.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="blocks.9.attn"):
+        load_routing(model, tmp_path)
+    assert not routed_layers(model)
+
+
+def test_nothing_gains_and_nothing_is_routed(monkeypatch):
+    seconds(monkeypatch, lambda attention: 1.0)
+    model, (image,) = vit(), images(1)
+    with torch.no_grad():
+        expected = model.eval()(image)
+        model.train()
+        report = calibrate_routing(model, [image], min_tokens=1, repeats=1, progress=False)
+        assert not report and len(report.exact) == 3 and not routed_layers(model)
+        assert model.training and all(module.training for module in model.modules())
+        assert torch.equal(model.eval()(image), expected)
+
+
+def test_times_are_measured(monkeypatch):
+    model = vit()
+    how = {"settings": SETTINGS, "tolerance": 10.0, "min_tokens": 1, "min_speedup": 1e-3}
+    report = calibrate_routing(model, images(1), **how, progress=False)
+    assert len(report.calibration) == 3
+    assert all(0 < found.speedup < 1e3 for found in report.calibration.values())
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "match"),
+    [
+        ({"inputs": torch.zeros(1)}, TypeError, "inputs"),
+        ({"inputs": []}, ValueError, "inputs: none reached"),
+        ({"inputs": ["a"]}, TypeError, "inputs"),
+        ({"min_tokens": 10_000}, ValueError, "min_tokens|inputs"),
+        ({"tolerance": 0}, ValueError, "tolerance"),
+        ({"min_speedup": -1}, ValueError, "min_speedup"),
+        ({"repeats": 0}, ValueError, "repeats"),
+        ({"settings": []}, ValueError, "settings"),
+        ({"settings": "sampled"}, TypeError, "settings"),
+        ({"settings": [1]}, TypeError, "settings"),
+        ({"settings": [{"router": "learned"}]}, ValueError, "settings"),
+        ({"settings": [{"layers": [0]}]}, ValueError, "settings"),
+        ({"model": 3}, TypeError, "model"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_changed(how, error, match):
+    model = vit()
+    how = {"model": model, "inputs": images(1), "min_tokens": 1, "progress": False} | how
+    with pytest.raises(error, match=match):
+        calibrate_routing(how.pop("model"), how.pop("inputs"), **how)
+    assert not routed_layers(model) and model.training
+
+
+def test_a_routed_model_is_refused():
+    model = vit()
+    route_attention(model, min_tokens=1)
+    with pytest.raises(ValueError, match="routed already"):
+        calibrate_routing(model, images(1), progress=False)
+    assert routed_layers(model)
+
+
+def test_the_settings_tried_by_default_are_both_routers():
+    assert {config.router for config in calibrate.CALIBRATED} == {"sampled", "grouped"}
+    default = dataclasses.asdict(RoutedAttentionConfig())
+    for config in calibrate.CALIBRATED:
+        assert dataclasses.asdict(config)["min_tokens"] == default["min_tokens"]
