@@ -64,7 +64,7 @@ def main() -> None:
         seconds = medians(calls, args.repeats)
 
     full = seconds["full SDPA"]
-    rows = [[name, f"{taken:.1f}", f"{full / taken:.1f}"] for name, taken in seconds.items()]
+    rows = [[name, f"{taken:.3g}", f"{full / taken:.3g}"] for name, taken in seconds.items()]
     shape = f"{' x '.join(map(str, grid))} tokens, {args.heads} heads x {args.head_dim}"
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     keys = f"Routed keys: {args.share:.4g} of the tokens, routing included."

@@ -1,6 +1,6 @@
 """CoLT5's conditional computation for images: attention and feed-forward that spend where it pays.
 
-The core needs torch and einops only; ``colt5_vision.models`` (timm, transformers) and
+The core needs torch, einops and numpy only; ``colt5_vision.models`` (timm, transformers) and
 ``colt5_vision.pipelines`` (diffusers) are imported on their own, or by ``route_attention`` for a
 model of theirs.
 """

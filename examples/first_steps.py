@@ -18,6 +18,7 @@ from torch.nn.functional import cosine_similarity
 import colt5_vision.models  # noqa: F401  (registers colt5_* with timm)
 from colt5_vision import ConditionalRoutedImageAttention, route_attention, unroute_attention
 from colt5_vision.visualize import show_routing
+from support.command_line import UserError
 from support.dinov2 import features, load, open_photo
 from support.photos import skimage_photo
 
@@ -37,7 +38,11 @@ print("backbone:", tuple(backbone(torch.randn(2, 3, 192, 192)).shape))
 
 # 3. A pretrained network, DINOv2. Routing needs no training.
 vit, _ = load(Path(".cache"))
-photo = open_photo(Path(sys.argv[1]) if sys.argv[1:] else skimage_photo("astronaut.png"), 518)
+try:
+    path = Path(sys.argv[1]) if sys.argv[1:] else skimage_photo("astronaut.png")
+    photo = open_photo(path, 518, "PHOTO")
+except UserError as error:
+    sys.exit(f"first_steps.py: {error}")
 full = features(vit, photo)
 print(route_attention(vit, window_size=14, num_heavy_tokens_kv=1 / 16))
 cosine = cosine_similarity(features(vit, photo), full, dim=-1).mean().item()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..checks import check_int, check_positive
+from ..gates import only_gradient
 from ..ops.dtypes import double_dtype, wide_dtype
 from ..ops.soft_topk.api import checked_rows
 
@@ -96,7 +97,7 @@ def cumulative_softmax(
 
     # implicit function theorem: the gradient of one Newton step, the value of the interval
     step = (k - gates(high).sum(-1, keepdim=True)) / slope
-    return _as_gates(gates(high + step - step.detach()), full, scores, mask)
+    return _as_gates(gates(high + only_gradient(step)), full, scores, mask)
 
 
 def gumbel_sinkhorn(

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import TokenCount, check_int, check_token_count
+from ..checks import ROUTERS, TokenCount, check_int, check_router, check_token_count
 from .grouped import GroupedAttention
-from .sampled import ROUTERS, SampledAttention
+from .sampled import SampledAttention
 from .window import check_window
 
 __all__ = ["RoutedAttentionConfig", "ScheduleRule"]
@@ -129,9 +129,7 @@ class RoutedAttentionConfig:
                 raise TypeError(f"{name}: expected a value, got None")
         for name, value in _check_settings(self).items():
             object.__setattr__(self, name, value)
-        routers = (*ROUTERS, GroupedAttention.router)
-        if self.router not in routers:
-            raise ValueError(f"router: expected one of {routers}, got {self.router!r}")
+        check_router(self.router, ROUTERS)
         check_int("min_tokens", self.min_tokens, minimum=0)
         object.__setattr__(self, "layers", _check_layers(self.layers))
         object.__setattr__(self, "schedule", _check_schedule(self.schedule))

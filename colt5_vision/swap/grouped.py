@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..checks import TokenCount, check_token_count, token_count
 from ..ops import grouped_attention
+from ..ops.attention_checks import checked_mask
 from ..ops.autocast import without_autocast
 from ..ops.dtypes import wide_dtype
 from ..positions import morton_order
@@ -65,7 +66,7 @@ class GroupedAttention(nn.Module):
             weights, and the grid; None: nobody looks.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: for an argument that does not fit.
 
     Source: Horvitz-Thompson weights (JASA 1952); a query for a cluster of alike ones as in
         clustered attention (arXiv 2007.04825).
@@ -121,7 +122,7 @@ class GroupedAttention(nn.Module):
             (B, heads, P + N, head_dim).
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
+            TypeError, ValueError: for an argument that does not fit.
         """
         # checks
         further = {"features": features, "pair_bias": pair_bias, "group": group}
@@ -133,8 +134,7 @@ class GroupedAttention(nn.Module):
             raise ValueError(
                 f"grid_size: expected a product of {q.shape[2] - prefix} tokens, got {grid_size}"
             )
-        if key_mask is not None and key_mask.shape[-1] == q.shape[2] - prefix:
-            key_mask = nn.functional.pad(key_mask, (prefix, 0), value=True)
+        key_mask = checked_mask(key_mask, q, prefix)
         window = self.window_size if window_size is None else window_size
         window = window_of_grid(check_window("window_size", window), grid_size)
         count = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
@@ -144,9 +144,9 @@ class GroupedAttention(nn.Module):
         tiles = tiles_of(grid_size, window, q.device)
         curve = _curve(grid_size, q.device)
         with torch.no_grad(), without_autocast(q.device.type):
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
-            groups = alike_groups(q, k, tiles, curve, prefix, key_mask, scale)
-            probes = _probe(q, k, v, groups, prefix, key_mask, scale)
+            by = q.shape[-1] ** -0.5 if scale is None else scale
+            groups = alike_groups(q, k, tiles, curve, prefix, key_mask, by)
+            probes = _probe(q, k, v, groups, prefix, key_mask, by)
 
             # keys of each tile, and what they get wrong at the probes
             mask = None if key_mask is None else key_mask[:, prefix:]

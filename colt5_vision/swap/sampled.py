@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .._torch_internals import is_compiling
-from ..checks import TokenCount, check_int, check_token_count, token_count
+from ..checks import TokenCount, check_int, check_router, check_token_count, token_count
+from ..gates import only_gradient
 from ..ops import route_topk, routed_window_attention
+from ..ops.attention_checks import checked_mask
 from ..ops.autocast import without_autocast
 from ..ops.dtypes import wide_dtype
 from ..ops.routed_window_attention.gathered import PairBias
@@ -30,9 +32,10 @@ from .sampling import inclusion_gates, sample_tokens
 from .volume import Volume, fold_volume
 from .window import check_window, window_of_grid
 
-__all__ = ["ROUTERS", "SampledAttention"]
+__all__ = ["KINDS", "SampledAttention"]
 
-ROUTERS = ("sampled", "learned", *CONTROLS)
+KINDS = ("sampled", "learned", *CONTROLS)
+"""Kinds of routing with one choice of keys for the whole map."""
 _PROBE_KEYS = 64  # routed keys that rank the queries
 
 
@@ -85,8 +88,7 @@ class SampledAttention(nn.Module):
         device=None,
     ):
         super().__init__()
-        if router not in ROUTERS:
-            raise ValueError(f"router: expected one of {ROUTERS}, got {router!r}")
+        check_router(router, KINDS)
         self.window_size = check_window("window_size", window_size)
         self.num_heavy_tokens_kv = check_token_count("num_heavy_tokens_kv", num_heavy_tokens_kv)
         self.num_heavy_tokens_q = num_heavy_tokens_q
@@ -157,8 +159,7 @@ class SampledAttention(nn.Module):
             TypeError, ValueError: for an argument that does not fit.
         """
         prefix = num_prefix_tokens
-        if key_mask is not None and key_mask.shape[-1] == q.shape[2] - prefix:
-            key_mask = nn.functional.pad(key_mask, (prefix, 0), value=True)
+        key_mask = checked_mask(key_mask, q, prefix)
         window = self.window_size if window_size is None else window_size
         window = window_of_grid(check_window("window_size", window), grid_size)
         kv_count = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
@@ -294,7 +295,7 @@ class SampledAttention(nn.Module):
         gate = gates.gather(-1, indices).clamp_min(torch.finfo(gates.dtype).tiny).log()
         log_weights = gate.detach().neg()
         if gates.requires_grad:  # straight-through: a key that helps is sampled more often
-            log_weights = log_weights + (gate - gate.detach())
+            log_weights = log_weights + only_gradient(gate)
         return torch.where(valid, indices, -1), log_weights
 
     def _record(self, routed, volume: Volume | None, grid_size: tuple[int, ...]) -> None:

@@ -23,8 +23,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _inner(model: nn.Module) -> nn.Module | None:
-    found = [model._modules[name] for name in _INNER if name in model._modules]
-    return found[0] if len(found) == len(model._modules) == 1 else None
+    parts = dict(model.named_children())
+    found = [part for name, part in parts.items() if name in _INNER]
+    return found[0] if len(found) == len(parts) == 1 else None
 
 
 def clean_name(name: str) -> str:

@@ -134,8 +134,9 @@ def load(cache: Path) -> tuple[nn.Module, SaliencyDecoder]:
     return model.eval(), decoder.eval()
 
 
-def open_photo(path: Path, side: int) -> Tensor:
-    """(1, 3, side, side), normalised: the largest centred square of the photo."""
+def open_photo(path: Path, side: int, argument: str = "--images") -> Tensor:
+    """(1, 3, side, side), normalised: the largest centred square of the photo, that an argument of
+    the command line names."""
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -143,7 +144,7 @@ def open_photo(path: Path, side: int) -> Tensor:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"--images: cannot read {path} ({error})") from error
+        raise UserError(f"{argument}: cannot read {path} ({error})") from error
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2
     box = (left, top, left + short, top + short)

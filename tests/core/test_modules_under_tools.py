@@ -33,19 +33,21 @@ def causal():
     return layer.double(), lambda module, x: module(x), image(2, dtype=torch.float64).flatten(1, 2)
 
 
-def network(name, routed, **options):
+def network(name, routed=None, **options):
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=32, depth=1, num_classes=3, **options).double().eval()
-    if routed:
-        route_attention(model, window_size=2, num_heavy_tokens_kv=1 / 4, min_tokens=1)
+    if routed is not None:
+        how = {"window_size": 2, "num_heavy_tokens_kv": 1 / 4, "min_tokens": 1}
+        route_attention(model, router=routed, **how)
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return model, lambda module, x: module(x), x
 
 
 MADE = {name: functools.partial(of_case, name) for name in CASES} | {
     "causal": causal,
-    "backbone": lambda: network("test_colt5_vit", False),
-    "swapped": lambda: network("vit_tiny_patch16_224", True, patch_size=8),
+    "backbone": lambda: network("test_colt5_vit"),
+    "swapped": lambda: network("vit_tiny_patch16_224", "sampled", patch_size=8),
+    "grouped": lambda: network("vit_tiny_patch16_224", "grouped", patch_size=8),
 }
 every = pytest.mark.parametrize("made", MADE.values(), ids=MADE.keys())
 SWAPPED = "swapped"

@@ -76,9 +76,11 @@ found = (*results["gradients"][:2], out, report.calls.routed, dict(report.calls.
 results["gradients"] = found
 
 model, _ = compare("distilled", WAN, num_heavy_tokens_kv=0.25, router="learned")
+weights = [layer.attention.correction[-1].weight for layer in routed_layers(model).values()]
+before = torch.cat(weights).detach().clone()
 history = distill_routers(model, [call(WAN)], steps=2, lr=0.1, progress=False)
 weights = [layer.attention.correction[-1].weight for layer in routed_layers(model).values()]
-results["weights"] = (history, torch.cat(weights).detach())
+results["weights"] = (history, before, torch.cat(weights).detach())
 
 # ring attention is refused in either order
 refused = []
@@ -166,8 +168,9 @@ def test_what_context_parallelism_takes_apart_is_exact_and_counted(results, key)
 
 
 def test_routers_are_distilled_under_ulysses(results):
-    (history, weights), (other, same) = (found["weights"] for found in results)
+    (history, before, weights), (other, _, same) = (found["weights"] for found in results)
     assert torch.equal(weights, same) and len(history) == len(other) == 2
+    assert (weights - before).abs().min() > 1e-3
     assert all(0 < ratio < 100 for step in history for ratio in step.values())
 
 

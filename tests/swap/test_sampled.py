@@ -9,15 +9,15 @@ import torch.nn.functional as F
 
 from colt5_vision.checks import token_count
 from colt5_vision.ops import window_attention
-from colt5_vision.swap.sampled import ROUTERS, SampledAttention, choose_queries
+from colt5_vision.swap.sampled import KINDS, SampledAttention, choose_queries
 from colt5_vision.swap.sampling import inclusion_gates
 from tests.support.attention_cases import leaves, randn
 from tests.support.dense import dense_attention
 
-every_router = pytest.mark.parametrize("router", ROUTERS)
+every_router = pytest.mark.parametrize("router", KINDS)
 queries = pytest.mark.parametrize(
     ("router", "queries"),
-    [(router, number) for router in ROUTERS for number in (None, 9)],
+    [(router, number) for router in KINDS for number in (None, 9)],
 )
 GRID = (6, 7)
 TOKENS = 42
@@ -81,7 +81,7 @@ def corrected(out, q, k, v, mask, prefix):
     return out + F.pad(weight @ error, (0, 0, prefix, 0))
 
 
-@pytest.mark.parametrize("router", [r for r in ROUTERS if r != "window"])
+@pytest.mark.parametrize("router", [r for r in KINDS if r != "window"])
 @pytest.mark.parametrize("prefix", [0, 3])
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("masked", [False, True])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colt5_vision.swap.sampled import ROUTERS, SampledAttention
+from colt5_vision.swap.sampled import KINDS, SampledAttention
 from colt5_vision.swap.volume import fold_volume, window_of_token
 from tests.support.attention_cases import leaves, randn
 
@@ -62,7 +62,7 @@ def test_windows_are_dense_attention_under_the_3d_mask(grid, window, prefix, mas
     close(found, torch.where(sees, expected, 0))
 
 
-@pytest.mark.parametrize("router", [r for r in ROUTERS if r != "window"])
+@pytest.mark.parametrize("router", [r for r in KINDS if r != "window"])
 @pytest.mark.parametrize(("grid", "window"), GRIDS[:3])
 def test_every_key_routed_is_full_attention(grid, window, router):
     q, k, v = tensors(grid, 2)

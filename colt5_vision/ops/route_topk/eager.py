@@ -55,8 +55,8 @@ def _top_of_long_rows(scores: Tensor, k: int) -> Tensor | None:
 
     # their keys, as in ordered_keys, side by side
     row, column = left.nonzero(as_tuple=True)
-    place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-    keys = torch.full((len(bits), width), torch.iinfo(torch.int64).min)
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    keys = bits.new_full((len(bits), width), torch.iinfo(torch.int64).min, dtype=torch.int64)
     keys[row, place] = (bits[row, column].to(torch.int64) << 32) | (n - 1 - column)
     taken = keys.topk(k, dim=-1).values
     return (n - 1 - taken.bitwise_and_(0xFFFFFFFF)).view(*shape, k)

@@ -1,6 +1,6 @@
 """Window ∪ routed attention as one operator: checks, registration, autograd."""
 
-from collections.abc import Sequence  # infer_schema of torch 2.6 knows no list[float]
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor

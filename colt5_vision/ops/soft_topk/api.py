@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Sequence  # infer_schema of torch 2.6 knows no list[float]
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
