@@ -105,6 +105,8 @@ class ConditionalRoutedImageAttention(ScheduledLayer):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+
+        # checks
         if fusion not in FUSIONS:
             raise ValueError(f"fusion: expected one of {FUSIONS}, got {fusion!r}")
         self.dim, self.fusion, self.channel_first = check_int("dim", dim), fusion, channel_first
@@ -119,6 +121,7 @@ class ConditionalRoutedImageAttention(ScheduledLayer):
                 f"heavy_dim_head: rotary_emb needs a multiple of 4, got {heavy_dim_head}"
             )
 
+        # what both fusions take
         shared = {
             "routes_queries": num_heavy_tokens_q is not None,
             "num_routed_kv": num_routed_kv,
@@ -129,6 +132,8 @@ class ConditionalRoutedImageAttention(ScheduledLayer):
             "device": device,
             "dtype": dtype,
         }
+
+        # the fusion, with weights of its own
         if fusion == "softmax":
             if (light_heads, light_dim_head) != (heavy_heads, heavy_dim_head):
                 raise ValueError(

@@ -113,6 +113,8 @@ class ConditionalRoutedCrossAttention(ScheduledLayer):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+
+        # checks
         self.dim = check_int("dim", dim)
         check_int("dim_head", dim_head)
         check_heads("heads", heads, "kv_routing_tokens", kv_routing_tokens)
@@ -128,6 +130,7 @@ class ConditionalRoutedCrossAttention(ScheduledLayer):
                 f"routing_from_queries: only for router='learned', got router={router!r}"
             )
 
+        # routers
         straight = True if router_straight_through is None else router_straight_through
         common = check_router_kwargs(router_kwargs, "give kv_routing_tokens instead")
         of_keys = check_router_kwargs(kv_router_kwargs, "give kv_routing_tokens instead")
@@ -147,6 +150,7 @@ class ConditionalRoutedCrossAttention(ScheduledLayer):
                 dim, kv_routing_tokens, heads, dim_head, **factory
             )
 
+        # the branch
         self.heavy_attn = HeavyBranch(
             dim,
             heads,

@@ -79,6 +79,8 @@ class ConditionalRoutedAttention(ScheduledLayer):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+
+        # checks
         self.dim = check_int("dim", dim)
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = check_counts(
             num_heavy_tokens_q, num_heavy_tokens_kv
@@ -88,6 +90,7 @@ class ConditionalRoutedAttention(ScheduledLayer):
                 f"heavy_dim_head: rotary_emb needs a multiple of 2, got {heavy_dim_head}"
             )
 
+        # both branches
         light = None
         if has_light_attn:
             check_int("light_heads", light_heads)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from colt5_vision.ops.routed_window_attention.sdpa import attend
+from colt5_vision.ops.sdpa import attend
 
 TILE = 8  # side of a rival's blocks: 64 tokens, as their kernels have
 

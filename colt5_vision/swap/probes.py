@@ -66,6 +66,8 @@ def probe(
     wide = wide_dtype(q)
     lowest, tiny = torch.finfo(wide).min, torch.finfo(wide).tiny
     tokens = length - prefix
+
+    # queries spread over the map, and what lies beyond their windows
     curve = morton_order(*grid_size, q.device) if curve is None else curve
     count = min(_PROBES, curve.shape[0])
     rows = curve[(torch.arange(count, device=q.device) * 2 + 1) * curve.shape[0] // (2 * count)]
@@ -73,6 +75,8 @@ def probe(
     beyond = window[rows].unsqueeze(-1) != window
     at = rows + prefix
     every = torch.arange(length, device=q.device).view(1, 1, 1, 1, -1)
+
+    # their attention, and what each key has in it
     squared = torch.zeros(*k.shape[:2], tokens, dtype=wide, device=q.device)
     outs, valids = [], []
     with without_autocast(q.device.type):

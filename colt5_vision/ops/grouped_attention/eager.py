@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backend import HALVES
 from ..dtypes import wide_dtype
-from ..routed_window_attention.sdpa import attend, attend_backward, masked_logit
+from ..sdpa import attend, attend_backward, masked_logit
 
 _HELD = {"cpu": 1 << 20}  # gathered elements at once: on a CPU they stay in the cache
 _HELD_ELSEWHERE = 1 << 26

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..dtypes import wide_dtype
 from ..grid import cell_slots, slot_of_token
+from ..sdpa import attend, attend_backward, masked_logit
 from .geometry import Geometry, free_keys
-from .sdpa import attend, attend_backward, masked_logit
 
 _PAIRS = (
     1 << 24

@@ -9,11 +9,11 @@ public SDPA returns no logsumexp, so the kernels behind it are called directly.
 import torch
 from torch import Tensor
 
-from ..._torch_internals import efficient as _efficient
-from ..._torch_internals import efficient_backward as _efficient_backward
-from ..._torch_internals import flash_cpu as _flash_cpu
-from ..._torch_internals import flash_cpu_backward as _flash_cpu_backward
-from ..dtypes import wide_dtype
+from .._torch_internals import efficient as _efficient
+from .._torch_internals import efficient_backward as _efficient_backward
+from .._torch_internals import flash_cpu as _flash_cpu
+from .._torch_internals import flash_cpu_backward as _flash_cpu_backward
+from .dtypes import wide_dtype
 
 _PLAIN_LOGITS = 1 << 25  # logits held at once by the plain path
 
