@@ -21,7 +21,7 @@ from tests.support.attention_cases import (
 from tests.support.dense import window_of
 
 PACKAGE = "colt5_vision.ops.routed_window_attention"
-eager, sdpa = sys.modules[f"{PACKAGE}.eager"], sys.modules[f"{PACKAGE}.sdpa"]
+eager, sdpa = sys.modules[f"{PACKAGE}.eager"], sys.modules["colt5_vision.ops.sdpa"]
 INF, NAN = float("inf"), float("nan")
 
 
