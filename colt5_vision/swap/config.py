@@ -47,10 +47,12 @@ class ScheduleRule:
         # when it holds
         for name in ("min_tokens", "max_tokens"):
             if getattr(self, name) is not None:
-                check_int(f"schedule: {name}", getattr(self, name), minimum=0)
+                count = check_int(f"schedule: {name}", getattr(self, name), minimum=0)
+                object.__setattr__(self, name, count)
         for name in ("min_timestep", "max_timestep"):
             if getattr(self, name) is not None:
-                _check_number(f"schedule: {name}", getattr(self, name))
+                number = _check_number(f"schedule: {name}", getattr(self, name))
+                object.__setattr__(self, name, number)
         for unit in ("tokens", "timestep"):
             low, high = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
             if low is not None and high is not None and low > high:
@@ -130,7 +132,7 @@ class RoutedAttentionConfig:
         for name, value in _check_settings(self).items():
             object.__setattr__(self, name, value)
         check_router(self.router, ROUTERS)
-        check_int("min_tokens", self.min_tokens, minimum=0)
+        object.__setattr__(self, "min_tokens", check_int("min_tokens", self.min_tokens, minimum=0))
         object.__setattr__(self, "layers", _check_layers(self.layers))
         object.__setattr__(self, "schedule", _check_schedule(self.schedule))
         if self.router == GroupedAttention.router:
@@ -206,11 +208,12 @@ def _check_settings(given) -> dict[str, Any]:
     return settings
 
 
-def _check_number(name: str, value) -> None:
+def _check_number(name: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
     if math.isnan(value):
         raise ValueError(f"{name}: expected a number, got {value}")
+    return value if type(value) in (int, float) else float(value)
 
 
 def _check_layers(layers) -> tuple[int | str, ...] | None:

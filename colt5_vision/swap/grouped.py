@@ -30,7 +30,7 @@ from ..ops.dtypes import wide_dtype
 from ..positions import morton_order
 from .sampling import inclusion_gates, sample_tokens
 from .volume import curve_order
-from .window import check_window, window_of_grid
+from .window import check_grid, check_window, window_of_grid
 
 __all__ = ["GroupedAttention"]
 
@@ -130,10 +130,7 @@ class GroupedAttention(nn.Module):
             if value is not None:
                 raise ValueError(f"{name}: expected None with router='grouped', got {value!r}")
         prefix = num_prefix_tokens
-        if math.prod(grid_size) != q.shape[2] - prefix:
-            raise ValueError(
-                f"grid_size: expected a product of {q.shape[2] - prefix} tokens, got {grid_size}"
-            )
+        grid_size = check_grid("grid_size", grid_size, q.shape[2] - prefix)
         key_mask = checked_mask(key_mask, q, prefix)
         window = self.window_size if window_size is None else window_size
         window = window_of_grid(check_window("window_size", window), grid_size)
@@ -181,8 +178,9 @@ def tiles_of(grid: tuple[int, ...], window: tuple[int, ...], device) -> Tensor:
     axes, index = len(grid), torch.zeros((), dtype=torch.int64, device=device)
     inside = torch.ones((), dtype=torch.bool, device=device)
     for axis, length in enumerate(grid):
-        parts = -(-length // sides[axis])
-        side = -(-length // parts)  # all of about one size
+        # rounded up; of positive numbers: ONNX divides towards 0
+        parts = (length + sides[axis] - 1) // sides[axis]
+        side = (length + parts - 1) // parts  # all of about one size
         shape = [1] * (2 * axes)
         shape[axis], shape[axes + axis] = parts, side
         at = torch.arange(parts * side, device=device).view(shape)

@@ -30,7 +30,7 @@ from .heads import Group, over_heads
 from .probes import Probes, correction, probe
 from .sampling import inclusion_gates, sample_tokens
 from .volume import Volume, fold_volume
-from .window import check_window, window_of_grid
+from .window import check_grid, check_window, window_of_grid
 
 __all__ = ["KINDS", "SampledAttention"]
 
@@ -159,6 +159,7 @@ class SampledAttention(nn.Module):
             TypeError, ValueError: for an argument that does not fit.
         """
         prefix = num_prefix_tokens
+        grid_size = check_grid("grid_size", grid_size, q.shape[2] - prefix)
         key_mask = checked_mask(key_mask, q, prefix)
         window = self.window_size if window_size is None else window_size
         window = window_of_grid(check_window("window_size", window), grid_size)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from .._torch_internals import in_backward
 from ..ops import soft_topk
 from ..ops.autocast import without_autocast
 
@@ -54,6 +55,11 @@ def sample_tokens(
     whole = mass[..., -1:].clamp_min(1)
     if generator is None:
         offset = whole // 2
+    elif in_backward():
+        raise RuntimeError(
+            "generator: a checkpointed layer runs again in backward and would draw other keys, "
+            "expected None where gradients are checkpointed"
+        )
     else:
         draw = torch.rand(1, generator=generator, device=generator.device).to(gates.device)
         offset = (draw * _ONE).long() * whole // _ONE

@@ -43,8 +43,10 @@ def save_routing(model: Any, directory: str | os.PathLike) -> None:
     if not routed:
         raise ValueError("model: nothing is routed, expected one that went through route_attention")
     config = next(iter(routed.values())).config
-    others = {n: layer.config for n, layer in routed.items() if layer.config != config}
-    if any(other.schedule != config.schedule for other in others.values()):
+    first = config.to_dict()
+    others = {name: layer.config.to_dict() for name, layer in routed.items()}
+    others = {name: other for name, other in others.items() if _text(other) != _text(first)}
+    if any(_text(other["schedule"]) != _text(first["schedule"]) for other in others.values()):
         raise ValueError(
             "model: expected one schedule for all layers, got several; save model by model"
         )
@@ -56,8 +58,8 @@ def save_routing(model: Any, directory: str | os.PathLike) -> None:
     file = _WEIGHTS.format(digest[:16])
     about = {
         "format": 2,
-        "config": config.to_dict(),
-        "by_layer": {name: other.to_dict() for name, other in others.items()},
+        "config": first,
+        "by_layer": others,
         "layers": list(routed),
         "weights": {"file": file, "sha256": digest},
     }
@@ -126,6 +128,11 @@ def load_routing(
     return apply(planned)
 
 
+def _text(values: Any) -> str:
+    """What tells 1, one token, from 1.0, all of them; as Python numbers they are equal."""
+    return json.dumps(values, sort_keys=True)
+
+
 def _routers(routed: dict) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": x
@@ -164,8 +171,10 @@ def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
         if digest != about["weights"]["sha256"]:
             raise ValueError(f"expected sha256 {about['weights']['sha256']}, got {digest}")
         about["by_layer"] = dict(about.get("by_layer", {}))
-        if not isinstance(about["layers"], list) or "config" not in about:
-            raise ValueError("expected layers and a config")
+        names = about["layers"]
+        named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not named or "config" not in about:
+            raise ValueError("expected names of layers and a config")
         return about, load(data)
     except (OSError, ValueError, KeyError, TypeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"directory: {path} is missing, damaged or foreign: {error}") from error

@@ -45,7 +45,8 @@ def fold_volume(
         if _places(grid, window, axis) < _places(grid, window, free):
             free = axis
     first, second = (axis for axis in range(3) if axis != free)
-    counts = [-(-grid[axis] // window[axis]) for axis in (first, second)]
+    # rounded up; of positive numbers: ONNX divides towards 0
+    counts = [(grid[axis] + window[axis] - 1) // window[axis] for axis in (first, second)]
 
     # each place: which window of the two axes, and where in it
     shape = (counts[0], counts[1], window[first], window[second], grid[free])
@@ -82,7 +83,9 @@ def fold_volume(
 
 def _places(grid, window, free: int) -> int:
     """Places of the map when ``free`` is the axis of its columns."""
-    sides = [-(-n // w) * w if axis != free else n for axis, (n, w) in enumerate(zip(grid, window))]
+    sides = [
+        (n + w - 1) // w * w if axis != free else n for axis, (n, w) in enumerate(zip(grid, window))
+    ]
     return math.prod(sides)
 
 
@@ -103,5 +106,5 @@ def window_of_token(grid: tuple[int, ...], window: tuple[int, ...], device) -> T
     number = torch.zeros(grid, dtype=torch.int64, device=device)
     for axis, (n, w) in enumerate(zip(grid, window)):
         shape = [-1 if k == axis else 1 for k in range(len(grid))]
-        number = number * -(-n // w) + (torch.arange(n, device=device) // w).view(shape)
+        number = number * ((n + w - 1) // w) + (torch.arange(n, device=device) // w).view(shape)
     return number.flatten()

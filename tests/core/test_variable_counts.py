@@ -117,7 +117,7 @@ def test_shares_are_of_the_valid_tokens(name, masked, dtype):
     }
     valid = [63] * 3 if mask is None else mask.flatten(1).sum(1).tolist()
     counts = {
-        argument: torch.tensor([max(1, round(float(s) * v)) for s, v in zip(share, valid)])
+        argument: torch.tensor([max(1, int(float(s) * v + 0.5)) for s, v in zip(share, valid)])
         for argument, share in shares.items()
     }
     got, want = (gradients(case, module, x, mask, **how) for how in (shares, counts))

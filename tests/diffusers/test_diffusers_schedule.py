@@ -213,8 +213,8 @@ WRONG_CONFIG = {
     "min_tokens": ({"min_tokens": -1}, ValueError, "min_tokens"),
     "min_tokens type": ({"min_tokens": 1.5}, TypeError, "min_tokens"),
     "one name": ({"layers": "attn1"}, TypeError, "layers: .*'attn1'"),
-    "one index": ({"layers": 0}, TypeError, "layers: expected names"),
-    "bool": ({"layers": [True]}, TypeError, "layers: expected names"),
+    "one index": ({"layers": 0}, TypeError, "layers: expected a list of names"),
+    "bool": ({"layers": [True]}, TypeError, "layers: expected a list of names"),
     "no layers": ({"layers": []}, ValueError, "layers: expected at least one"),
 }
 

@@ -353,7 +353,12 @@ def test_a_block_is_not_made_of_wrong_arguments(arguments, error, message):
             "layers: 'mid_block.resnets.*' is no layer",
         ),
         (unet, {"layers": [4]}, ValueError, r"layers: expected indices in \[0, 4\), got 4"),
-        (unet, {"layers": "mid_block"}, TypeError, "layers: expected names, patterns or indices"),
+        (
+            unet,
+            {"layers": "mid_block"},
+            TypeError,
+            "layers: expected a list of names, patterns or indices",
+        ),
         (
             unet,
             {"residual_connection": False},

@@ -6,9 +6,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from colt5_vision.checks import token_count
 from colt5_vision.ops import window_attention
+from colt5_vision.swap.grouped import GroupedAttention
 from colt5_vision.swap.sampled import KINDS, SampledAttention, choose_queries
 from colt5_vision.swap.sampling import inclusion_gates
 from tests.support.attention_cases import leaves, randn
@@ -418,3 +420,38 @@ def test_a_setting_of_a_call_is_never_taken_for_the_default(name):
     q, k, v = tensors()
     with pytest.raises(ValueError, match=name):
         routing(3)(q, k, v, grid_size=GRID, **{name: 0})
+
+
+@pytest.mark.parametrize("kind", [SampledAttention, GroupedAttention])
+@pytest.mark.parametrize(
+    ("how", "error", "match"),
+    [
+        ({"grid_size": (6, 9)}, ValueError, "grid_size: expected a product of 48"),
+        ({"grid_size": (48,)}, ValueError, "grid_size"),
+        ({"grid_size": (1, 1, 6, 8)}, ValueError, "grid_size"),
+        ({"grid_size": (6.0, 8.0)}, TypeError, "grid_size"),
+        ({"key_mask": torch.ones(1, 30, dtype=torch.bool)}, ValueError, "key_mask"),
+        ({"key_mask": torch.ones(1, 48)}, TypeError, "key_mask"),
+    ],
+)
+def test_what_does_not_fit_is_named(kind, how, error, match):
+    q = torch.randn(1, 2, 48, 8)
+    attention = kind(window_size=3, num_heavy_tokens_kv=4)
+    with pytest.raises(error, match=match):
+        attention(q, q, q, **({"grid_size": (6, 8)} | how))
+
+
+@pytest.mark.parametrize("kind", [SampledAttention, GroupedAttention])
+def test_a_generator_is_refused_where_a_layer_runs_again_in_backward(kind):
+    q = torch.randn(1, 2, 99, 8, requires_grad=True)
+    attention = kind(window_size=2, num_heavy_tokens_kv=4)
+    attention.generator = torch.Generator()
+
+    def run(q):
+        return attention(q, q, q, grid_size=(9, 11))
+
+    out = torch.utils.checkpoint.checkpoint(run, q, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="generator"):
+        out.sum().backward()
+    attention.generator = None
+    torch.utils.checkpoint.checkpoint(run, q, use_reentrant=False).sum().backward()

@@ -245,7 +245,7 @@ def backward(
         for kept, x in zip(by_group, found):
             kept.append(x)
 
-    rows = rows.unflatten(0, (batch, how.routes, -1))[:, :, :-1]
+    rows = rows.unflatten(0, (batch, how.routes, q.shape[2] + 1))[:, :, :-1]
     rows = rows.transpose(2, 3).flatten(1, 2)  # (B, heads, P + N, 2 D)
     grad_k, grad_v = (x.clone() for x in rows.split(dim, -1))
     grad_q = torch.zeros_like(q[:, :, prefix:])
