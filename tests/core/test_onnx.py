@@ -57,11 +57,13 @@ def test_backbone_of_any_size(name, options, sizes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("router", "sizes"), [("sampled", [(96, 96), (64, 128), (112, 80)]), ("grid", [(96, 96)])]
+    ("router", "sizes"),
+    [("sampled", [(96, 96), (64, 128), (112, 80)]), ("grid", [(96, 96)]), ("grouped", [(80, 112)])],
 )
 def test_swapped_vit(router, sizes, tmp_path):
     name, dynamic = "vit_tiny_patch16_224", len(sizes) > 1
-    model = timm.create_model(name, num_classes=7, img_size=96, depth=1, dynamic_img_size=dynamic)
+    how = {"img_size": sizes[0], "depth": 1, "dynamic_img_size": dynamic}
+    model = timm.create_model(name, num_classes=7, **how)
     route_attention(model, window_size=2, num_heavy_tokens_kv=1 / 4, router=router, min_tokens=0)
     check(model, sizes, tmp_path)
 

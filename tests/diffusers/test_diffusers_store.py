@@ -191,12 +191,16 @@ def test_the_size_is_told_again_when_loading(tmp_path):
     assert set(load_routing(build(case), tmp_path, sample_size=(8, 12)).values()) == {24}
 
 
-def test_several_configurations_are_not_saved_as_one(tmp_path):
-    pipe = pipeline("sd15")
+def test_layers_of_several_configurations_keep_their_own(tmp_path):
+    pipe, other = pipeline("sd15"), pipeline("sd15")
     route_attention(pipe, config())
-    next(iter(routed_layers(pipe).values())).config = config(0.5)
-    with pytest.raises(ValueError, match="expected one configuration for all layers, got several"):
-        save_routing(pipe, tmp_path)
+    own = next(iter(routed_layers(pipe).values()))
+    own.config = config(0.5)
+    save_routing(pipe, tmp_path)
+    load_routing(other, tmp_path)
+    found = {name: layer.config for name, layer in routed_layers(other).items()}
+    assert found == {name: layer.config for name, layer in routed_layers(pipe).items()}
+    assert found[own.name] != config() and routed_layers(other)[own.name].config == config(0.5)
 
 
 def test_what_is_not_routed_cannot_be_saved(tmp_path):

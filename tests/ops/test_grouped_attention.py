@@ -91,6 +91,14 @@ def test_the_plain_path_equals_the_specification(problem):
     assert_same(found, out_and_grads(run(reference, indices, call), inputs))
 
 
+def test_a_batch_of_0():
+    q = torch.randn(0, 2, 4, 8, requires_grad=True)
+    index = torch.arange(4).view(1, 1, 1, 4)
+    out = grouped_attention(q, q, q, index, index)
+    out.sum().backward()
+    assert out.shape == q.shape == q.grad.shape
+
+
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_all_groups_exact_is_full_attention(prefix):
     q, k, v = (randn(2, 4, prefix + 35, 16, seed=s, dtype=torch.float32) for s in range(3))

@@ -143,7 +143,12 @@ def test_files_that_are_no_good(tmp_path):
     for change, match in (
         ({"format": 1}, "expected format 2 of save_routing"),
         ({"layers": ["blocks.0.attn"]}, "is of another model than VisionTransformer"),
-        ({"layers": None}, "expected layers and a config"),
+        ({"layers": None}, "expected names of layers and a config"),
+        ({"layers": [{}]}, "expected names of layers and a config"),
+        ({"layers": ["blocks.0.attn", 1]}, "expected names of layers and a config"),
+        ({"by_layer": [1]}, "missing, damaged or foreign"),
+        ({"by_layer": {"blocks.9.attn": about["config"]}}, "does not fit .*blocks.9.attn"),
+        ({"by_layer": {"blocks.0.attn": {"nonsense": 1}}}, "does not fit .*nonsense"),
         ({"weights": {}}, "foreign: 'file'"),
         ({"config": about["config"] | {"nonsense": 1}}, "does not fit .*nonsense"),
         ({"config": about["config"] | {"router": "sampled"}}, "8 tensors in .* do not fit"),
@@ -205,14 +210,34 @@ def test_nothing_routed_or_several_ways_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="model: nothing is routed"):
         save_routing(model, tmp_path)
     model = routed()
-    routed_layers(model)["blocks.0.attn"].config = RoutedAttentionConfig()
-    with pytest.raises(ValueError, match="one configuration for all layers"):
+    rules = [{"min_timestep": 800, "full": True}]
+    routed_layers(model)["blocks.0.attn"].config = RoutedAttentionConfig(schedule=rules)
+    with pytest.raises(ValueError, match="one schedule for all layers"):
         save_routing(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_one_key_is_saved_as_one_and_all_keys_as_all(tmp_path):
+    """1 == 1.0 in Python."""
+
+    def pair():
+        return nn.ModuleDict({name: build(CASE, torch.float32) for name in "ab"})
+
+    model, other = pair(), pair()
+    for name, keys in (("a", 1), ("b", 1.0)):
+        route_attention(model[name], num_heavy_tokens_kv=keys, min_tokens=0)
+    load_routing(other, saved(tmp_path, model))
+    keys = {n: layer.config.num_heavy_tokens_kv for n, layer in routed_layers(other).items()}
+    assert {type(count) for n, count in keys.items() if n.startswith("a")} == {int}
+    assert {type(count) for n, count in keys.items() if n.startswith("b")} == {float}
+
+
 def test_integers_of_numpy_can_be_saved(tmp_path):
     how = {"window_size": np.int64(2), "share": np.int64(4), "num_heavy_tokens_q": np.int64(5)}
+    rule = {"max_tokens": np.int64(9), "full": True}
+    how |= {"schedule": [rule], "min_tokens": np.int64(0)}
+    timed = RoutedAttentionConfig(schedule=[rule | {"max_timestep": np.float32(2)}])
+    assert json.dumps(timed.to_dict())
     model, other = routed(**how), build(CASE, torch.float32)
     load_routing(other, saved(tmp_path, model))
     assert settings(other) == settings(model)
