@@ -118,10 +118,14 @@ def study(args: argparse.Namespace) -> None:
         [g["n"], g["k"], g["eps"], g["gates"], f"{g['sum']:.6f}", f"{g['gradient_error']:.1e}"]
         for g in measured
     ]
+
+    # the gates
     lines = table(header, cells)
     if args.gates:
         print(*lines, sep="\n")
         return
+
+    # the trainings, written as they end
     for records in records_of(ABLATIONS, args, stem.with_suffix(".json")):
         if not records:
             continue

@@ -87,12 +87,17 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[64, 128], help="of the latents")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
+
     args = parser.parse_args()
+
+    # measure
     args.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     found = {}
     for side in args.sides:
         found[side] = compare(side, args.repeats)
+
+    # write
     machine = f"{platform.machine()}, 1 thread, torch {torch.__version__}, not run on a GPU"
     lines = ["# Self-attention at Stable Diffusion 1.5's shapes", "", machine, ""]
     lines.append(

@@ -201,6 +201,8 @@ def records_of(
     writes them there."""
     records = read(store, variants, args) if args.resume else []
     yield records
+
+    # what is left to do, and whether it can be done
     done = {(r["variant"], r["seed"]) for r in records}
     wanted = [
         (name, seed) for seed in args.seeds for name in args.variants if (name, seed) not in done
@@ -216,6 +218,8 @@ def records_of(
     # every time, and clearing their pages took two thirds of a step.
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         os.environ.setdefault(name, str(1 << 40))
+
+    # a process for each run
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=context, max_tasks_per_child=1) as pool:
         futures = [pool.submit(run, name, variants[name], seed, args) for name, seed in wanted]
@@ -255,6 +259,8 @@ def parser_of(description: str, variants: dict[str, Variant]) -> argparse.Argume
         default=1000,
         help="canvases to judge by, a fifth of them for the curve",
     )
+
+    # how to run
     parser.add_argument("--points", type=int, default=10, help="of the curve")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--workers", type=int, default=2, help="processes, one run each")

@@ -129,8 +129,11 @@ class SquareReader(nn.Module):
             nn.BatchNorm2d(DIM),
         ]  # a token sees 31 pixels
         self.stem, self.stem_norm = nn.Sequential(*layers), nn.RMSNorm(DIM, eps=1e-6)
+
+        # layers
         self.routed = variant.router is not None
         self.attentions = nn.ModuleList(variant.build(tokens) for _ in range(DEPTH))
+
         self.feed_forwards = nn.ModuleList(
             nn.Sequential(
                 nn.RMSNorm(DIM, eps=1e-6),

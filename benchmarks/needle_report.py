@@ -27,6 +27,7 @@ def summarize(groups: dict[str, list[dict]]) -> list[dict]:
     for name, group in groups.items():
         scores = [r["accuracy"] for r in group]
         gains = [100 * (r["accuracy"] - first[r["seed"]]) for r in group if r["seed"] in first]
+
         summary.append(
             {
                 "variant": name,
@@ -172,6 +173,8 @@ def draw_scale(folder: Path) -> Path:
         for canvas in ("", "_384", "_768")
         if (path := folder / f"needle{canvas}_cpu.json").is_file()
     ]
+
+    # a column for each size of canvas
     figure = Figure(figsize=(5 * len(studies), 8), layout="constrained")
     axes = figure.subplots(2, len(studies), sharey=True, squeeze=False)
     for column, path in zip(axes.T, studies):
@@ -197,6 +200,8 @@ def draw_scale(folder: Path) -> Path:
         for axis in column:
             axis.set(ylim=(0, 1), xlim=(0, 1.05 * axis.dataLim.xmax))
             axis.axhline(0.1, color="0.8", lw=0.8)
+
+    # names
     for axis in axes[:, 0]:
         axis.set_ylabel("held-out accuracy")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

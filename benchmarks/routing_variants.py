@@ -85,12 +85,16 @@ class Variant(SampledAttention):
             raise ValueError(
                 "key_mask, pair_bias: expected None, the variants are for whole maps without biases"
             )
+
+        # keys
         call = {"grid_size": grid_size, "num_prefix_tokens": num_prefix_tokens, "scale": scale}
         shift = tuple(-(side // 2) for side in self.window_size)
         shifted = self.recipe.shift and self.layer % 2 == 1
         if shifted:
             q, k, v = (_roll(x, grid_size, num_prefix_tokens, shift) for x in (q, k, v))
         chosen = self.choose(q, k, v, **call)
+
+        # attention, and what is known to be wrong with it
         call["window_size"] = self.window_size
         if chosen.keys is not None:
             out = attend_windows(q, k, v, chosen, **call)
@@ -130,6 +134,8 @@ class Variant(SampledAttention):
         count = (
             count - recipe.probes if recipe.count_probes and count > 2 * recipe.probes else count
         )
+
+        # importance, by probes
         window = window_of_token(*grid_size, self.window_size, q.device)
         probe = _Probe(q, k, recipe.probes, grid_size, window, prefix, scale)
         squared = probe.importance(v[:, :, prefix:], v, recipe)
@@ -154,6 +160,8 @@ class Variant(SampledAttention):
                 prefix,
                 self.generator,
             )
+
+        # a sample along an order
         gates = soft_topk(share.log(), count)
         order = recipe.order
         strata = None
@@ -169,6 +177,8 @@ class Variant(SampledAttention):
             seed = torch.Generator().manual_seed(self.layer)
             strata = torch.rand(1, routes, tokens, generator=seed).argsort(-1)
         indices, _ = sample_tokens(gates, count, grid_size, generator=self.generator, strata=strata)
+
+        # its weights
         kept = gates.gather(-1, indices).clamp_min(torch.finfo(gates.dtype).tiny)
         if recipe.calibrate is None:
             return Chosen(indices, -kept.log(), probe)
@@ -344,6 +354,8 @@ def attend_windows(
     prefix, heads = num_prefix_tokens, q.shape[1]
     window = window_of_token(*grid_size, window_size, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    # what every window sees besides itself
     indices, weights = (
         x[0].repeat_interleave(heads // x.shape[1], 0) for x in (chosen.indices, chosen.log_weights)
     )
@@ -364,6 +376,8 @@ def attend_windows(
     far_key, far_value, far_weight, far_window = (
         torch.cat(parts, 1) for parts in zip(*far, strict=True)
     )
+
+    # window by window
     outs, places = [], []
     for number in range(int(window.max()) + 1):
         rows = (window == number).nonzero().flatten() + prefix
@@ -377,6 +391,8 @@ def attend_windows(
         ).unsqueeze(1)
         outs.append(((q[0, :, rows] * scale) @ key.mT + bias).softmax(-1) @ value)
         places.append(rows)
+
+    # prefix tokens, and all in the order of the map
     head = ((q[0, :, :prefix] * scale) @ k[0].mT).softmax(-1) @ v[0]
     out = torch.cat([head, *outs], 1)
     return out[:, torch.cat([torch.arange(prefix), *places]).argsort()].unsqueeze(0)

@@ -374,6 +374,7 @@ def step_table() -> str:
         "images/s, at most",
         "ImageNet-1k epoch, s, at least",
     ]
+
     rows = []
     for setup in SETUPS:
         flops = sum(forward_flops(setup).values()) + sum(backward_flops(setup).values())

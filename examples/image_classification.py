@@ -235,6 +235,7 @@ class Run:
     def epoch(self, stop) -> None:
         """Train the epoch in progress to its end, and judge; saves when asked to stop."""
         epoch, done = len(self.history), len(self.losses)
+
         # the order of an epoch depends on its number alone, so a resumed run sees what an unbroken
         # one would
         set_seed(self.args.seed * 1000 + epoch)
@@ -242,6 +243,8 @@ class Run:
         loader = skip_first_batches(self.loader, done) if done else self.loader
         loader.set_epoch(epoch)  # and with it the data set's
         self.model.train()
+
+        # train
         start, shown = time.perf_counter(), self.accelerator.is_main_process
         desc = f"epoch {epoch + 1}/{self.args.epochs}"
         bar = tqdm(loader, desc, len(self.loader), initial=done, disable=not shown)
@@ -252,6 +255,8 @@ class Run:
             if stopped:
                 self.save()
                 raise KeyboardInterrupt
+
+        # judge
         accuracy, seconds = self.judge(), time.perf_counter() - start
         loss = sum(self.losses) / len(self.losses)
         figures = {"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, "seconds": seconds}
@@ -348,6 +353,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights, order and split")
     add("--output", help="folder; runs/digits, or runs/NAME of --data")
     add("--resume", action="store_true", help="go on from the checkpoint in --output")
+
     args = parser.parse_args(argv)
     at_least_one(parser, args, "img_size", "epochs", "batch_size", "limit")
     args.lr = (4e-4 if args.pretrained else 4e-3) if args.lr is None else args.lr

@@ -281,6 +281,8 @@ def report(args, cosines: dict, times: dict, trained: dict | None) -> None:
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, not "
         "run on a GPU"
     )
+
+    # cosines
     columns = list(next(iter(cosines.values())))
     keys = f"1/{1 / args.share:g}"
     lines = ["# Routed attention in a pretrained DINOv2 ViT-S/14", "", machine, ""]
@@ -304,8 +306,11 @@ def report(args, cosines: dict, times: dict, trained: dict | None) -> None:
         ["attention", *columns],
         [[name, *(f"{row[c]:.4f}" for c in columns)] for name, row in cosines.items()],
     )
+
     if trained is not None:
         lines += ["", f"Distilled: {trained['note']}."]
+
+    # times
     if times:
         lines += [
             "",
@@ -332,6 +337,7 @@ def report(args, cosines: dict, times: dict, trained: dict | None) -> None:
             "speed-up",
         ]
         lines += table([*head, "a forward adds MiB, full", "routed"], rows)
+
     (args.output / "results.md").write_text("\n".join(lines) + "\n")
     record = {
         "machine": machine,

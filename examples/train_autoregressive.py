@@ -86,6 +86,7 @@ class PixelModel(nn.Module):
             "heavy_heads": 4,
             "heavy_dim_head": dim // 4,
         }
+
         layers = []
         for _ in range(depth):
             attention = ConditionalRoutedAutoregressiveAttention(
@@ -108,6 +109,7 @@ class PixelModel(nn.Module):
                     [attention if routed else attention.light_attn, nn.Sequential(*feed_forward)]
                 )
             )
+
         self.layers, self.norm = nn.ModuleList(layers), nn.RMSNorm(dim)
         self.head = nn.Linear(dim, LEVELS)
         for embedding in (self.symbol, self.row, self.column):
@@ -286,12 +288,16 @@ def train(args) -> None:
         )
     elif args.device != "cpu" and not getattr(torch, args.device).is_available():
         raise UserError(f"--device: {args.device} is not available here")
+
+    # start, or go on
     run, output = Run(args), Path(args.output)
     if args.resume:
         run.load(output / "checkpoint.pt")
         print(f"resuming after step {len(run.losses)} of {args.epochs * run.steps}")
     else:
         make_folder(output)
+
+    # train
     with stop_request() as stop:
         while (epoch := len(run.history)) < args.epochs:
             start, done = time.perf_counter(), len(run.losses) - epoch * run.steps
@@ -314,6 +320,7 @@ def train(args) -> None:
                 f"{name} {bits:.3f}" for name, bits in run.history[-1]["held_out"].items()
             )
             print(f"epoch {epoch + 1}: held-out bits per pixel: {told}; {seconds:.0f} s")
+
     report(run, output, line := speed(run))
     print(
         f"{line}\nwrote {output}/: checkpoint.pt, metrics.jsonl, results.md, curve.png, samples.png"
@@ -324,6 +331,8 @@ def report(run: Run, output: Path, line: str = "") -> None:
     """metrics.jsonl, results.md, curve.png."""
     last, size = run.history[-1]["held_out"], run.args.size
     (output / "metrics.jsonl").write_text("".join(json.dumps(h) + "\n" for h in run.history))
+
+    # tables
     parameters = {
         name: sum(p.numel() for p in model.parameters()) for name, model in run.models.items()
     }
@@ -346,6 +355,8 @@ def report(run: Run, output: Path, line: str = "") -> None:
         *table(["epoch", *columns, "seconds"], epochs),
     ]
     (output / "results.md").write_text("\n".join([*text, "", line]) + "\n")
+
+    # the curve
     axis = Figure(figsize=(6, 3.2), layout="constrained").subplots()
     at, colors = np.arange(1, len(run.losses) + 1) / run.steps, ("tab:orange", "tab:blue")
     for column, (name, color) in enumerate(zip(MODELS, colors)):
@@ -412,6 +423,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="7 x 7 pixels, a tiny model, two epochs of few digits"
     )
+
     args = parser.parse_args(argv)
     if args.quick:
         args.size, args.dim, args.depth, args.keys, args.batch_size = 7, 16, 2, 7, 8

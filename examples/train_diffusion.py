@@ -267,6 +267,8 @@ def train(args) -> None:
         accelerator = Accelerator(mixed_precision=args.amp, cpu=cpu)
     except ValueError as error:  # a precision that the device does not have
         raise UserError(f"--amp: {error}") from error
+
+    # start, or go on
     set_seed(args.seed)
     run, output, main = Run(args, accelerator), Path(args.output), accelerator.is_main_process
     if args.resume:
@@ -274,6 +276,8 @@ def train(args) -> None:
         accelerator.print(f"resuming after step {len(run.losses)} of {args.epochs * run.steps}")
     elif main:
         make_folder(output)
+
+    # train
     with stop_request() as stop:
         while (epoch := len(run.history)) < args.epochs:
             start, done = time.perf_counter(), len(run.losses) - epoch * run.steps
@@ -304,6 +308,7 @@ def train(args) -> None:
             run.history.append(figures)
             run.save(output / "checkpoint.pt")
             report(run, output)
+
     if main:
         report(run, output, line := compare(run))
         print(
@@ -318,6 +323,8 @@ def report(run: Run, output: Path, line: str = "") -> None:
     if not run.accelerator.is_main_process:
         return
     (output / "metrics.jsonl").write_text("".join(json.dumps(h) + "\n" for h in run.history))
+
+    # the table
     rows = [
         f"| {h['epoch']} | {h['loss']:.4f} | {h['held_out_loss']:.4f} | {h['seconds']:.0f} |"
         for h in run.history
@@ -329,6 +336,8 @@ def report(run: Run, output: Path, line: str = "") -> None:
     (output / "results.md").write_text(
         "\n".join([*head, "|---|---|---|---|", *rows, "", line]) + "\n"
     )
+
+    # the curve
     axis = Figure(figsize=(6, 3.2), layout="constrained").subplots()
     axis.plot(
         np.arange(1, len(run.losses) + 1) / run.steps, run.losses, color="0.8", lw=0.7, label="step"
@@ -395,6 +404,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in --output"
     )
+
     args = parser.parse_args(argv)
     at_least_one(parser, args, "epochs", "limit", "batch_size", "window")
     if args.size < 32 or args.size % 8:

@@ -155,6 +155,8 @@ class ConditionalRoutedAttentionBlock(nn.Module):
                     "attend to itself; "
                     f"got {type(value).__name__}"
                 )
+
+        # a map, whatever came
         x = check_float_tensor("hidden_states", hidden_states)
         if x.ndim == 3:
             x = x.transpose(1, 2).unflatten(2, self._size(x.shape[1]))
@@ -167,6 +169,8 @@ class ConditionalRoutedAttentionBlock(nn.Module):
                 f"hidden_states: expected {self.attention.dim} channels, "
                 f"got shape {tuple(hidden_states.shape)}"
             )
+
+        # attend, and give back what came
         if self.group_norm is not None:
             x = self.group_norm(x)
         x = self.dropout(self.attention(x))

@@ -33,6 +33,8 @@ def sorted_projection(scores: Tensor, k: float, *, eps: float = 1.0) -> Tensor:
     which for top-k is this capped simplex (Wang and Lu 2015, arXiv 1503.01002).
     """
     s = scores / eps
+
+    # the piece of the sum, linear in the threshold, on which it is k
     with torch.no_grad():
         rising = s.sort(-1).values
         below = torch.nn.functional.pad(
@@ -56,6 +58,8 @@ def sorted_projection(scores: Tensor, k: float, *, eps: float = 1.0) -> Tensor:
         point = points.gather(-1, last)
         inside, capped = (s > point) & (s <= point + 1), s > point + 1
         count = inside.sum(-1, keepdim=True).clamp_min(1)
+
+    # the threshold, with its gradient
     threshold = (
         torch.where(inside, s, 0).sum(-1, keepdim=True) + capped.sum(-1, keepdim=True) - k
     ) / count

@@ -10,6 +10,8 @@ def _curves(axis, rows: list[dict], what: str, value, label: str) -> None:
     rows = [row for row in rows if row["group"] == "layers" and row["pass"] == what]
     names = list(dict.fromkeys(name for row in rows for name in row["variants"]))
     colors: dict[str, str] = {}
+
+    # a line for each layer
     for name in names:
         points = []
         for row in rows:
@@ -32,6 +34,8 @@ def _curves(axis, rows: list[dict], what: str, value, label: str) -> None:
                 ls=style,
                 label=name,
             )
+
+    # axes
     axis.set(
         xscale="log",
         yscale="log",

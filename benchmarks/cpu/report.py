@@ -114,6 +114,8 @@ def _group(rows: list[dict]) -> list[str]:
     errors = any(
         entry.get("error") is not None for row in rows for entry in row["variants"].values()
     )
+
+    # a line for each variant
     lines = []
     for row in rows:
         ratios = {
@@ -135,6 +137,8 @@ def _group(rows: list[dict]) -> list[str]:
                 cells.append("–" if entry.get("error") is None else f"{entry['error']:.1e}")
             cells += [ratios.get((mine, name), "–") for mine in ours]
             lines.append([*cells, (entry["note"] or "").replace("|", "\\|")])
+
+    # with the ratios to ours
     header = [
         "case",
         "pass",
@@ -162,6 +166,8 @@ def markdown(report: dict) -> str:
         *(f"- {key.replace('_', ' ')}: {value}" for key, value in report["machine"].items()),
     ]
     lines += ["", HOW]
+
+    # growth
     if report["growth"]:
         verdicts = {True: "met", False: "**not met**", None: ""}
         cells = [
@@ -181,6 +187,8 @@ def markdown(report: dict) -> str:
             "Forward; the slope of log time over log tokens in every round.",
         ]
         lines += ["", *table(["layer", "maps", "exponent", "limit", "verdict"], cells)]
+
+    # routing's share
     shares = [
         [row["case"], row["pass"], ratio["other"], figures(ratio, 100, " %")]
         for row in rows
@@ -191,6 +199,8 @@ def markdown(report: dict) -> str:
         lines += ["", "## Share of a layer's time spent routing", ""]
         lines += ["Routers alone over the whole layer, each timed in the same rounds.", ""]
         lines += table(["case", "pass", "layer", "share"], shares)
+
+    # the groups
     for group, about in ABOUT.items():
         some = [row for row in rows if row["group"] == group]
         if some:

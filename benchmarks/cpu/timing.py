@@ -90,6 +90,8 @@ class Timer:
             {},
             {},
         )
+
+        # memory, each in a process of its own
         for name, entry in found.items() if case.probed else ():
             if entry["note"] is not None:
                 continue
@@ -99,6 +101,8 @@ class Timer:
             cost[name] = seen.get("seconds", 0.0)
             if "failed" in seen:
                 failed[name] = seen["failed"]
+
+        # what does not fit the time is left out
         left = max(
             until - time.monotonic(), seconds / 2
         )  # what starting processes took is not for the peers to pay
@@ -109,6 +113,8 @@ class Timer:
                 found[name]["note"] = (
                     f"{self.fewest} rounds do not fit the time: one call took {cost[name]:.1f} s"
                 )
+
+        # rounds of calls, in turns
         progress("rounds")
         torch.set_num_threads(threads)
         try:
@@ -122,6 +128,8 @@ class Timer:
             errors = {name: case.error(calls[name]) for name in times if what == PASSES[0]}
         finally:
             torch.set_num_threads(before)
+
+        # what was found
         failed |= more
         for name, raw in times.items():
             found[name] |= {**spread(raw), "raw": raw, "error": errors.get(name)}

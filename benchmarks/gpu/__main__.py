@@ -90,6 +90,8 @@ def run_child(command: list[str], records: Path, seconds: float, names: list[str
     environment = {
         k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", backend.VARIABLE)
     }
+
+    # the process, with an end
     start, text = time.monotonic(), None
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
@@ -104,6 +106,8 @@ def run_child(command: list[str], records: Path, seconds: float, names: list[str
                 process.pid, signal.SIGKILL
             )  # with what it started: compilers, pytest's workers
             process.wait()
+
+    # what it wrote, and what is missing
     lines = records.read_text().splitlines() if records.is_file() else []
     found = [json.loads(line) for line in lines if line.endswith("}")]
     if text is not None:

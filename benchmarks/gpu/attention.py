@@ -114,6 +114,8 @@ def attention(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict
             "full, SDPA cuDNN": full(SDPBackend.CUDNN_ATTENTION),
             "window alone, partition + SDPA flash": partitioned(size),
         }
+
+        # calls of all
         count = pairs(size, routed)
         seen = dict(zip(functions, ("union", "union", "full", "full", "window"), strict=True))
         backends = dict(zip(functions, (mine, "eager"), strict=False))  # the peers have none
@@ -121,6 +123,8 @@ def attention(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict
             name: both(function, x, grad, backend=backends.get(name))
             for name, function in functions.items()
         }
+
+        # ours agree, then the times
         first, second = list(functions)[:2]
         for what in PASSES:
             label = f"window ∪ routed attention, {size}"
@@ -224,6 +228,8 @@ def flex(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
             "FlexAttention, raster order": flex_raster,
             "FlexAttention, window order": flex_windows,
         }
+
+        # masks, made once
         attend = {f"ours, {mine}": ours(size, routed)}
         for name, prepare in peers.items():
             make_mask, with_mask = prepare(size, routed, sizes)
@@ -233,6 +239,8 @@ def flex(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
             yield {**row(label, "once per set of routed keys", built, mask_name), "failed": False}
             if not isinstance(built[mask_name], str):
                 attend[name] = with_mask(make_mask())
+
+        # the same results, then the times
         per_pair = 4 * size.heads * size.head_dim * pairs(size, routed)["union"]
         for name in list(attend)[1:]:
             # a peer with another result would be a peer of something else

@@ -47,6 +47,8 @@ def tests(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
     if missing:
         yield check("kernel tests", None, f"{' and '.join(missing)} not installed")
         return
+
+    # run them
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", str(KERNEL_TESTS), f"--junitxml={report}"]
@@ -61,6 +63,8 @@ def tests(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
             yield check("kernel tests", False, f"pytest ended with status {status} and no report")
             return
         suites = list(ElementTree.parse(report).iter("testsuite"))
+
+    # count them
     count = {
         key: sum(int(s.get(key)) for s in suites)
         for key in ("tests", "failures", "errors", "skipped")
@@ -110,6 +114,8 @@ def opcheck(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
                 _, why = attempt(lambda call=call: (call(), timer.synchronize()))
             if why is not None:
                 yield check(f"{name}, forward and backward", False, why)
+
+        # what torch asks of an operator
         for (op, _), (args, kwargs) in calls.kept.items():
             found = torch.library.opcheck(
                 op, args, kwargs, raise_exception=False, rtol=1e-2, atol=1e-2
@@ -120,6 +126,8 @@ def opcheck(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
             shapes = ", ".join(str(tuple(x.shape)) for x in args if isinstance(x, torch.Tensor))
             detail = "; ".join(wrong) or f"{', '.join(found)} on {shapes}"
             yield check(f"opcheck {op}", not wrong, detail)
+
+    # none may be forgotten
     registered = {
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::")
     }

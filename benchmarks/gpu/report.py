@@ -109,6 +109,8 @@ def targets(records: list[dict], sizes: Sizes) -> list[dict]:
     """All targets; ``met`` is None where the figure was not measured."""
     size, (count, n) = sizes.maps[0], sizes.gates[0]
     found = []
+
+    # layers
     for fusion in ("softmax", "sum"):
         layer = {"name": f"whole layer, {size}", "ours": f"layer, fusion {fusion}"}
         found.append(
@@ -124,6 +126,8 @@ def targets(records: list[dict], sizes: Sizes) -> list[dict]:
         )
         name = f"layer, fusion {fusion}, forward + backward, to the dense layer"
         found.append(_target(name, records, _ratio, 6, "x", **layer, what=TRAINING))
+
+    # gates and selection
     for what in PASSES:
         for steps in (20, 50):
             peer = f"colt5_attention's kernel, {steps} iterations"
@@ -133,6 +137,8 @@ def targets(records: list[dict], sizes: Sizes) -> list[dict]:
     for how in ("graph replayed", "launched"):
         name = f"logits to indices, 1 x {sizes.latency}, {how}"
         found.append(_target(name, records, _ours_us, 20, "µs", ours=f"route_topk, {how}"))
+
+    # routing's share
     for what in PASSES:
         name = f"routing's share of the layer, {what}"
         found.append(_target(name, records, _share, 5, "%", ours="routing alone", what=what))

@@ -337,11 +337,14 @@ def _resume(
         raise ValueError(
             f"checkpoint: {path} does not belong to these routers or is damaged: {error}"
         ) from error
+
+    # of the same settings
     for name, value in settings.items():
         if before.get(name) != value:
             raise ValueError(
                 f"{name}: expected that of the checkpoint {path}, {before.get(name)}, got {value}"
             )
+
     routers.load_state_dict(saved)
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])

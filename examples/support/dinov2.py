@@ -61,6 +61,8 @@ def _vit_state(named: dict[str, Tensor], factors: dict[str, Tensor]) -> dict[str
         "norm.weight": named["backbone.layernorm.weight"],
         "norm.bias": named["backbone.layernorm.bias"],
     }
+
+    # a block each
     for i in range(12):
         source, factor, target = (
             f"backbone.encoder.layer.{i}.",

@@ -184,6 +184,8 @@ def list_kernel(
     pid = tl.program_id(0)
     row = (pid // tiles).to(tl.int64)
     at = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
+
+    # which key, and where it stands
     slot = at - prefix
     image = (slot >= 0) & (slot < num_routed)
     token = tl.load(routed + row * num_routed + slot, mask=image, other=-1)
@@ -195,11 +197,15 @@ def list_kernel(
     window, place = place_of(
         tl.maximum(token, 0), height, width, window_height, window_width, columns
     )
+
+    # what the window pass must know of it
     if MAP:
         tl.store(own_slot + row * tokens + place, slot, mask=image & valid)
     if HAS_MASK:
         mask = key_mask + (row // routes) * (prefix + tokens)
         valid &= tl.load(mask + key, mask=valid, other=0) != 0
+
+    # its bias, and the entry
     bias = tl.zeros([BLOCK], tl.float32)
     if HAS_WEIGHTS:
         bias = (
@@ -329,11 +335,15 @@ def forward_prefix_kernel(
     b, h = pair // heads, pair % heads
     k = head_of(k, b, h, k_batch, k_head, ALIGN)
     v = head_of(v, b, h, v_batch, v_head, ALIGN)
+
+    # queries
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = row < prefix
     query = load_rows(
         head_of(q, b, h, q_batch, q_head, ALIGN), row, ok, q_token, HEAD_DIM, BLOCK_D, ALIGN
     )
+
+    # keys, a block at a time
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -350,6 +360,8 @@ def forward_prefix_kernel(
         k_block = load_rows(k, key, seen, k_token, HEAD_DIM, BLOCK_D, ALIGN)
         v_block = load_rows(v, key, seen, v_token, HEAD_DIM, BLOCK_D, ALIGN)
         m, total, acc = softmax_step(query, k_block, v_block, none, seen, m, total, acc, scale2)
+
+    # write the part
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)[:, None]
     at = (split * (tl.num_programs(0) // (tiles * splits)) + pair).to(tl.int64) * prefix

@@ -119,6 +119,8 @@ def backward_prefix_kernel(
     pid = tl.program_id(0)
     tile, split, pair = pid % tiles, (pid // tiles) % splits, pid // (tiles * splits)
     b, h = pair // heads, pair % heads
+
+    # queries, their gradients and sums
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = row < prefix
     query = load_rows(
@@ -132,6 +134,8 @@ def backward_prefix_kernel(
     inner = tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1)
     tl.store(delta + at, inner, mask=ok)  # every split the same
     lse2 = tl.load(lse + at, mask=ok, other=float("inf")) * LOG2E
+
+    # keys, a block at a time
     k = head_of(k, b, h, k_batch, k_head, ALIGN)
     v = head_of(v, b, h, v_batch, v_head, ALIGN)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -148,6 +152,8 @@ def backward_prefix_kernel(
         k_block = load_rows(k, key, seen, k_token, HEAD_DIM, BLOCK_D, ALIGN)
         v_block = load_rows(v, key, seen, v_token, HEAD_DIM, BLOCK_D, ALIGN)
         acc = query_step(query, gradient, k_block, v_block, none, seen, lse2, inner, acc, scale2)
+
+    # write the part
     at = (split * (tl.num_programs(0) // (tiles * splits)) + pair).to(tl.int64) * prefix
     store_rows(
         part + at * HEAD_DIM, acc * scale, row, ok, HEAD_DIM // ALIGN, HEAD_DIM, BLOCK_D, ALIGN
@@ -173,6 +179,8 @@ def backward_list_kernel(
     tile, split, pair = pid % tiles, (pid // tiles) % splits, pid // (tiles * splits)
     b, h = pair // heads, pair % heads
     route = (pair // share).to(tl.int64)
+
+    # keys
     entry = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = entry < listed
     key = tl.load(keys + route * (tokens + listed) + tokens + entry, mask=inside, other=-1)
@@ -184,6 +192,8 @@ def backward_list_kernel(
     v_block = load_rows(
         head_of(v, b, h, v_batch, v_head, ALIGN), key, key >= 0, v_token, HEAD_DIM, BLOCK_D, ALIGN
     )
+
+    # queries, a block at a time
     q = head_of(q, b, h, q_batch, q_head, ALIGN)
     grad = head_of(grad, b, h, grad_batch, grad_head, ALIGN)
     lse += pair.to(tl.int64) * rows
@@ -227,6 +237,8 @@ def backward_list_kernel(
             grad_bias,
             scale2,
         )
+
+    # write the part
     at = (split * (tl.num_programs(0) // (tiles * splits)) + pair).to(tl.int64) * listed
     store_rows(
         part_k + at * HEAD_DIM,
