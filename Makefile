@@ -59,8 +59,8 @@ dist: $(STAMP)
 
 # beside its peers, speed and memory: ten minutes on two quiet cores, then the layer of Stable Diffusion; ARGS=--quick: a minute
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.cpu $(ARGS)
-	$(BIN)/python -m benchmarks.diffusion
+	$(GENTLE) $(BIN)/python -m benchmarks.cpu $(ARGS)
+	$(GENTLE) $(BIN)/python -m benchmarks.diffusion
 
 $(STAMP): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
