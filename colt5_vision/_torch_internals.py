@@ -63,12 +63,23 @@ def in_onnx_export(*tensors: Tensor) -> bool:
     """
     if not torch.onnx.is_in_onnx_export() or not is_traced(*tensors):
         return False
+    refuse_old_onnx_export()
+    return True
+
+
+def refuse_old_onnx_export() -> None:
+    """Ask for the newer exporter.
+
+    Raises:
+        NotImplementedError: in an ONNX export by TorchScript.
+    """
+    if not torch.onnx.is_in_onnx_export() or torch.compiler.is_dynamo_compiling():
+        return
     if torch.jit.is_tracing():
         raise NotImplementedError(
             "torch.onnx.export: expected dynamo=True, the exporter by TorchScript (dynamo=False) "
             "knows too few operators"
         )
-    return True
 
 
 @torch.compiler.assume_constant_result
@@ -82,17 +93,22 @@ def is_transformed(*tensors: Tensor | None) -> bool:
 
     A registered operator drops the tangents of the last, and refuses the first.
     """
-    if _within_functorch():
-        return True
+    return _within_functorch() or has_tangent(*tensors)
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode AD rides on this call, or may, within a transform of ``torch.func``."""
     # The level is the whole process's; tangents are a tensor's. If it goes: leave this line out.
     if torch.compiler.is_dynamo_compiling() or forward_ad._current_level < 0:
         return False
+    if _within_functorch():  # a tangent of an outer transform does not show
+        return True
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def without_tangent(x: Tensor) -> Tensor:
     """x as backward sees it; forward-mode AD sees a constant."""
-    # as in is_transformed; if the level goes: unpack always
+    # as in has_tangent; if the level goes: unpack always
     if torch.compiler.is_dynamo_compiling() or forward_ad._current_level < 0:
         return x
     return forward_ad.unpack_dual(x).primal

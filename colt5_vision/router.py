@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ._fx import fx_leaf
 from ._torch_internals import in_onnx_export
 from .checks import (
     TokenCount,
@@ -321,6 +322,7 @@ class CoordinateDescentRouter(nn.Module):
         """Soft gates, of any shape, as the forward pass uses them."""
         return pass_straight(gates, self.log_gradient) if self.straight_through else gates
 
+    @fx_leaf
     def forward(
         self,
         x: Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import router as core
+from .._fx import fx_leaf
 from ..checks import check_int
 from ..routing import Routing
 from .relaxations import cumulative_softmax, gumbel_sinkhorn
@@ -84,6 +85,7 @@ class CoordinateDescentRouter(core.CoordinateDescentRouter):
             return gumbel_sinkhorn(logits, k, **how)
         return super().relax(logits, k, max_k, mask)
 
+    @fx_leaf
     def forward(
         self,
         x: Tensor,

@@ -8,6 +8,7 @@ used wherever they can run, and attention is always fused.
 from torch import Tensor
 
 from .. import attention, block, cross_attention, feedforward, sequence
+from .._fx import fx_leaf
 from ..causal import attention as causal
 from ..causal.cache import AutoregressiveCache
 from ..checks import TokenCount, check_int
@@ -148,6 +149,7 @@ class ConditionalRoutedAutoregressiveAttention(causal.ConditionalRoutedAutoregre
                 )
         super().__init__(dim, router_kwargs=core_options(router_kwargs), **options)
 
+    @fx_leaf
     def forward(
         self,
         x: Tensor,

@@ -246,6 +246,20 @@ def test_jit_trace(name):
     torch.testing.assert_close(traced(*other), case.call(*other))
 
 
+@every
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_the_old_onnx_exporter_is_refused_and_the_new_one_named(name, tmp_path):
+    case = CASES[name]
+
+    class Layer(torch.nn.Module):
+        def forward(self, *inputs):
+            return case.call(*inputs)
+
+    with pytest.raises(NotImplementedError, match="^torch.onnx.export: expected dynamo=True"):
+        inputs = (*case.floats, *case.rest)
+        torch.onnx.export(Layer(), inputs, tmp_path / "layer.onnx", dynamo=False)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 def test_jit_trace_of_sizes_that_are_read():
     """In a trace, sizes are tensors."""
@@ -258,6 +272,18 @@ def test_jit_trace_of_sizes_that_are_read():
     x = randn(2, 8, 4, 5)
     traced = torch.jit.trace(call, (x,), check_trace=False)
     torch.testing.assert_close(traced(2 * x), call(2 * x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+def test_jit_trace_of_counts_that_are_sizes():
+    def call(x):
+        k = x.shape[-1] // 3
+        descent = ops.coordinate_descent(x, k, n_iters=3)
+        return ops.route_topk(x, k)[0], ops.soft_topk(x, k), descent
+
+    x = randn(2, 12)
+    traced = torch.jit.trace(call, (x,), check_trace=False)
+    torch.testing.assert_close(traced(x.flip(0)), call(x.flip(0)))
 
 
 # a graph holds no Python function, so none with a pair_bias

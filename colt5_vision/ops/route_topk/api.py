@@ -101,6 +101,8 @@ def route_topk(
     check_mask("mask", mask, scores.shape)
     n = scores.shape[-1]
     scores = scores.detach().to(wide_dtype(scores))
+    if isinstance(k, Tensor) and k.ndim == 0 and scores.ndim > 1 and torch.jit.is_tracing():
+        k = int(k)  # a size, as torch.jit.trace has it
     if isinstance(k, Tensor):
         if k.is_floating_point() or k.dtype == torch.bool or k.shape != scores.shape[:-1]:
             raise ValueError(
