@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from ._torch_internals import is_traced
+from .ops.sdpa import scaled_dot_product_attention
 
 
 def band_attention(qkv: Tensor, reach: int, mask: Tensor | None) -> Tensor:

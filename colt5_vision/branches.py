@@ -2,12 +2,13 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from ._torch_internals import is_plain
 from .band import band_attention
 from .ops import gather_normalize, window_attention
 from .ops.backend import needs_operator
+from .ops.sdpa import scaled_dot_product_attention
 from .positions import axial_rotary, rotary, rows_and_columns
 from .routing import Routing, gather_tokens
 

@@ -3,9 +3,10 @@ past."""
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from ..branches import HeavyBranch, merge_heads, split_heads
+from ..ops.sdpa import scaled_dot_product_attention
 from ..positions import rotary
 
 

@@ -1,5 +1,5 @@
 """One part of an attention, with its logsumexp: SDPA's fused kernels, and plain torch where there
-is none.
+is none. And SDPA itself, which forward-mode AD can take.
 
 A row over all keys can be put together from parts: out = sum_p exp(lse_p - lse) out_p. Its backward
 is each part's own backward called with the *global* out and logsumexp, as in ring attention. The
@@ -7,15 +7,27 @@ public SDPA returns no logsumexp, so the kernels behind it are called directly.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._torch_internals import efficient as _efficient
 from .._torch_internals import efficient_backward as _efficient_backward
 from .._torch_internals import flash_cpu as _flash_cpu
 from .._torch_internals import flash_cpu_backward as _flash_cpu_backward
+from .._torch_internals import has_tangent
 from .dtypes import wide_dtype
 
 _PLAIN_LOGITS = 1 << 25  # logits held at once by the plain path
+
+
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, *args, **kwargs
+) -> Tensor:
+    """torch's, by its plain path under forward-mode AD, which its fused kernels refuse."""
+    if has_tangent(query, key, value):
+        with sdpa_kernel(SDPBackend.MATH):
+            return nn.functional.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+    return nn.functional.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
 
 def masked_logit(query: Tensor) -> float:

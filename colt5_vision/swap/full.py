@@ -4,10 +4,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..ops import routed_window_attention
 from ..ops.routed_window_attention.gathered import PairBias
+from ..ops.sdpa import scaled_dot_product_attention
 from .window import Window
 
 

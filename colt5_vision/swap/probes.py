@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..ops.autocast import without_autocast
 from ..ops.dtypes import wide_dtype
 from ..ops.grid import window_of_token
 from ..ops.routed_window_attention.gathered import PairBias
+from ..ops.sdpa import scaled_dot_product_attention
 from ..positions import morton_order
 from .heads import Group, over_heads
 

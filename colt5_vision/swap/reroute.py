@@ -28,6 +28,7 @@ from .._torch_internals import (
     pop_last_function_mode,
     push_function_mode_below,
 )
+from ..ops.sdpa import scaled_dot_product_attention
 from .adapter import LayerSpec, Switch
 from .call import Call, arrange, dense_bias, restore, with_heads
 from .config import RoutedAttentionConfig
@@ -136,7 +137,7 @@ class RoutedLayer:
                 off = torch.zeros_like(mask[..., :1, :1]).masked_fill
                 mask = mask + (given if given.dtype != torch.bool else off(~given, -torch.inf))
             call = call._replace(attn_mask=mask.to(call.query.dtype))
-        return _SDPA(*call[:6], scale=call.scale, enable_gqa=call.enable_gqa)
+        return scaled_dot_product_attention(*call[:6], scale=call.scale, enable_gqa=call.enable_gqa)
 
     def _own_bias(self, layer: nn.Module, site: Site | None, call: Call):
         make = self.spec.pair_bias
