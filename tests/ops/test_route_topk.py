@@ -44,15 +44,19 @@ def test_equals_a_sort(entries, k, dtype, masked):
 
 
 @pytest.mark.parametrize("k", [1, 500, 1365])
-@pytest.mark.parametrize("kind", ["normal", "ties", "odd", "equal"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "odd", "nan", "nan last", "equal"])
 def test_long_rows_equal_a_stable_sort(kind, k):
     n = (1 << 15) + 5  # two looks, and a last group that is cut short
     scores = randn(2, 2, n)
     if kind == "ties":
         scores = (8 * scores).round() / 8
-    if kind == "odd":
-        for value, every in ((0.0, 5), (-0.0, 7), (-INF, 11), (INF, 997), (NAN, 1999)):
+    if kind in ("odd", "nan"):
+        for value, every in ((0.0, 5), (-0.0, 7), (-INF, 11), (INF, 997)):
             scores[..., ::every] = value
+    if kind == "nan":
+        scores[..., ::1999] = NAN
+    if kind == "nan last":
+        scores[1, 1, -1] = NAN
     if kind == "equal":
         scores = torch.zeros_like(scores)
     expected = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]

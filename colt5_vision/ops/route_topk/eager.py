@@ -35,29 +35,32 @@ _LONG, _GROUP = 1 << 15, 8
 def _top_of_long_rows(scores: Tensor, k: int) -> Tensor | None:
     """The k largest of rows that are much longer than k, in two looks; None if that is no gain.
 
-    k groups of neighbours have a maximum of at least the k-th largest maximum. So whatever is
-    smaller is not among the k largest, and few others are left to sort.
+    k groups of scores have a maximum of at least the k-th largest maximum. So whatever is smaller
+    is not among the k largest, and few others are left to sort.
     """
     *shape, n = scores.shape
     group = 1 << max(0, (n // (3 * k)).bit_length() - 1)
     if n < _LONG or group < _GROUP or scores.numel() == 0:
         return None
 
-    # what cannot be ruled out
-    bits = _ordered_bits(scores).view(-1, n)
-    maxima = bits[:, : n // group * group].unflatten(-1, (-1, group)).amax(-1)
+    # what cannot be ruled out; groups lie across the row, where a maximum is fastest
+    rows, even = scores.reshape(-1, n), n // group * group
+    maxima = rows[:, :even].unflatten(-1, (group, -1)).amax(-2)
+    maxima = torch.cat([maxima, rows[:, even:]], -1)
+    if bool(maxima.isnan().any()):
+        return None
     least = maxima.topk(k, sorted=False).values.amin(-1, keepdim=True)
-    left = bits >= least
-    counts = left.sum(-1)
+    row, column = (rows >= least).nonzero(as_tuple=True)
+    counts = row.bincount(minlength=len(rows))
     width = int(counts.max())
     if width > 4 * k:  # many equal scores
         return None
 
     # their keys, as in ordered_keys, side by side
-    row, column = left.nonzero(as_tuple=True)
     place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    keys = bits.new_full((len(bits), width), torch.iinfo(torch.int64).min, dtype=torch.int64)
-    keys[row, place] = (bits[row, column].to(torch.int64) << 32) | (n - 1 - column)
+    keys = row.new_full((len(rows), width), torch.iinfo(torch.int64).min)
+    bits = _ordered_bits(rows[row, column])
+    keys[row, place] = (bits.to(torch.int64) << 32) | (n - 1 - column)
     taken = keys.topk(k, dim=-1).values
     return (n - 1 - taken.bitwise_and_(0xFFFFFFFF)).view(*shape, k)
 
