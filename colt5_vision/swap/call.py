@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._torch_internals import has_autocast
 from ..ops.routed_window_attention.gathered import PairBias
 from .adapter import Masks, Place
 from .site import Site
@@ -226,7 +227,7 @@ def dense_bias(pair_bias: PairBias, queries: int, keys: int, device) -> Tensor:
 def autocast_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors in the dtype that autocast would give scaled dot-product attention."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

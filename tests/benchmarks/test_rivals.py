@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytest.importorskip("diffusers.models")
+
 from benchmarks.rivals import __main__ as command
 from benchmarks.rivals import blocks, measure, report
 from benchmarks.rivals.layer import Layer, label

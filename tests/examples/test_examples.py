@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
+
+AcceleratorState = pytest.importorskip("accelerate.state").AcceleratorState
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
