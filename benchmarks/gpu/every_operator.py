@@ -11,8 +11,10 @@ from torch import Tensor
 
 from colt5_vision import ConditionalRoutedFeedForward, ConditionalRoutedImageAttention
 from colt5_vision.ops import (
+    PooledKeys,
     coordinate_descent,
     gather_normalize,
+    grouped_attention,
     join,
     route_topk,
     routed_window_attention,
@@ -42,6 +44,43 @@ def _attention_case(device: torch.device, dtype: torch.dtype, head_dim: int):
     return x, routed, weights, options
 
 
+def _gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+
+def _grouped_call(x: list[Tensor], mask: Tensor) -> Callable[[], list[Tensor]]:
+    """Of 63 tokens behind 3 others: 8 groups, the last with an empty place; their own keys, and 2
+    pooled ones."""
+    batch, heads, _, head_dim = x[0].shape
+    token = torch.arange(64, device=mask.device)
+    groups = torch.where(token < 63, token, -1).view(1, 1, 8, 8).expand(batch, -1, -1, -1)
+    keys = torch.rand(batch, 1, 8, 63, device=mask.device).topk(5).indices
+    weights, mass = (
+        torch.randn(shape, device=mask.device, requires_grad=True)
+        for shape in (keys.shape, (batch, heads, 8, 2))
+    )
+    pooled = [
+        torch.randn(
+            batch, heads, 8, 2, head_dim, device=mask.device, dtype=x[0].dtype
+        ).requires_grad_()
+        for _ in range(2)
+    ]
+
+    def call():
+        out = grouped_attention(
+            *x,
+            groups,
+            keys,
+            PooledKeys(*pooled, mass),
+            log_weights=weights,
+            key_mask=mask,
+            num_prefix_tokens=3,
+        )
+        return _gradients(out, [*x, weights, *pooled, mass])
+
+    return call
+
+
 def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], list[Tensor]]]:
     """Calls that return every output and gradient."""
     torch.manual_seed(0)
@@ -50,20 +89,17 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], li
     valid = torch.rand(3, 77, device=device) > 0.3
     some = torch.tensor([3.5, 9.0, 1.25], device=device, requires_grad=True)
 
-    def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-        return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
-
     found = {
-        "soft_topk": lambda: gradients(soft_topk(scores, 5.5, eps=0.3, mask=valid), [scores]),
-        "soft_topk, wide": lambda: gradients(soft_topk(wide, 301), [wide]),
-        "soft_topk, k per row": lambda: gradients(soft_topk(scores, some), [scores, some]),
-        "coordinate_descent": lambda: gradients(
+        "soft_topk": lambda: _gradients(soft_topk(scores, 5.5, eps=0.3, mask=valid), [scores]),
+        "soft_topk, wide": lambda: _gradients(soft_topk(wide, 301), [wide]),
+        "soft_topk, k per row": lambda: _gradients(soft_topk(scores, some), [scores, some]),
+        "coordinate_descent": lambda: _gradients(
             coordinate_descent(
                 scores, 5, n_iters=7, eps=0.1, eps_init=4.0, eps_decay=0.7, mask=valid
             ),
             [scores],
         ),
-        "coordinate_descent, wide": lambda: gradients(
+        "coordinate_descent, wide": lambda: _gradients(
             coordinate_descent(wide, 301, n_iters=5), [wide]
         ),
         "route_topk": lambda: list(route_topk(scores, 13, mask=valid)),
@@ -77,7 +113,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], li
             out = routed_window_attention(
                 *x, routed_indices=routed, log_weights=weights, **options, **more
             )
-            return gradients(out, [*x, weights])
+            return _gradients(out, [*x, weights])
 
         found[f"routed_window_attention, {head_dim}"] = routed_call
         found[f"routed_window_attention, {head_dim}, some queries"] = (
@@ -86,9 +122,10 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], li
         found[f"routed_window_attention, {head_dim}, weights elsewhere"] = lambda f=routed_call: f(
             weight_own_window=False
         )
-        found[f"window_attention, {head_dim}"] = lambda x=x, options=options: gradients(
+        found[f"window_attention, {head_dim}"] = lambda x=x, options=options: _gradients(
             window_attention(*x, **options), x
         )
+        found[f"grouped_attention, {head_dim}"] = _grouped_call(x, mask=options["key_mask"])
     tokens = torch.randn(2, 63, 24, device=device, dtype=dtype, requires_grad=True)
     chosen = torch.rand(2, 2, 63, device=device).topk(11).indices
     routing, weight = (
@@ -99,12 +136,12 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], li
         torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
         for shape in ((2, 11, 24), (2, 11), (24,))
     ]
-    found["router_logits"] = lambda: gradients(router_logits(tokens, routing), [tokens, routing])
-    found["gather_normalize"] = lambda: gradients(
+    found["router_logits"] = lambda: _gradients(router_logits(tokens, routing), [tokens, routing])
+    found["gather_normalize"] = lambda: _gradients(
         gather_normalize(tokens, chosen, weight), [tokens, weight]
     )
     filled = torch.ones(2, 11, dtype=torch.bool, device=device)
-    found["join"] = lambda: gradients(
+    found["join"] = lambda: _gradients(
         join(tokens, parts[0], Routing(chosen[:, 0], parts[1], parts[1], filled), parts[2]),
         [tokens, *parts],
     )
@@ -121,14 +158,14 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], li
         layer = ConditionalRoutedImageAttention(
             24, num_heavy_tokens_q=9, num_heavy_tokens_kv=11, fusion=fusion, **width, **settings
         )
-        found[f"layer, fusion {fusion}"] = lambda layer=layer: gradients(layer(image), [image])
+        found[f"layer, fusion {fusion}"] = lambda layer=layer: _gradients(layer(image), [image])
     feed_forward = ConditionalRoutedFeedForward(24, num_heavy_tokens=11, **settings)
-    found["feed-forward"] = lambda: gradients(feed_forward(image), [image])
+    found["feed-forward"] = lambda: _gradients(feed_forward(image), [image])
     return found
 
 
-def main() -> None:
-    device = torch.device("cuda")
+def main(kind: str = "cuda") -> None:
+    device = torch.device(kind)
     with using(kernels(device)):
         for name, call in cases(device, torch.bfloat16).items():
             outputs = call()

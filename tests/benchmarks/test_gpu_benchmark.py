@@ -4,6 +4,8 @@ here is a measurement."""
 import importlib
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -339,6 +341,20 @@ def test_without_a_gpu_nothing_is_measured_or_written(more, tmp_path, capsys, mo
     assert command.main([*more, "--output", str(tmp_path / "results")]) == 1
     assert capsys.readouterr().out == "No GPU here: nothing was measured, nothing was written.\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_it_needs_torch_triton_einops_and_nothing_else():
+    """The image of GPU machines has timm, too, and no network to install more."""
+    others = "diffusers transformers torchvision matplotlib PIL colt5_attention tomesd pytest timm"
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({others.split()!r}))
+from benchmarks.gpu.__main__ import main
+sys.exit(main(["--quick"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "No GPU here" in done.stdout, done.stderr
 
 
 def test_every_step_has_its_time_and_all_fit_eight_minutes():
