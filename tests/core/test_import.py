@@ -1,5 +1,6 @@
 """What an import needs, and what it brings along."""
 
+import ast
 import configparser
 import importlib.metadata
 import importlib.util
@@ -139,3 +140,23 @@ def test_setup_lists_every_package_and_one_version():
     assert listed == found
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {colt5_vision.__version__}\n" in citation
+
+
+def test_implementations_of_operators_do_not_import_one_another():
+    """Nor does an operator import from another's folder: what both need is a file beside them."""
+    folder = ROOT / "colt5_vision" / "ops"
+    operators = {path.parent.name for path in folder.glob("*/api.py")}
+    kinds = ("reference", "eager", "gathered", "triton")
+    faults = []
+    for path in (path for name in operators for path in (folder / name).glob("*.py")):
+        own = [kind for kind in kinds if path.stem.startswith(kind)]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or node.level == 0:
+                continue
+            names = {alias.name for alias in node.names}
+            reached = {node.module.split(".")[0]} if node.module else names
+            others = reached & operators if node.level == 2 else set()
+            if node.level == 1 and own:
+                others = {x for x in reached if x.startswith(kinds) and not x.startswith(own[0])}
+            faults += [f"{path.parent.name}/{path.name} imports {other}" for other in others]
+    assert len(operators) == 7 and not faults

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from colt5_vision.ops import join
-from colt5_vision.ops.join import reference
+from colt5_vision.ops.join import reference, triton
 from colt5_vision.routing import Routing
-from tests.support.rows_cases import randn, scatter_inputs
+from tests.support.rows_cases import randn, scatter_inputs, some_map
 
-KERNELS = ["gated_scatter_add_kernel", "gated_scatter_add_backward_kernel"]
+KERNELS = ["join_kernel", "join_backward_kernel"]
 
 
 def some_inputs(layout, batch, num, dim, slots, dtype=torch.float32, device="cpu"):
@@ -111,3 +111,20 @@ def test_nothing_to_do(device, batch, slots):
     got = run(join, light, light[:, :slots], routing, null, light)
     assert torch.equal(got[0], light.double() + 1)
     assert (got[-1] == 9 * batch).all()
+
+
+def test_indices_out_of_range_are_passed_over(device):
+    """What the API's check on the CPU would refuse must not reach the neighbour's rows."""
+    x, null = some_map("last", 3, 20, 40, device=device), randn(40, seed=1, device=device)
+    rows, gates = randn(3, 3, 40, seed=2, device=device), randn(3, 3, seed=3, device=device)
+    bad = torch.tensor([[4], [3], [4]], device=device).repeat(1, 3)
+    bad[:, 1:] = torch.tensor([20, -1])
+    rows[:, 1:] = float("nan")
+    found = triton.forward(x, rows, bad, gates, null)
+    want = triton.forward(x, rows[:, :1], bad[:, :1], gates[:, :1], null)
+    assert torch.equal(found, want) and not torch.equal(found, x)
+    found = triton.backward(x, rows, bad, gates)
+    want = triton.backward(x, rows[:, :1], bad[:, :1], gates[:, :1])
+    for both, one in zip(found[:2], want[:2]):
+        assert torch.equal(both[:, :1], one) and not both[:, 1:].any()
+    torch.testing.assert_close(found[2], want[2])

@@ -6,6 +6,7 @@ import torch
 
 from colt5_vision import ConditionalRoutedImageAttention
 from colt5_vision.ops import backend, gather_normalize, join
+from colt5_vision.ops.join import kernels as join_kernels
 from colt5_vision.ops.routed_rows import kernels, triton
 from tests.support.rows_cases import distinct, filled, randn, scatter_inputs, some_map
 
@@ -94,9 +95,9 @@ def test_compiled_whole_over_two_sizes(device, launched, compiler):
         got = got, *torch.autograd.grad(got.sum(), inputs)
         assert set(launched) == {
             kernels.gather_normalize_kernel,
-            kernels.gated_scatter_add_kernel,
+            join_kernels.join_kernel,
             kernels.gather_normalize_backward_kernel,
-            kernels.gated_scatter_add_backward_kernel,
+            join_kernels.join_backward_kernel,
         }
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
         with torch.no_grad():
@@ -123,7 +124,7 @@ def test_export(device, launched, train):
         program = torch.export.export(Layer(), args)
         launched.clear()
         found = program.module()(*args)
-        assert launched == [kernels.gather_normalize_kernel, kernels.gated_scatter_add_kernel]
+        assert launched == [kernels.gather_normalize_kernel, join_kernels.join_kernel]
         torch.testing.assert_close(found, layer(*args, backend="eager"), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(program.run_decompositions({}).module()(*args), found)
 
@@ -173,7 +174,7 @@ def test_the_heavy_branch_of_a_module(device, launched, monkeypatch, masked):
         out = module(x, mask=mask)
         weight = randn(*out.shape, seed=7, device=device)
         found[choice] = out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)
-    own = {kernels.gather_normalize_kernel, kernels.gated_scatter_add_kernel}
-    own |= {kernels.gather_normalize_backward_kernel, kernels.gated_scatter_add_backward_kernel}
+    own = {kernels.gather_normalize_kernel, join_kernels.join_kernel}
+    own |= {kernels.gather_normalize_backward_kernel, join_kernels.join_backward_kernel}
     assert own <= set(launched)
     torch.testing.assert_close(found["triton"], found["eager"], rtol=1e-3, atol=1e-4)

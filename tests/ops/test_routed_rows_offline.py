@@ -1,5 +1,5 @@
-"""The kernels of router_logits and of routed rows, compiled for chips that are not here: no spills,
-no GPU needed."""
+"""The kernels of router_logits, of routed rows and of join, compiled for chips that are not here:
+no spills, no GPU needed."""
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ if backend.INTERPRETED:
         allow_module_level=True,
     )
 
+from colt5_vision.ops.join import triton as join_kernels
 from colt5_vision.ops.routed_rows import triton as rows_kernels
 from colt5_vision.ops.router_logits import triton as logits_kernels
 from tests.support.offline import TARGETS, check, recorded
@@ -56,19 +57,24 @@ def test_router_logits(architecture, dtype, dim, routes, channels_first):
 def test_routed_rows(architecture, dtype, dim, routes, channels_first):
     x = some_map(dtype, dim, channels_first)
     index = torch.empty(2, min(routes, 2), 144, dtype=torch.int64)
-    weight, gates, null = torch.empty(dim), torch.empty(2, 144), torch.empty(dim, dtype=dtype)
+    weight = torch.empty(dim)
     with recorded(architecture) as launches:
         out, scale = rows_kernels.gather_normalize_forward(x, index, weight, 1e-6, dtype)
         rows_kernels.gather_normalize_backward(out, x, index, weight, scale)
-        rows_kernels.gated_scatter_add_(x, out[:, 0], index[:, 0], gates, null)
-        rows_kernels.gated_scatter_add_backward(x, out[:, 0], index[:, 0], gates)
-    names = [
-        "gather_normalize",
-        *["gather_normalize_backward"] * index.shape[1],
-        "gated_scatter_add",
-    ]
-    assert [launch.name for launch in launches] == [
-        f"{name}_kernel" for name in (*names, "gated_scatter_add_backward")
-    ]
+    names = ["gather_normalize", *["gather_normalize_backward"] * index.shape[1]]
+    assert [launch.name for launch in launches] == [f"{name}_kernel" for name in names]
+    for launch in launches:
+        check(launch, architecture)
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("dtype, dim, routes, channels_first", CASES)
+def test_join(architecture, dtype, dim, routes, channels_first):
+    x, heavy = some_map(dtype, dim, channels_first), torch.empty(2, 144, dim, dtype=dtype)
+    index, gates = torch.empty(2, 144, dtype=torch.int64), torch.empty(2, 144)
+    with recorded(architecture) as launches:
+        join_kernels.forward(x, heavy, index, gates, torch.empty(dim, dtype=dtype))
+        join_kernels.backward(x, heavy, index, gates)
+    assert [launch.name for launch in launches] == ["join_kernel", "join_backward_kernel"]
     for launch in launches:
         check(launch, architecture)

@@ -1,10 +1,10 @@
-"""Reading and writing routed rows of a map as Triton kernels: a row is read once, and only routed
-rows are touched.
+"""Reading routed rows of a map as Triton kernels: a row is read once, and only routed rows are
+touched.
 
-Nothing is added atomically. Indices are distinct within a route, so the rows of one route are added
-by one launch, the next route's by the next: a token that several routes picked gets its sum in a
-fixed order. An inverse index of the map would save those launches, a few, and cost a pass over all
-tokens.
+Gradients are added without atomics. Indices are distinct within a route, so the rows of one route
+are added by one launch, the next route's by the next: a token that several routes picked gets its
+sum in a fixed order. An inverse index of the map would save those launches, a few, and cost a pass
+over all tokens.
 """
 
 import torch
@@ -12,12 +12,7 @@ import triton
 from torch import Tensor
 
 from .. import backend
-from .kernels import (
-    gated_scatter_add_backward_kernel,
-    gated_scatter_add_kernel,
-    gather_normalize_backward_kernel,
-    gather_normalize_kernel,
-)
+from .kernels import gather_normalize_backward_kernel, gather_normalize_kernel
 
 TILE = 2048  # elements of a map that a program holds
 
@@ -108,66 +103,3 @@ def gather_normalize_backward(
             **backend.no_spills(x.device),
         )
     return grad_x, partial.sum(0).to(weight.dtype) if with_weight else None
-
-
-def gated_scatter_add_(
-    out: Tensor, rows: Tensor, indices: Tensor, gates: Tensor | None, null: Tensor | None
-) -> None:
-    """``out[indices] += gates * rows - null`` in place; an index out of range is passed over."""
-    batch, num_tokens, dim = out.shape
-    slots = indices.shape[1]
-    block_k, block_c = 8, min(triton.next_power_of_2(dim), 256)
-    backend.launch(
-        gated_scatter_add_kernel,
-        (batch * triton.cdiv(slots, block_k) * triton.cdiv(dim, block_c),),
-        out,
-        rows.contiguous(),
-        indices.contiguous(),
-        None if gates is None else gates.contiguous(),
-        None if null is None else null.contiguous(),
-        num_tokens,
-        slots,
-        dim,
-        *out.stride(),
-        BLOCK_K=block_k,
-        BLOCK_C=block_c,
-        num_warps=8,
-        **backend.no_spills(out.device),
-    )
-
-
-def gated_scatter_add_backward(
-    grad: Tensor, rows: Tensor, indices: Tensor, gates: Tensor | None, with_null: bool = True
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of ``rows``, ``gates`` and ``null`` (float32); None for what is not asked for."""
-    batch, num_tokens, dim = grad.shape
-    slots = indices.shape[1]
-    block, block_c = _tile(dim, 1024)
-    programs = batch * triton.cdiv(slots, block)
-
-    # what is written
-    grad_rows = rows.new_empty(rows.shape)
-    gates = None if gates is None else gates.contiguous()
-    grad_gates = None if gates is None else torch.empty_like(gates)
-    partial = grad.new_empty(programs, dim, dtype=torch.float32) if with_null else None
-
-    backend.launch(
-        gated_scatter_add_backward_kernel,
-        (programs,),
-        grad,
-        rows.contiguous(),
-        indices.contiguous(),
-        gates,
-        grad_rows,
-        grad_gates,
-        partial,
-        num_tokens,
-        slots,
-        dim,
-        *grad.stride(),
-        BLOCK_K=block,
-        BLOCK_C=block_c,
-        num_warps=8,
-        **backend.no_spills(grad.device),
-    )
-    return grad_rows, grad_gates, partial.sum(0) if with_null else None
