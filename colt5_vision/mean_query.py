@@ -8,7 +8,7 @@ from .ops.dtypes import wide_dtype
 
 
 def mean_query_logits(
-    query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None
+    query: Tensor, key: Tensor, *, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """What the mean query attends to: ``log softmax_j(mean_i(q_i) · k_j · scale)`` of each head, in
     O(N).
@@ -38,7 +38,12 @@ def mean_query_logits(
 
 
 def route_by_mean_query(
-    x: Tensor, query: Tensor | None, key: Tensor | None, num_routes: int, mask: Tensor | None = None
+    x: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    num_routes: int,
+    *,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """What the mean query of each route's heads attends to: the log of the sum of their shares.
 
@@ -70,4 +75,4 @@ def route_by_mean_query(
     heads = query.shape[1]
     if heads % num_routes:
         raise ValueError(f"query: {heads} heads are not divisible by {num_routes} routes")
-    return mean_query_logits(query, key, mask).unflatten(1, (num_routes, -1)).logsumexp(2)
+    return mean_query_logits(query, key, mask=mask).unflatten(1, (num_routes, -1)).logsumexp(2)

@@ -234,7 +234,7 @@ class CoordinateDescentRouter(nn.Module):
             return scores.expand(batch, -1, -1)
         with without_autocast(x.device.type):
             if self.kind == "mean_query":
-                return route_by_mean_query(x, query, key, routes, mask)
+                return route_by_mean_query(x, query, key, routes, mask=mask)
             return self._learned_logits(x, routing_tokens)
 
     def _learned_logits(self, x: Tensor, routing_tokens: Tensor | None) -> Tensor:
@@ -269,7 +269,9 @@ class CoordinateDescentRouter(nn.Module):
         trains = trains and not in_onnx_export(logits)
         return self.kind not in _CONTENT_FREE and (trains or not self.straight_through)
 
-    def relax(self, logits: Tensor, k: float | Tensor, max_k: float, mask: Tensor | None) -> Tensor:
+    def relax(
+        self, logits: Tensor, k: float | Tensor, max_k: float, *, mask: Tensor | None
+    ) -> Tensor:
         """The relaxation of top-k: gates (..., N) of logits (..., N), with sum ``k``.
 
         Args:
@@ -313,10 +315,10 @@ class CoordinateDescentRouter(nn.Module):
             budget = filled.to(double_dtype(logits.device)) * self.fetch_k_ratio
             budget = budget.clamp_max(bound)
         if self.cell_size is None:
-            return self.relax(logits, budget, bound, mask)
+            return self.relax(logits, budget, bound, mask=mask)
         cells = (grid_size, self.cell_size)
         rows, shares, valid = cut_into_cells(logits, budget, bound, *cells, mask)
-        return join_cells(self.relax(rows, shares, bound, valid), *cells)
+        return join_cells(self.relax(rows, shares, bound, mask=valid), *cells)
 
     def straight(self, gates: Tensor) -> Tensor:
         """Soft gates, of any shape, as the forward pass uses them."""

@@ -151,6 +151,7 @@ class CarriedSchedule(nn.Module):
         self.steps = None if steps is None else check_int("routing_schedule", steps)
         forwards = torch.zeros((), dtype=torch.int64, device=device) if self.runs else None
         self.register_buffer("forwards", forwards)
+        self.register_load_state_dict_pre_hook(_complete)
         self.follow(model)
 
     _known: tuple[Tensor, int, int] | None = None  # the buffer, how often written, its value
@@ -175,14 +176,6 @@ class CarriedSchedule(nn.Module):
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_known"}
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        name = f"{prefix}forwards"
-        if self.runs:
-            state_dict.setdefault(name, torch.zeros((), dtype=torch.int64))
-        else:
-            state_dict.pop(name, None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """x as it is."""
@@ -206,3 +199,12 @@ class CarriedSchedule(nn.Module):
             if buffer is self.forwards and written == times_written(buffer):
                 return value
         return int(self.forwards)
+
+
+def _complete(schedule: CarriedSchedule, state_dict: dict, prefix: str, *_) -> None:
+    """Before ``schedule`` loads: 0 where a count is missing, none where nothing is counted."""
+    name = f"{prefix}forwards"
+    if schedule.runs:
+        state_dict.setdefault(name, torch.zeros((), dtype=torch.int64))
+    else:
+        state_dict.pop(name, None)

@@ -75,7 +75,9 @@ class CoordinateDescentRouter(core.CoordinateDescentRouter):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, method={self.method!r}"
 
-    def relax(self, logits: Tensor, k: float | Tensor, max_k: float, mask: Tensor | None) -> Tensor:
+    def relax(
+        self, logits: Tensor, k: float | Tensor, max_k: float, *, mask: Tensor | None
+    ) -> Tensor:
         """The relaxation of top-k, see :meth:`colt5_vision.CoordinateDescentRouter.relax`."""
         if self.method == "cumulative_softmax":
             return cumulative_softmax(logits, k, eps=self.eps, mask=mask)
@@ -83,7 +85,7 @@ class CoordinateDescentRouter(core.CoordinateDescentRouter):
             iterations = {} if self.n_iters is None else {"n_iters": self.n_iters}
             how = {"eps": self.eps, "mask": mask, "generator": self._noise, **iterations}
             return gumbel_sinkhorn(logits, k, **how)
-        return super().relax(logits, k, max_k, mask)
+        return super().relax(logits, k, max_k, mask=mask)
 
     @fx_leaf
     def forward(

@@ -18,6 +18,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"q, k, v: expected one shape, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
+    if q.shape[-1] < 1:
+        raise ValueError(f"q, k, v: expected a head_dim of at least 1, got shape {tuple(q.shape)}")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
 

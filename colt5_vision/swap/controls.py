@@ -43,7 +43,7 @@ def control_keys(
         return None
     if router == "mean_query":
         with without_autocast(q.device.type):
-            shares = mean_query_logits(q.detach(), k.detach(), mask, scale).exp()
+            shares = mean_query_logits(q.detach(), k.detach(), mask=mask, scale=scale).exp()
         indices, valid = route_topk(over_heads(shares, group), slots, mask=mask)
         return torch.where(valid, indices, -1), shares.new_zeros(batch, slots)
 

@@ -29,7 +29,7 @@ __all__ = ["distill_routers"]
 
 
 def sampling_error(
-    logits: Tensor, cost: Tensor, count: TokenCount, mask: Tensor | None = None
+    logits: Tensor, cost: Tensor, count: TokenCount, *, mask: Tensor | None = None
 ) -> Tensor:
     """(B,) expected squared error of the attention output when ``count`` keys are sampled by
     ``logits``, up to a factor.
@@ -93,9 +93,9 @@ class Teacher:
         with torch.enable_grad(), without_autocast(q.device.type):
             importance = attention.importance(q, k, v, **how, group=group)
             logits = attention.logits(importance, features)
-            error = sampling_error(logits, cost, count, mask).mean()
+            error = sampling_error(logits, cost, count, mask=mask).mean()
             base = (logits - attention.correct(features)).detach()
-            reference = sampling_error(base, cost, count, mask).mean()
+            reference = sampling_error(base, cost, count, mask=mask).mean()
             (error / reference.clamp_min(1e-30)).backward()
         self.errors[layer] = (error.item(), reference.item())
         return out

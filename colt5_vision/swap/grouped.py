@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..checks import TokenCount, check_token_count, token_count
 from ..ops import grouped_attention
-from ..ops.attention_checks import checked_mask
+from ..ops.attention_checks import check_qkv, checked_mask, checked_scale
 from ..ops.autocast import without_autocast
 from ..ops.dtypes import wide_dtype
 from ..positions import morton_order
@@ -125,6 +125,7 @@ class GroupedAttention(nn.Module):
             TypeError, ValueError: for an argument that does not fit.
         """
         # checks
+        check_qkv(q, k, v)
         further = {"features": features, "pair_bias": pair_bias, "group": group}
         for name, value in (further | {"num_heavy_tokens_q": num_heavy_tokens_q}).items():
             if value is not None:
@@ -141,7 +142,7 @@ class GroupedAttention(nn.Module):
         tiles = tiles_of(grid_size, window, q.device)
         curve = _curve(grid_size, q.device)
         with torch.no_grad(), without_autocast(q.device.type):
-            by = q.shape[-1] ** -0.5 if scale is None else scale
+            by = checked_scale(scale, q.shape[-1])
             groups = alike_groups(q, k, tiles, curve, prefix, key_mask, by)
             probes = _probe(q, k, v, groups, prefix, key_mask, by)
 
@@ -318,7 +319,7 @@ def _draw(
     # a sample for each tile
     whole = None if mask is None else mask.repeat_interleave(tiles, 0)
     gates = inclusion_gates(logits.flatten(0, 1), slots, whole).view_as(logits)
-    indices, valid = sample_tokens(gates, slots, curve, mask, generator)
+    indices, valid = sample_tokens(gates, slots, curve, mask=mask, generator=generator)
     weights = gates.gather(-1, indices).clamp_min(tiny).log().neg()
     return torch.where(valid, indices, -1), weights.masked_fill(~valid, 0)
 

@@ -20,7 +20,7 @@ from .._torch_internals import is_compiling
 from ..checks import TokenCount, check_int, check_router, check_token_count, token_count
 from ..gates import only_gradient
 from ..ops import route_topk, routed_window_attention
-from ..ops.attention_checks import checked_mask
+from ..ops.attention_checks import check_qkv, checked_mask
 from ..ops.autocast import without_autocast
 from ..ops.dtypes import wide_dtype
 from ..ops.routed_window_attention.gathered import PairBias
@@ -158,6 +158,7 @@ class SampledAttention(nn.Module):
         Raises:
             TypeError, ValueError: for an argument that does not fit.
         """
+        check_qkv(q, k, v)
         prefix = num_prefix_tokens
         grid_size = check_grid("grid_size", grid_size, q.shape[2] - prefix)
         key_mask = checked_mask(key_mask, q, prefix)
@@ -289,7 +290,8 @@ class SampledAttention(nn.Module):
         # draw keys by their importance
         gates = inclusion_gates(self.logits(probes.importance, features), slots, mask)
         order = morton_order(*grid_size, q.device) if curve is None else curve
-        drawn = sample_tokens(gates.detach().unsqueeze(1), slots, order, mask, generator)
+        how = {"mask": mask, "generator": generator}
+        drawn = sample_tokens(gates.detach().unsqueeze(1), slots, order, **how)
         indices, valid = (x.squeeze(1) for x in drawn)
 
         # each stands for 1 / its probability

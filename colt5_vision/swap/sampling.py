@@ -31,6 +31,7 @@ def sample_tokens(
     gates: Tensor,
     k: int,
     curve: Tensor,
+    *,
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:

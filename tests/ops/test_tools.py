@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from colt5_vision import ops
+from colt5_vision import RoutedAttentionConfig, ops
 from tests.support.operator_cases import CASES, MASK, randn, select
 from tests.support.threads import another_thread_traces
 
@@ -415,3 +415,29 @@ def test_compiled_jvp_is_right_or_refused(name):
     tangents = directions(case.floats)
     found = torch.compile(run, backend="aot_eager", fullgraph=True)(case.floats, tangents)
     torch.testing.assert_close(found, run(case.floats, tangents))
+
+
+# nothing in a row
+
+
+@every
+def test_a_width_of_0_is_nothing_or_an_error_that_names_the_argument(name):
+    """Channels, head_dim, or scores of a row."""
+    case = CASES[name]
+    width = case.floats[0].shape[-1]
+    floats = [x[..., :0] if x.shape[-1] == width else x for x in case.floats]
+    try:
+        out = case.call(*floats, *case.rest)
+    except ValueError as error:
+        assert re.match(r"[a-z_]+(, [a-z_]+)*: expected .*, got ", str(error)), error
+    else:
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_a_head_dim_of_0_in_a_pretrained_model(scale):
+    x = torch.empty(1, 2, 16, 0)
+    for router in ("sampled", "grouped", "mean_query", "random", "grid", "window"):
+        config = RoutedAttentionConfig(window_size=2, num_heavy_tokens_kv=3, router=router)
+        with pytest.raises(ValueError, match="^q, k, v: expected a head_dim of at least 1"):
+            config.attention()(x, x, x, grid_size=(4, 4), scale=scale)

@@ -16,7 +16,8 @@ TOKENS = 42
 
 def sample_tokens(gates, k, grid, mask=None, generator=None):
     """Along the Z-order curve."""
-    return sampling.sample_tokens(gates, k, morton_order(*grid, gates.device), mask, generator)
+    order = morton_order(*grid, gates.device)
+    return sampling.sample_tokens(gates, k, order, mask=mask, generator=generator)
 
 
 @st.composite
