@@ -209,7 +209,7 @@ def _check_settings(settings: Any, min_tokens: int) -> list[RoutedAttentionConfi
     checked = []
     for one in settings:
         if isinstance(one, Mapping):
-            one = RoutedAttentionConfig.from_dict(one)
+            one = RoutedAttentionConfig.from_dict(one, whole=False)
         if not isinstance(one, RoutedAttentionConfig):
             raise TypeError(f"settings: expected configurations, got {one!r} among them")
         if one.layers is not None or one.schedule or one.router == "learned":

@@ -180,18 +180,33 @@ class RoutedAttentionConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "RoutedAttentionConfig":
+    def from_dict(cls, values: Mapping[str, Any], *, whole: bool = True) -> "RoutedAttentionConfig":
         """The inverse of :meth:`to_dict`.
+
+        Args:
+            values: arguments by name; rules of the schedule likewise.
+            whole: every argument must be there: the default in place of a lost one would be another
+                routing. False: as with the constructor.
 
         Raises:
             TypeError, ValueError: for values that are not of a configuration.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"config: expected a mapping, got {type(values).__name__}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"config: expected arguments among {sorted(known)}, got {unknown}")
-        return cls(**values)
+        _check_names("config", values, cls, whole=whole)
+        config = cls(**values)
+        for rule in values.get("schedule", ()) if whole else ():
+            if isinstance(rule, Mapping):
+                _check_names("schedule", rule, ScheduleRule, whole=True)
+        return config
+
+
+def _check_names(name: str, values: Mapping[str, Any], kind: type, *, whole: bool) -> None:
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{name}: expected arguments among {sorted(known)}, got {unknown}")
+    if whole and (missing := sorted(known - set(values))):
+        raise ValueError(f"{name}: expected all of {sorted(known)}, got none for {missing}")
 
 
 _SETTINGS = ("window_size", "num_heavy_tokens_kv", "num_heavy_tokens_q")
@@ -234,13 +249,10 @@ def _check_layers(layers) -> tuple[int | str, ...] | None:
 def _check_schedule(schedule) -> tuple[ScheduleRule, ...]:
     if isinstance(schedule, (str, Mapping, ScheduleRule)) or not isinstance(schedule, Sequence):
         raise TypeError(f"schedule: expected a sequence of rules, got {schedule!r}")
-    rules, known = [], {field.name for field in dataclasses.fields(ScheduleRule)}
+    rules = []
     for rule in schedule:
         if isinstance(rule, Mapping):
-            if unknown := sorted(set(rule) - known):
-                raise ValueError(
-                    f"schedule: expected arguments among {sorted(known)}, got {unknown}"
-                )
+            _check_names("schedule", rule, ScheduleRule, whole=False)
             rule = ScheduleRule(**rule)
         if not isinstance(rule, ScheduleRule):
             raise TypeError(

@@ -170,7 +170,7 @@ def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
         digest = hashlib.sha256(data).hexdigest()
         if digest != about["weights"]["sha256"]:
             raise ValueError(f"expected sha256 {about['weights']['sha256']}, got {digest}")
-        about["by_layer"] = dict(about.get("by_layer", {}))
+        about["by_layer"] = dict(about["by_layer"])
         names = about["layers"]
         named = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if not named or "config" not in about:

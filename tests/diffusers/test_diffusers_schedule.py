@@ -233,3 +233,6 @@ def test_a_configuration_survives_json():
     assert RoutedAttentionConfig.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
     with pytest.raises(ValueError, match="config: expected arguments among"):
         RoutedAttentionConfig.from_dict({"windows": 3})
+    with pytest.raises(ValueError, match="config: expected all of .*got none for .*layers"):
+        RoutedAttentionConfig.from_dict({"window_size": 3})
+    assert RoutedAttentionConfig.from_dict({"window_size": 3}, whole=False).window_size == (3, 3)

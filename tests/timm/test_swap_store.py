@@ -151,10 +151,20 @@ def test_files_that_are_no_good(tmp_path):
         ({"by_layer": {"blocks.0.attn": {"nonsense": 1}}}, "does not fit .*nonsense"),
         ({"weights": {}}, "foreign: 'file'"),
         ({"config": about["config"] | {"nonsense": 1}}, "does not fit .*nonsense"),
+        ({"config": about["config"] | {"schedule": [{"full": True}]}}, "got none for .*max_tokens"),
         ({"config": about["config"] | {"router": "sampled"}}, "8 tensors in .* do not fit"),
         ({"config": about["config"] | {"window_size": 0}}, "does not fit .*window_size"),
     ):
         refused(match, text=json.dumps(about | change))
+
+    # a part that is lost is never a default
+    for name in about:
+        lost = {key: value for key, value in about.items() if key != name}
+        refused(f"foreign: .*{'save_routing' if name == 'format' else name}", json.dumps(lost))
+    for name in about["config"]:
+        lost = {key: value for key, value in about["config"].items() if key != name}
+        for change in ({"config": lost}, {"by_layer": {"blocks.0.attn": lost}}):
+            refused(f"does not fit .*got none for .*{name}", json.dumps(about | change))
     refused("foreign", text="[1]")
     with pytest.raises(ValueError, match="directory: .*none.* is missing"):
         load_routing(model, tmp_path / "none")
