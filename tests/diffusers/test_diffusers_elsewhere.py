@@ -30,9 +30,10 @@ from colt5_vision import (
     why_not,
 )
 from tests.support.diffusers_cases import CASES, arguments, build, close, config, run, unet
-from tests.support.diffusers_models import MODELS, places, tokens
+from tests.support.diffusers_models import MODELS
 from tests.support.diffusers_models import build as tiny
 from tests.support.diffusers_models import run as run_tiny
+from tests.support.diffusers_models.tiny import places, tokens
 from tests.support.diffusers_pipes import ddim, generate, part, pipeline, stable
 
 # ---- guidance -----------------------------------------------------------------------------------
@@ -301,7 +302,7 @@ def test_maps_at_different_places_are_exact_and_counted(name):
     described, model = MODELS[name], tiny(name)
     call = described.call(described.grid, 2)
     ELSEWHERE[name](call)
-    expected, reason = run_tiny(model, call), "maps of the batch lie at different places"
+    expected, reason = run_tiny(model, call), "maps of the batch differ in size or place"
     report = route_attention(model, config())
     with pytest.warns(RuntimeWarning, match=f"is routed, and still ran .*: {reason}"):
         assert torch.equal(run_tiny(model, call), expected)
@@ -318,7 +319,7 @@ def test_tokens_that_other_code_has_merged_are_exact_counted_and_told():
             block.attn1.forward = lambda x, *args, inner=inner, **how: inner(
                 x[:, ::2], *args, **how
             ).repeat_interleave(2, 1)
-    with pytest.warns(RuntimeWarning, match="is routed, and still ran with full attention"):
+    with pytest.warns(RuntimeWarning, match="is to be routed, and no call of it has been"):
         run(model, case)
     assert not report.calls.routed and report.calls.exact.total() == len(case.tokens)
 
