@@ -135,11 +135,11 @@ class RoutedAttentionConfig:
         object.__setattr__(self, "min_tokens", check_int("min_tokens", self.min_tokens, minimum=0))
         object.__setattr__(self, "layers", _check_layers(self.layers))
         object.__setattr__(self, "schedule", _check_schedule(self.schedule))
-        if self.router == GroupedAttention.router:
+        if self.router in (GroupedAttention.router, "window"):
             for given in (self, *self.schedule):
                 if given.num_heavy_tokens_q is not None:
                     raise ValueError(
-                        "num_heavy_tokens_q: expected None with router='grouped', got "
+                        f"num_heavy_tokens_q: expected None with router={self.router!r}, got "
                         f"{given.num_heavy_tokens_q}"
                     )
 

@@ -37,6 +37,15 @@ __all__ = ["KINDS", "SampledAttention"]
 KINDS = ("sampled", "learned", *CONTROLS)
 """Kinds of routing with one choice of keys for the whole map."""
 _PROBE_KEYS = 64  # routed keys that rank the queries
+_DRAWING = ("sampled", "learned")
+_READ_BY = {  # arguments that are not for every router
+    "features": ("learned",),
+    "dim": ("learned",),
+    "device": ("learned",),
+    "generator": _DRAWING,
+    "curve": (*_DRAWING, "grid"),
+    "num_heavy_tokens_q": tuple(kind for kind in KINDS if kind != "window"),
+}
 
 
 class _Linear(nn.Linear):
@@ -62,8 +71,8 @@ class SampledAttention(nn.Module):
             trained logits; and as controls ``"mean_query"`` (what the mean of all queries attends
             to most, nothing for the tail), ``"random"`` and ``"grid"`` (each key stands for N / K),
             ``"window"`` (none).
-        dim: channels of ``features``, for ``router="learned"``.
-        device: of the learned router.
+        dim: channels of ``features``, for ``router="learned"``; of others None.
+        device: of the learned router; of others None.
 
     Attributes:
         generator: draws the samples where a call gives no generator; None: the same input gives the
@@ -97,6 +106,7 @@ class SampledAttention(nn.Module):
         self.router = router
         self.generator: torch.Generator | None = None
         self.recorder: Callable[[Tensor, Tensor, tuple[int, ...]], None] | None = None
+        self._check_read(dim=dim, device=device, num_heavy_tokens_q=num_heavy_tokens_q)
         if router == "learned":
             width = check_int("dim", dim)
             where = {"device": device, "dtype": torch.float32}
@@ -111,10 +121,17 @@ class SampledAttention(nn.Module):
             f"num_heavy_tokens_q={self.num_heavy_tokens_q}, router={self.router!r}"
         )
 
+    def _check_read(self, **given) -> None:
+        """What this router does not read must be None."""
+        for name, value in given.items():
+            if value is not None and self.router not in _READ_BY[name]:
+                kind = type(value).__name__
+                raise ValueError(f"{name}: expected None with router={self.router!r}, got {kind}")
+
     @property
     def samples(self) -> bool:
         """Whether keys are sampled by importance, and outputs corrected by the probes."""
-        return self.router in ("sampled", "learned")
+        return self.router in _DRAWING
 
     def forward(
         self,
@@ -142,13 +159,14 @@ class SampledAttention(nn.Module):
                 in raster order.
             grid_size: (H, W), or (T, H, W), whose product is N.
             num_prefix_tokens: P.
-            features: (B, N, dim), what ``router="learned"`` reads.
+            features: (B, N, dim), what ``router="learned"`` reads; for others None.
             key_mask: (B, N) or (B, P + N) bool, True = may be attended to.
             pair_bias, scale: see :func:`~colt5_vision.ops.routed_window_attention`.
-            generator: draws the sample; default: the module's.
+            generator: draws the sample; default: the module's. None for routers that draw none.
             window_size, num_heavy_tokens_kv, num_heavy_tokens_q: of this call; default: the
-                module's.
-            curve: (M,) raster indices along which keys are sampled; default: a Z-order curve.
+                module's. ``router="window"`` has no heavy queries.
+            curve: (M,) raster indices along which keys are sampled, or spread by ``"grid"``;
+                default: a Z-order curve; for others None.
             group: of processes that have the other heads, which are then routed to the same keys;
                 ``features`` are those of all heads; None: all heads are here.
 
@@ -158,6 +176,9 @@ class SampledAttention(nn.Module):
         Raises:
             TypeError, ValueError: for an argument that does not fit.
         """
+        # checks
+        self._check_read(features=features, generator=generator, curve=curve)
+        self._check_read(num_heavy_tokens_q=num_heavy_tokens_q)
         check_qkv(q, k, v)
         prefix = num_prefix_tokens
         grid_size = check_grid("grid_size", grid_size, q.shape[2] - prefix)

@@ -15,21 +15,14 @@ from colt5_vision.swap.sampled import KINDS, SampledAttention, choose_queries
 from colt5_vision.swap.sampling import inclusion_gates
 from tests.support.attention_cases import leaves, randn
 from tests.support.dense import dense_attention
+from tests.support.sampled_cases import GRID, TOKENS, close, reads, routing, tensors
 
+NOTHING = ("window", 9)  # its queries all see the same
 every_router = pytest.mark.parametrize("router", KINDS)
 queries = pytest.mark.parametrize(
     ("router", "queries"),
-    [(router, number) for router in KINDS for number in (None, 9)],
+    [(router, number) for router in KINDS for number in (None, 9) if (router, number) != NOTHING],
 )
-GRID = (6, 7)
-TOKENS = 42
-
-
-def routing(keys=0.25, *, window=3, **how):
-    torch.manual_seed(0)
-    if how.get("router") == "learned":
-        how = {"dim": 12} | how
-    return SampledAttention(window_size=window, num_heavy_tokens_kv=keys, **how)
 
 
 def routed_keys(part, q, k, v, *, grid_size, features=None, pair_bias=None, **call):
@@ -48,23 +41,10 @@ def trained(part):
     return part
 
 
-def tensors(prefix=0, batch=2, sharpness=2.0, dtype=torch.float64, seed=0):
-    q, k, v = (randn(batch, 4, prefix + TOKENS, 8, seed=seed + i).to(dtype) for i in range(3))
-    return q * sharpness, k, v
-
-
-def features(batch=2, dtype=torch.float64):
-    return randn(batch, TOKENS, 12, seed=11).to(dtype)
-
-
 def some_mask(batch=2, prefix=0):
     mask = randn(batch, prefix + TOKENS, seed=21) > -0.3
     mask[:, :prefix] = True
     return mask
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def corrected(out, q, k, v, mask, prefix):
@@ -95,7 +75,7 @@ def test_every_key_routed_is_full_attention(router, prefix, scale, masked):
         "num_prefix_tokens": prefix,
         "key_mask": mask,
         "scale": scale,
-        "features": features(),
+        **reads(router),
     }
     expected = F.scaled_dot_product_attention(
         q, k, v, attn_mask=None if mask is None else mask[:, None, None], scale=scale
@@ -109,10 +89,8 @@ def test_every_key_routed_is_full_attention(router, prefix, scale, masked):
 def test_every_router_is_attention_to_the_window_and_what_it_routes(router, keys):
     q, k, v = tensors(2)
     part, mask = routing(keys, router=router), some_mask(2, 2)
-    out = part(q, k, v, grid_size=GRID, num_prefix_tokens=2, key_mask=mask, features=features())
-    found = routed_keys(
-        part, q, k, v, grid_size=GRID, num_prefix_tokens=2, features=features(), key_mask=mask
-    )
+    call = {"grid_size": GRID, "num_prefix_tokens": 2, "key_mask": mask, **reads(router)}
+    out, found = part(q, k, v, **call), routed_keys(part, q, k, v, **call)
     if router == "window":
         assert found is None
         close(
@@ -152,7 +130,7 @@ def test_mean_of_draws_comes_closer_than_the_top_keys():
     q, k, v = tensors(sharpness=0.7)
     v = v + 1 + torch.linspace(-3, 3, TOKENS, dtype=v.dtype).view(1, 1, -1, 1)
     full = F.scaled_dot_product_attention(q, k, v)
-    call = {"grid_size": GRID, "features": None}
+    call = {"grid_size": GRID}
     part, generator = routing(8, window=1), torch.Generator().manual_seed(0)
     draws = torch.stack([part(q, k, v, generator=generator, **call) for _ in range(200)])
     top = routing(8, window=1, router="mean_query")(q, k, v, **call)
@@ -165,17 +143,16 @@ def test_mean_of_draws_comes_closer_than_the_top_keys():
 @queries
 def test_a_batch_gives_what_its_samples_give(router, queries):
     q, k, v = tensors(1, batch=3)
-    mask, seen = some_mask(3, 1), features(3)
+    mask, seen = some_mask(3, 1), reads(router, 3)
     part = routing(0.25, router=router, num_heavy_tokens_q=queries)
     call = {"grid_size": GRID, "num_prefix_tokens": 1}
     if router == "learned":
         trained(part)
-    whole = part(q, k, v, key_mask=mask, features=seen, **call)
+    whole = part(q, k, v, key_mask=mask, **seen, **call)
     for i in range(3):
         one = slice(i, i + 1)
-        close(
-            whole[one], part(q[one], k[one], v[one], key_mask=mask[one], features=seen[one], **call)
-        )
+        own = {name: x[one] for name, x in (seen | {"key_mask": mask}).items()}
+        close(whole[one], part(q[one], k[one], v[one], **own, **call))
 
 
 @every_router
@@ -183,11 +160,11 @@ def test_a_bad_sample_leaves_the_others_unharmed_and_none_is_fine(router):
     part = routing(router=router, num_heavy_tokens_q=9).to(torch.float32)
     call = {"grid_size": GRID, "num_prefix_tokens": 1}
     inputs = [x.float() for x in tensors(1, batch=3)]
-    expected = part(*inputs, features=features(3), **call)
+    expected = part(*inputs, **reads(router, 3), **call)
     for x, bad in zip(inputs, (float("nan"), float("inf"), float("-inf"))):
         x[1] = bad
-    assert torch.equal(part(*inputs, features=features(3), **call)[::2], expected[::2])
-    none = part(*(x[:0].requires_grad_() for x in inputs), features=features(0), **call)
+    assert torch.equal(part(*inputs, **reads(router, 3), **call)[::2], expected[::2])
+    none = part(*(x[:0].requires_grad_() for x in inputs), **reads(router, 0), **call)
     assert none.shape == (0, 4, TOKENS + 1, 8)
     none.sum().backward()
 
@@ -200,7 +177,7 @@ def test_masked_tokens_have_no_influence(router, queries):
     if router == "learned":
         trained(part)
     inputs = [x.requires_grad_() for x in tensors(2)]
-    call = {"grid_size": GRID, "num_prefix_tokens": 2, "key_mask": mask, "features": features()}
+    call = {"grid_size": GRID, "num_prefix_tokens": 2, "key_mask": mask, **reads(router)}
     out = part(*inputs, **call)
     rows = mask[:, None, :, None]
     grads = torch.autograd.grad((out * rows).square().sum(), inputs)
@@ -302,15 +279,16 @@ def test_a_module_can_draw_its_own_samples():
 
 def test_learned_router_starts_as_the_mean_query_and_learns():
     inputs = tensors(1)
-    call = {"grid_size": GRID, "num_prefix_tokens": 1, "features": features()}
+    where = {"grid_size": GRID, "num_prefix_tokens": 1}
+    call = where | reads("learned")
     learned = routing(router="learned")
     out = learned(*inputs, **call)
-    assert torch.equal(out, routing()(*inputs, **call))
+    assert torch.equal(out, routing()(*inputs, **where))
     out.square().sum().backward()
     assert learned.correction[2].weight.grad.any()
     trained(learned).zero_grad()
     out = learned(*inputs, **call)
-    assert (out - routing()(*inputs, **call)).abs().max() > 1e-3
+    assert (out - routing()(*inputs, **where)).abs().max() > 1e-3
     out.square().sum().backward()
     assert all(p.grad.isfinite().all() for p in learned.parameters())
     assert all(p.grad.any() for p in (learned.correction[0].weight, learned.correction[2].weight))
@@ -320,7 +298,7 @@ def test_learned_router_starts_as_the_mean_query_and_learns():
 @every_router
 def test_gradients_reach_queries_keys_and_values(router):
     inputs = leaves(2, 4, TOKENS, 8)
-    out = routing(router=router)(*inputs, grid_size=GRID, features=features())
+    out = routing(router=router)(*inputs, grid_size=GRID, **reads(router))
     assert all(
         g.any() and g.isfinite().all() for g in torch.autograd.grad(out.square().sum(), inputs)
     )
@@ -331,7 +309,7 @@ def test_gradients_reach_queries_keys_and_values(router):
 def test_half_precision_comes_close(router, dtype):
     part = routing(1.0, router=router)
     exact = tensors(1)
-    call = {"grid_size": GRID, "num_prefix_tokens": 1, "features": features(dtype=dtype)}
+    call = {"grid_size": GRID, "num_prefix_tokens": 1, **reads(router, dtype=dtype)}
     out = part(*(x.to(dtype) for x in exact), **call)
     assert out.dtype == dtype
     expected = part(*exact, **call)
@@ -346,7 +324,7 @@ def test_half_precision_comes_close(router, dtype):
 def test_autocast_routes_in_single_precision(router):
     part, call = (
         routing(router=router, num_heavy_tokens_q=9),
-        {"grid_size": GRID, "features": features()},
+        {"grid_size": GRID, **reads(router)},
     )
     inputs = [x.float() for x in tensors()]
     with torch.autocast("cpu", torch.bfloat16):
@@ -366,7 +344,7 @@ def test_compiles_whole_and_copies(router, queries):
         "grid_size": GRID,
         "num_prefix_tokens": 1,
         "key_mask": some_mask(2, 1),
-        "features": features(),
+        **reads(router),
     }
     inputs = leaves(2, 4, TOKENS + 1, 8)
     outs = [
@@ -377,68 +355,6 @@ def test_compiles_whole_and_copies(router, queries):
     for twin in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
         assert torch.equal(twin(*inputs, **call), outs[0])
         assert repr(twin) == repr(part) and f"router='{router}'" in repr(part)
-
-
-BAD = {
-    "router": ({"router": "best"}, ValueError, "router: expected one of"),
-    "window": ({"window_size": 0}, ValueError, "window_size"),
-    "no keys": ({"num_heavy_tokens_kv": 0}, ValueError, "num_heavy_tokens_kv"),
-    "share": ({"num_heavy_tokens_kv": 1.01}, ValueError, "num_heavy_tokens_kv"),
-    "nan": ({"num_heavy_tokens_kv": float("nan")}, ValueError, "num_heavy_tokens_kv"),
-    "no queries": ({"num_heavy_tokens_q": 0}, ValueError, "num_heavy_tokens_q"),
-    "text": ({"num_heavy_tokens_q": "all"}, TypeError, "num_heavy_tokens_q"),
-    "dim": ({"router": "learned"}, TypeError, "dim"),
-}
-
-
-@pytest.mark.parametrize(("how", "error", "match"), BAD.values(), ids=BAD)
-def test_bad_arguments(how, error, match):
-    with pytest.raises(error, match=match):
-        SampledAttention(**{"window_size": 3, "num_heavy_tokens_kv": 0.25} | how)
-
-
-def test_bad_inputs():
-    q, k, v = tensors()
-    with pytest.raises(ValueError, match="features: needed by router='learned'"):
-        routing(router="learned")(q, k, v, grid_size=GRID)
-    with pytest.raises(ValueError, match="grid_size"):
-        routing(router="window")(q, k, v, grid_size=(6, 6))
-
-
-SETTINGS = {"window_size": (2, 5), "num_heavy_tokens_kv": 9, "num_heavy_tokens_q": 0.5}
-
-
-def test_settings_of_a_call_are_those_of_a_module_that_has_them():
-    q, k, v = tensors()
-    expected = SampledAttention(**SETTINGS)(q, k, v, grid_size=GRID)
-    close(routing(3)(q, k, v, grid_size=GRID, **SETTINGS), expected)
-    assert (routing(3)(q, k, v, grid_size=GRID) - expected).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_setting_of_a_call_is_never_taken_for_the_default(name):
-    q, k, v = tensors()
-    with pytest.raises(ValueError, match=name):
-        routing(3)(q, k, v, grid_size=GRID, **{name: 0})
-
-
-@pytest.mark.parametrize("kind", [SampledAttention, GroupedAttention])
-@pytest.mark.parametrize(
-    ("how", "error", "match"),
-    [
-        ({"grid_size": (6, 9)}, ValueError, "grid_size: expected a product of 48"),
-        ({"grid_size": (48,)}, ValueError, "grid_size"),
-        ({"grid_size": (1, 1, 6, 8)}, ValueError, "grid_size"),
-        ({"grid_size": (6.0, 8.0)}, TypeError, "grid_size"),
-        ({"key_mask": torch.ones(1, 30, dtype=torch.bool)}, ValueError, "key_mask"),
-        ({"key_mask": torch.ones(1, 48)}, TypeError, "key_mask"),
-    ],
-)
-def test_what_does_not_fit_is_named(kind, how, error, match):
-    q = torch.randn(1, 2, 48, 8)
-    attention = kind(window_size=3, num_heavy_tokens_kv=4)
-    with pytest.raises(error, match=match):
-        attention(q, q, q, **({"grid_size": (6, 8)} | how))
 
 
 @pytest.mark.parametrize("kind", [SampledAttention, GroupedAttention])

@@ -68,7 +68,8 @@ def test_every_key_routed_is_full_attention(grid, window, router):
     q, k, v = tensors(grid, 2)
     how = {"router": router} | ({"dim": 4} if router == "learned" else {})
     call = {"grid_size": grid, "num_prefix_tokens": 2}
-    call["features"] = randn(2, q.shape[2] - 2, 4)
+    if router == "learned":
+        call["features"] = randn(2, q.shape[2] - 2, 4)
     full = F.scaled_dot_product_attention(q, k, v)
     close(attention(window, 1.0, **how)(q, k, v, **call), full, 1e-10)
     few = attention(window, 0.2, num_heavy_tokens_q=0.5, **how)(q, k, v, **call)
