@@ -66,6 +66,9 @@ _WINDOWS = "it attends in windows of its own"
 
 def _by_places(before: int, behind: int, tower: nn.Module, given: Mapping) -> Site | str:
     """SigLIP 2: patches with the size of each image; patches that only fill up stand behind."""
+    mask = given.get("pixel_attention_mask")
+    if mask is not None and mask.ndim != 2:  # it reaches the layers as it is
+        return "the mask is not one of patches"
     shapes = given["spatial_shapes"]
     if is_compiling():
         return "a compiled graph cannot look at spatial_shapes"

@@ -6,13 +6,14 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
-import torch
 from diffusers import ModelMixin
+from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from colt5_vision.swap.adapter import Entrance, LayerSpec, Part, Place, Switch
+from colt5_vision.swap.heads import Shards
 from colt5_vision.swap.site import Site
 from colt5_vision.swap.wrappers import models_of
 
@@ -24,6 +25,7 @@ __all__ = ["family_of", "layer_spec", "parts"]
 _RING = "ring attention gives every process a part of the keys"
 # the backend that calls scaled_dot_product_attention
 _NATIVE = (Switch("processor._attention_backend", AttentionBackendName.NATIVE),)
+_EXCHANGE = (Switch("processor._parallel_config", None),)
 
 
 def parts(model: Any, sample_size: tuple[int, int] | None) -> dict[str, Part]:
@@ -132,11 +134,12 @@ def layer_spec(
         key_channels=_key_channels(layer, family is not None and family.grouped),
         masks="given" if family is None else family.masks,
         switches=_NATIVE,
+        exchange=_EXCHANGE,
     )
 
 
 def _told(read, alone: bool, module: nn.Module, given: Mapping[str, Any]) -> Site | str:
-    """The site of a forward, if the layers of this process are given whole maps in one piece.
+    """The site of a forward, and how processes share it.
 
     Args:
         read: tells the site.
@@ -145,21 +148,34 @@ def _told(read, alone: bool, module: nn.Module, given: Mapping[str, Any]) -> Sit
     Raises:
         ValueError: for ring attention; the switches of a routed layer do not fit it.
     """
-    context, mesh = _parallel(module, "context"), None
-    if context is not None:
-        if context.ring_degree > 1:
-            raise ValueError(f"{_RING}; expected ulysses_degree, or unroute_attention before")
-        if not alone:
-            return "context parallelism puts parts of the text between parts of the map"
-        if torch.is_grad_enabled():
-            return "context parallelism computes gradients of full attention"
-        mesh = context._ulysses_mesh
-    if (tensor := _parallel(module, "tensor")) is not None:
-        mesh = tensor._mesh
+    context, tensor = (_parallel(module, kind) for kind in ("context", "tensor"))
+    if context is not None and context.ring_degree > 1:
+        raise ValueError(f"{_RING}; expected ulysses_degree, or unroute_attention before")
     site = read(module, given)
-    if mesh is None or isinstance(site, str):
+    if isinstance(site, str) or (context is None and tensor is None):
         return site
-    return site._replace(group=mesh.get_group())
+    if context is None:
+        return site._replace(group=tensor._mesh.get_group())
+
+    # parts of the sequence, cut as the model's plan says
+    if tensor is not None:
+        return "context and tensor parallelism together"
+    if not alone and not getattr(module, "_cp_plan", None):
+        return "context parallelism by a plan that diffusers has not made for this model"
+    apart = not alone and "encoder_hidden_states" in _split_arguments(module)
+    shards = Shards(apart, uneven=context.ulysses_anything)
+    return site._replace(group=context._ulysses_mesh.get_group(), shards=shards)
+
+
+def _split_arguments(module: nn.Module) -> set[str | int]:
+    """Names of the arguments that context parallelism cuts, in a model and its modules."""
+    found: set[str | int] = set()
+    for one in module.modules():
+        registry = getattr(one, "_diffusers_hook", None)
+        for hook in () if registry is None else registry.hooks.values():
+            if isinstance(hook, ContextParallelSplitHook):
+                found.update(hook.metadata)
+    return found
 
 
 def _parallel(module: nn.Module, kind: str) -> Any:

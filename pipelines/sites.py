@@ -19,7 +19,7 @@ from colt5_vision.swap.site import Site, image_site
 __all__ = ["patch_sizes", "raster"]
 
 Given = Mapping[str, Any]
-DIFFER = "maps of the batch lie at different places"
+DIFFER = "maps of the batch differ in size or place"
 NO_RASTER = "the positions of the tokens are no raster"
 CACHED = "keys of other images come from a cache"
 
@@ -141,7 +141,7 @@ def _placed(places: Tensor | None, text: int) -> Site | str:
     if is_compiling():
         return "a compiled graph cannot look at the positions of the tokens"
     if places is None:
-        return NO_RASTER
+        return "the model was given no positions of the tokens"
     if places.ndim == 3:
         if not torch.equal(places, places[:1].expand_as(places)):
             return DIFFER

@@ -20,9 +20,9 @@ Place = Literal["map", "before", "behind", "site"]
 the map, whatever their number, or as many on each side as the :class:`Site` tells (``"site"``)."""
 
 Masks = Literal["given", "keys", "outer"]
-"""How a layer's mask is read: as it is (``"given"``); an additive one holds 0 or a large negative
-number and is one of keys (``"keys"``); a (query, key) one lets a query attend to a key where both
-are valid, told by its diagonal (``"outer"``)."""
+"""How a layer's mask is read: as it is (``"given"``); as one of keys, the same for every head and
+query, where an additive one holds 0 or a large negative number (``"keys"``); a (query, key) one
+lets a query attend to a key where both are valid, told by its diagonal (``"outer"``)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class LayerSpec:
         masks: see :data:`Masks`.
         heads: number of heads, if the layer has them in the batch: (B * heads, L, head_dim).
         switches: while it is routed.
+        exchange: while this library, not the layer, exchanges parts of the sequence between
+            processes (:attr:`Site.shards`).
         pair_bias: gets the layer, the queries (B, heads, L, head_dim) and the site (None if
             unknown), and returns what the layer itself, with its ``switches`` set, leaves out of
             ``attn_mask``: a function of (query, key) as :func:`routed_window_attention` takes it.
@@ -62,6 +64,7 @@ class LayerSpec:
     masks: Masks = "given"
     heads: int | None = None
     switches: tuple[Switch, ...] = ()
+    exchange: tuple[Switch, ...] = ()
     pair_bias: Callable[[nn.Module, Tensor, Site | None], PairBias | None] | None = None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .._torch_internals import has_autocast
 from ..ops.routed_window_attention.gathered import PairBias
 from .adapter import Masks, Place
+from .heads import gather_mask, gather_tokens, part_lengths, shard_order
 from .site import Site
 
 _OFF = -1e4 / 2  # below it, an additive mask of keys masks
@@ -39,6 +40,21 @@ def with_heads(call: Call, heads: int | None) -> Call:
     return call._replace(query=q, key=k, value=v, attn_mask=mask)
 
 
+def whole_sequence(call: Call, site: Site) -> tuple[Call, list[int]]:
+    """A call on this process's part of the tokens as one on all of them, for some of the heads; and
+    the lengths of the processes' parts."""
+    group, device = site.group, call.query.device
+    own, keys = call.query.shape[2], call.key.shape[2]
+    lengths = part_lengths(own, site.shards.uneven, group, device)
+    of_keys = lengths if keys == own else part_lengths(keys, site.shards.uneven, group, device)
+    q = gather_tokens(call.query, lengths, group)
+    k, v = (gather_tokens(x, of_keys, group) for x in (call.key, call.value))
+    mask = call.attn_mask
+    if mask is not None and mask.ndim > 0 and mask.shape[-1] == keys:
+        mask = gather_mask(mask, of_keys, group)
+    return call._replace(query=q, key=k, value=v, attn_mask=mask), lengths
+
+
 class Arranged(NamedTuple):
     """A call over P other tokens and the N of the map, in this order."""
 
@@ -53,6 +69,7 @@ class Arranged(NamedTuple):
     before: int  # of the others, in front of the map
     queries: str  # "all", or "map": the queries were those of the map alone
     order: Tensor | None  # of the site
+    shards: Tensor | None  # (P + N,), which token each of the call's is; None: they are in order
 
 
 def arrange(
@@ -83,6 +100,17 @@ def arrange(
     key_mask, given, rows = read_mask(call.attn_mask, q, k, masks)
     pair_bias = _sum_of(own_bias, given)
 
+    # parts of several processes into one sequence
+    shards = None
+    if site.shards is not None and site.shards.apart and before:
+        if pair_bias is not None or queries == "map":
+            return "a bias of pairs, or queries of the map alone, in parts of several processes"
+        shards = shard_order(before, k.shape[2] - before, site.group.size(), q.device)
+        back = shards.argsort()
+        q, k, v = (x[:, :, back] for x in (q, k, v))
+        key_mask = None if key_mask is None else key_mask[:, back]
+        rows = None if rows is None else rows[:, back]
+
     # the map to the end
     if behind:
         k, v = (_others_first(x, before, others) for x in (k, v))
@@ -106,7 +134,7 @@ def arrange(
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return Arranged(
-        q, k, v, features, key_mask, pair_bias, rows, others, before, queries, site.order
+        q, k, v, features, key_mask, pair_bias, rows, others, before, queries, site.order, shards
     )
 
 
@@ -118,10 +146,10 @@ def restore(out: Tensor, how: Arranged) -> Tensor:
         out = _ordered(out, how.order.argsort(-1), how.num_others)
     if how.queries == "map":
         return out[:, :, how.num_others :]
-    if how.before == how.num_others:
-        return out
-    front, behind = out[:, :, : how.before], out[:, :, how.before : how.num_others]
-    return torch.cat([front, out[:, :, how.num_others :], behind], 2)
+    if how.before != how.num_others:
+        front, behind = out[:, :, : how.before], out[:, :, how.before : how.num_others]
+        out = torch.cat([front, out[:, :, how.num_others :], behind], 2)
+    return out if how.shards is None else out[:, :, how.shards]
 
 
 def other_tokens(site: Site, place: Place, length: int) -> tuple[int, int] | None:
@@ -189,8 +217,9 @@ def read_mask(
     batch, heads, queries, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     mask = attn_mask.reshape(*(1,) * (4 - attn_mask.ndim), *attn_mask.shape)
     mask = _narrowed(mask)
-    if masks == "keys" and mask.dtype != torch.bool and mask.shape[1] == mask.shape[2] == 1:
-        mask = mask > _OFF
+    if masks == "keys":
+        mask = mask[:, :1, :1]
+        mask = mask if mask.dtype == torch.bool else mask > _OFF
     if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
         return mask[:, 0, 0].expand(batch, keys), None, None
     if masks == "outer" and mask.shape[1] == 1 and mask.shape[2] == mask.shape[3]:

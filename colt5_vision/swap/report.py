@@ -59,8 +59,8 @@ class Calls:
             return
         self.warned = True
         warnings.warn(
-            f"{name} is routed, and still ran with full attention: {unwanted[0]}; the report's "
-            "calls tell how often",
+            f"{name} is to be routed, and no call of it has been so far: {unwanted[0]}; the "
+            "report's calls tell how often",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -30,16 +30,20 @@ from .._torch_internals import (
 )
 from ..ops.sdpa import scaled_dot_product_attention
 from .adapter import LayerSpec, Switch
-from .call import Call, arrange, dense_bias, restore, with_heads
+from .call import Call, arrange, dense_bias, restore, whole_sequence, with_heads
 from .config import RoutedAttentionConfig
 from .grouped import GroupedAttention
-from .heads import all_heads
+from .heads import all_heads, return_tokens
 from .report import Calls
 from .sampled import SampledAttention
 from .site import Pass, Scope, Site
 
 _SDPA = nn.functional.scaled_dot_product_attention
-NOT_CALLED = "it did not call torch's scaled_dot_product_attention"
+NOT_CALLED = (
+    "no call of torch's scaled_dot_product_attention came through: the layer made none, or another "
+    "hook or mode answered it"
+)
+COMPILED_EXCHANGE = "compiled context parallelism computes gradients of full attention"
 
 
 class RoutedLayer:
@@ -70,6 +74,11 @@ class RoutedLayer:
         """In place of ``scaled_dot_product_attention``."""
         shape = call.query.shape
         call = with_heads(call, self.spec.heads)
+        site = mode.now.site
+        exchanged = site is not None and site.shards is not None and self.in_its_place()
+        if exchanged:
+            call, lengths = whole_sequence(call, site)
+
         out = self.route(mode.layer, mode.now, call)
         reason = out if isinstance(out, str) else None
         if is_compiling():
@@ -78,7 +87,9 @@ class RoutedLayer:
             self.calls.count(reason)
             mode.reasons.append(reason)
         if reason is not None:
-            out = self.exact(mode.layer, mode.now.site, call)
+            out = self.exact(mode.layer, site, call)
+        if exchanged:
+            out = return_tokens(out, shape[1], lengths, site.group)
         return out if self.spec.heads is None else out.reshape(shape)
 
     def route(self, layer: nn.Module, now: Pass, call: Call) -> Tensor | str:
@@ -143,17 +154,23 @@ class RoutedLayer:
         make = self.spec.pair_bias
         return None if make is None else make(layer, call.query, site)
 
-    def set_switches(self, layer: nn.Module) -> None:
-        """Give the layer's switches their values while routed; remember its own."""
-        for switch in self.spec.switches:
+    def in_its_place(self) -> bool:
+        """Whether parts of the sequence are to be exchanged that the layer itself would exchange; a
+        compiled one has done it."""
+        own = (self.own.get(switch.path, ...) for switch in self.spec.exchange)
+        return not is_compiling() and any(value not in (None, ...) for value in own)
+
+    def set_switches(self, layer: nn.Module, switches: tuple[Switch, ...]) -> None:
+        """Give the layer's switches their values; remember its own."""
+        for switch in switches:
             found = _attribute(layer, switch)
             if found is not None and found[2] is not switch.value:
                 self.own[switch.path] = found[2]
                 setattr(found[0], found[1], switch.value)
 
-    def reset_switches(self, layer: nn.Module) -> None:
+    def reset_switches(self, layer: nn.Module, switches: tuple[Switch, ...]) -> None:
         """Give the layer's switches their own values back."""
-        for switch in self.spec.switches:
+        for switch in switches:
             found = _attribute(layer, switch)
             if found is None or found[2] is not switch.value or switch.path not in self.own:
                 continue
@@ -212,11 +229,22 @@ class EnterHook:
 
     @begins_no_graph
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        mode = RerouteMode(self.routed, layer, self.routed.scope.serve(self.routed))
+        routed, now = self.routed, self.routed.scope.serve(self.routed)
+        shards = None if now.site is None else now.site.shards
         if is_compiling():
-            mode.__enter__()
+            if shards is not None and torch.is_grad_enabled():
+                now = Pass(COMPILED_EXCHANGE)
+            RerouteMode(routed, layer, now).__enter__()
             return
-        self.routed.set_switches(layer)
+
+        # the layer's switches; an interrupted forward may have left some behind
+        mode = RerouteMode(routed, layer, now)
+        routed.set_switches(layer, routed.spec.switches)
+        (routed.reset_switches if shards is None else routed.set_switches)(
+            layer, routed.spec.exchange
+        )
+
+        # the mode
         for old in function_modes():
             if isinstance(old, RerouteMode) and old.left_behind():
                 pop_function_mode(old)
@@ -235,6 +263,7 @@ class LeaveHook:
         if is_compiling():
             pop_last_function_mode()
             return
+        self.routed.reset_switches(layer, self.routed.spec.exchange)
         for mode in function_modes():
             if isinstance(mode, RerouteMode) and mode.routed is self.routed:
                 pop_function_mode(mode)

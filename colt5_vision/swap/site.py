@@ -24,7 +24,7 @@ from .._torch_internals import (
     in_backward,
     is_compiling,
 )
-from .heads import Group
+from .heads import Group, Shards
 
 
 class Site(NamedTuple):
@@ -37,6 +37,7 @@ class Site(NamedTuple):
         order: (B or 1, N) int64, for each token of the raster, which of the map's tokens in the
             sequence it is; None: they are in raster order.
         group: of processes that have the other heads of the layers; None: all heads are here.
+        shards: each process of the group is given a part of the sequence; None: all of it.
     """
 
     grid: tuple[int, int, int]
@@ -44,6 +45,7 @@ class Site(NamedTuple):
     behind: int = 0
     order: Tensor | None = None
     group: Group = None
+    shards: Shards | None = None
 
     @property
     def tokens(self) -> int:
@@ -202,10 +204,10 @@ class Scope:
                 )
             return now
         if now is None or now.over:  # a recomputation leaves what it has found
-            return Pass("the layer ran outside of a forward of the model")
+            return Pass("the layer ran outside of a call of the model")
         if now.once:
             if layer in now.served:
-                return Pass("the layer ran a second time, or outside of a forward of the model")
+                return Pass("the layer ran a second time, or outside of a call of the model")
             now.served.add(layer)
         return now
 

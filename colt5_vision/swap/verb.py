@@ -75,7 +75,7 @@ def unroute_attention(model: Any) -> None:
         raise ValueError("model: nothing is routed, expected one that went through route_attention")
     for module in routed:
         if (layer := _routed(module)) is not None:
-            layer.reset_switches(module)
+            layer.reset_switches(module, layer.spec.switches + layer.spec.exchange)
         remove_hooks(module, _KEYS)
     forget_compiled_graphs()
 
@@ -202,7 +202,7 @@ def apply(planned: Plan) -> RoutedAttentionReport:
         module = model.get_submodule(one.path)
         config, attention = planned.configs[name], planned.attention[name]
         layer = RoutedLayer(name, one.spec, config, attention, scope)
-        layer.set_switches(module)
+        layer.set_switches(module, one.spec.switches)
         put_hook(module, _ENTER, EnterHook(layer))
         put_hook(module, _LEAVE, LeaveHook(layer), after=True)
         routed[name] = layer

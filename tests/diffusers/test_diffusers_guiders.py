@@ -19,6 +19,7 @@ from diffusers.hooks import (
 )
 
 from colt5_vision import route_attention, unroute_attention
+from colt5_vision.swap.reroute import NOT_CALLED
 from tests.support.diffusers_cases import CASES, build, close, config, run
 
 BLOCKS = {
@@ -98,6 +99,26 @@ def test_a_guider_does_what_it_does_to_the_stock_model(guider, name, first):
     assert reports[0].calls.routed
     unroute_attention(model)
     assert torch.equal(guided(model, case, make())[0], expected)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("guider", ["perturbed attention", "skipped attention"])
+def test_a_layer_perturbed_before_it_ever_routed_is_not_said_to_attend(guider, name):
+    model, guider = build(CASES[name]), GUIDERS[guider](BLOCKS[name])
+    report = route_attention(model, config())
+    guider.set_state(step=1, num_inference_steps=4, timestep=torch.tensor(500))
+    for _ in guider._input_predictions[:-1]:
+        guider.prepare_models(model)
+        guider.cleanup_models(model)
+    guider.prepare_models(model)
+    with pytest.warns(RuntimeWarning, match="no call of it has been so far: no call of") as told:
+        run(model, CASES[name])
+    assert not any("full attention" in str(one.message) for one in told)
+    assert report.calls.exact == {NOT_CALLED: len(told)} and report.calls.routed
+    guider.cleanup_models(model)
+    report.reset_calls()
+    run(model, CASES[name])
+    assert report.calls.routed and not report.calls.exact
 
 
 @pytest.mark.parametrize("first", ["cache", "routing"])

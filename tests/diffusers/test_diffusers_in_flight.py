@@ -133,7 +133,7 @@ def test_attention_that_other_code_has_replaced_is_counted_and_told(monkeypatch)
         "scaled_dot_product_attention",
         lambda q, k, v, **kwargs: (q @ k.mT).softmax(-1) @ v,
     )
-    with pytest.warns(RuntimeWarning, match="is routed, and still ran with full attention"):
+    with pytest.warns(RuntimeWarning, match="is to be routed, and no call of it has been"):
         run(model, case)
     assert report.calls.exact == {NOT_CALLED: len(report)} and not report.calls.routed
 

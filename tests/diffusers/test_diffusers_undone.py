@@ -86,7 +86,7 @@ def test_assigned_processors_are_no_trouble():
     for each in (model, stock):
         each.get_submodule(first).processor = AttnProcessor2_0()
         each.get_submodule(second).processor = AttnProcessor()
-    with pytest.warns(RuntimeWarning, match="did not call torch's scaled_dot_product_attention"):
+    with pytest.warns(RuntimeWarning, match="no call of torch's scaled_dot_product_attention"):
         found = run(model, case)
     close(found, run(stock, case))
     assert report.layer_calls[first].routed == 1 and not report.layer_calls[second].routed

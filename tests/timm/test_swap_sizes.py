@@ -93,8 +93,8 @@ def test_a_block_on_its_own_does_not_know_its_map(case):
         prefix = model.num_prefix_tokens
         assert calls.routed == 2
         assert calls.exact == {
-            "the layer ran outside of a forward of the model": 1,
-            "the layer ran a second time, or outside of a forward of the model": 1,
+            "the layer ran outside of a call of the model": 1,
+            "the layer ran a second time, or outside of a call of the model": 1,
             f"{34 + prefix} keys are not a map of 5 x 7 tokens and its other tokens": 1,
         }
 

@@ -3,6 +3,7 @@ table says, undone bit for bit."""
 
 import pytest
 import torch
+from transformers import masking_utils
 
 from colt5_vision import (
     load_routing,
@@ -11,7 +12,8 @@ from colt5_vision import (
     save_routing,
     unroute_attention,
 )
-from colt5_vision.swap import probes, reroute
+from colt5_vision.models.transformers_adapter import TOWERS
+from colt5_vision.swap import call, probes, reroute
 from tests.support.swap_cases import trace
 from tests.support.transformers_cases import CASES, build, run
 
@@ -122,3 +124,51 @@ def test_save_and_load(case, tmp_path):
     save_routing(model, tmp_path)
     load_routing(other, tmp_path)
     assert torch.equal(run(other, case.inputs()), run(model, case.inputs()))
+
+
+KEY_MASKS = {kind for kind, tower in TOWERS.items() if tower.masks == "keys"}
+MASKED = {"Siglip2VisionModel": CASES["Siglip2VisionModel"]}
+
+
+def test_every_tower_with_masks_of_keys_is_tried():
+    seen = {type(m).__name__ for case in MASKED.values() for m in build(case).modules()}
+    assert seen >= KEY_MASKS
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager mask"])
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_of_keys_is_no_bias_of_pairs(name, implementation, monkeypatch):
+    """Whether it is written out for every query or not, boolean or additive."""
+    model, inputs, seen = build(MASKED[name]), MASKED[name].inputs(), []
+    if implementation == "eager mask":
+        masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+        monkeypatch.setitem(masks, "sdpa", masks["eager"])
+    original = call.read_mask
+
+    def read_mask(*args):
+        seen.append((args[0], original(*args)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(call, "read_mask", read_mask)
+    expected = run(model, inputs)
+    report = routed(model, 1.0)
+    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-5, atol=2e-5)
+    assert report.calls.routed == len(report) == len(seen)
+    for mask, (key_mask, pair_bias, _) in seen:
+        assert mask.shape[2] > 1, "the library does not write it out for every query"
+        assert key_mask is not None and not key_mask.all() and pair_bias is None
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_of_pairs_is_not_taken_for_one_of_keys(name):
+    model, inputs = build(MASKED[name]), MASKED[name].inputs()
+    length = inputs["pixel_values"].shape[1]
+    pairs = torch.rand(2, 1, length, length, generator=torch.Generator().manual_seed(0)) > 0.3
+    inputs["pixel_attention_mask"] = pairs | torch.eye(length, dtype=torch.bool)
+    model.use_head = False  # it takes masks of patches only
+    expected = run(model, inputs)
+    report = routed(model)
+    with pytest.warns(RuntimeWarning, match="the mask is not one of patches"):
+        found = run(model, inputs)
+    assert torch.equal(found, expected)
+    assert not report.calls.routed and report.calls.exact.total() == len(report)

@@ -127,7 +127,7 @@ def test_an_implementation_changed_later_is_counted_and_told():
     model, inputs = build(CASES["ViTModel"]), CASES["ViTModel"].inputs()
     report = route_attention(model, **HOW)
     model.set_attn_implementation("eager")
-    with pytest.warns(RuntimeWarning, match="did not call torch's scaled_dot_product_attention"):
+    with pytest.warns(RuntimeWarning, match="no call of torch's scaled_dot_product_attention"):
         run(model, inputs)
     assert report.calls.routed == 0 and report.calls.exact.total() == 2
 
