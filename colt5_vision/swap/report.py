@@ -10,6 +10,7 @@ import torch
 
 from .config import BY_SCHEDULE, TOO_SMALL
 
+NEVER_ROUTED = "is to be routed, and no call of it has been so far"
 _COUNTING = threading.Lock()
 _ASKED_FOR = (TOO_SMALL, BY_SCHEDULE)
 
@@ -59,8 +60,7 @@ class Calls:
             return
         self.warned = True
         warnings.warn(
-            f"{name} is to be routed, and no call of it has been so far: {unwanted[0]}; the "
-            "report's calls tell how often",
+            f"{name} {NEVER_ROUTED}: {unwanted[0]}; the report's calls tell how often",
             RuntimeWarning,
             stacklevel=2,
         )

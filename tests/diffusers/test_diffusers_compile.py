@@ -12,6 +12,7 @@ from colt5_vision import (
     routed_layers,
     unroute_attention,
 )
+from colt5_vision.swap.report import NEVER_ROUTED
 from tests.support.diffusers_cases import (
     CASES,
     arguments,
@@ -128,7 +129,7 @@ def test_blocks_compiled_one_by_one_make_no_graph_for_each_size(case, more):
 
 
 def told_of(warned):
-    return [w for w in warned if "is routed, and still ran" in str(w.message)]
+    return [w for w in warned if NEVER_ROUTED in str(w.message)]
 
 
 @pytest.mark.parametrize("which", ["compiled", "in place"])

@@ -29,6 +29,7 @@ from colt5_vision import (
     unroute_attention,
     why_not,
 )
+from colt5_vision.swap.report import NEVER_ROUTED
 from tests.support.diffusers_cases import CASES, arguments, build, close, config, run, unet
 from tests.support.diffusers_models import MODELS
 from tests.support.diffusers_models import build as tiny
@@ -304,7 +305,7 @@ def test_maps_at_different_places_are_exact_and_counted(name):
     ELSEWHERE[name](call)
     expected, reason = run_tiny(model, call), "maps of the batch differ in size or place"
     report = route_attention(model, config())
-    with pytest.warns(RuntimeWarning, match=f"no call of it has been so far: {reason}"):
+    with pytest.warns(RuntimeWarning, match=f"{NEVER_ROUTED}: {reason}"):
         assert torch.equal(run_tiny(model, call), expected)
     assert report.calls.exact == {reason: len(report)} and not report.calls.routed
 
@@ -319,7 +320,7 @@ def test_tokens_that_other_code_has_merged_are_exact_counted_and_told():
             block.attn1.forward = lambda x, *args, inner=inner, **how: inner(
                 x[:, ::2], *args, **how
             ).repeat_interleave(2, 1)
-    with pytest.warns(RuntimeWarning, match="is to be routed, and no call of it has been"):
+    with pytest.warns(RuntimeWarning, match=NEVER_ROUTED):
         run(model, case)
     assert not report.calls.routed and report.calls.exact.total() == len(case.tokens)
 

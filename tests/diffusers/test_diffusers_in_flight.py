@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from colt5_vision import route_attention
+from colt5_vision.swap.report import NEVER_ROUTED
 from colt5_vision.swap.reroute import NOT_CALLED
 from tests.support.diffusers_cases import (
     CASES,
@@ -133,7 +134,7 @@ def test_attention_that_other_code_has_replaced_is_counted_and_told(monkeypatch)
         "scaled_dot_product_attention",
         lambda q, k, v, **kwargs: (q @ k.mT).softmax(-1) @ v,
     )
-    with pytest.warns(RuntimeWarning, match="is to be routed, and no call of it has been"):
+    with pytest.warns(RuntimeWarning, match=NEVER_ROUTED):
         run(model, case)
     assert report.calls.exact == {NOT_CALLED: len(report)} and not report.calls.routed
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from colt5_vision import route_attention, routed_layers, unroute_attention
 from colt5_vision.swap import probes
+from colt5_vision.swap.report import NEVER_ROUTED
 from tests.support.swap_cases import (
     CASES,
     build,
@@ -280,7 +281,7 @@ def test_what_cannot_be_routed_is_exact_counted_and_told(extra, call, reason):
     expected = model(x, **call)
     report = route_attention(model, window_size=3, num_heavy_tokens_kv=0.25, min_tokens=0)
     torch.manual_seed(0)
-    with pytest.warns(RuntimeWarning, match="blocks.0.attn is routed, and still ran.*full"):
+    with pytest.warns(RuntimeWarning, match=f"blocks.0.attn {NEVER_ROUTED}: .*{reason}"):
         assert torch.equal(model(x, **call), expected)
     assert report.calls.routed == 0
     assert [reason in found for found in report.calls.exact] == [True]

@@ -11,6 +11,7 @@ from timm.models.volo import VOLO
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from colt5_vision import routed_layers, unroute_attention
+from colt5_vision.swap.report import NEVER_ROUTED
 from colt5_vision.swap.site import image_site
 from tests.support.swap_cases import CASES, build, gradients, image, routed, some, unrouted
 
@@ -83,7 +84,7 @@ def test_a_block_on_its_own_does_not_know_its_map(case):
     tokens = torch.randn(2, 35 + model.num_prefix_tokens, 64, dtype=torch.float64)
     with torch.no_grad():
         calls = routed_layers(model)["blocks.0.attn"].calls
-        with pytest.warns(RuntimeWarning, match="blocks.0.attn is routed, and still ran"):
+        with pytest.warns(RuntimeWarning, match=f"blocks.0.attn {NEVER_ROUTED}: the layer ran"):
             exact = model.blocks[0](tokens)  # no forward yet
         model(x)
         assert torch.equal(model.blocks[0](tokens), exact)  # the size of another forward
