@@ -49,10 +49,10 @@ class ConditionalRoutedImageAttention(ScheduledLayer):
         num_heavy_tokens_kv: routed keys and values, likewise.
         num_routed_kv: R sets of routed keys, the heads split over them.
         has_light_attn: ``sum`` only: False: the heavy branch alone.
-        light_dim_head, light_heads: head width and heads of the light branch.
+        light_dim_head, light_heads: head width and heads of the light branch. None: 64 and 8.
         light_window_size: window side of the light branch, an int or (height, width).
-        heavy_dim_head, heavy_heads: of the heavy branch. ``fusion="softmax"`` has one set of heads:
-            both must agree.
+        heavy_dim_head, heavy_heads: of the heavy branch, likewise. ``fusion="softmax"`` has one set
+            of heads: give one pair of the two, or both alike.
         router_straight_through: gates of exactly 1 in forward, with the gradient of their logarithm
             (``log_gradient``); False: the soft gates themselves. None: False for ``"sum"`` where
             every token queries, else True.
@@ -87,11 +87,11 @@ class ConditionalRoutedImageAttention(ScheduledLayer):
         num_heavy_tokens_kv: TokenCount,
         num_routed_kv: int = 1,
         has_light_attn: bool = True,
-        light_dim_head: int = 64,
-        light_heads: int = 8,
+        light_dim_head: int | None = None,
+        light_heads: int | None = None,
         light_window_size: int | tuple[int, int] = 16,
-        heavy_dim_head: int = 64,
-        heavy_heads: int = 8,
+        heavy_dim_head: int | None = None,
+        heavy_heads: int | None = None,
         router_straight_through: bool | None = None,
         router_kwargs: dict | None = None,
         multiply_keys_by_score: bool = False,
@@ -114,9 +114,12 @@ class ConditionalRoutedImageAttention(ScheduledLayer):
             num_heavy_tokens_q, num_heavy_tokens_kv
         )
         window_size = check_pair("light_window_size", light_window_size)
-        for name, value in (("light_heads", light_heads), ("light_dim_head", light_dim_head)):
-            check_int(name, value)
-        if check_int("heavy_dim_head", heavy_dim_head) % 4 and rotary_emb:
+        one_set = fusion == "softmax"
+        light_heads, heavy_heads = both("heads", light_heads, heavy_heads, 8, one_set)
+        light_dim_head, heavy_dim_head = both(
+            "dim_head", light_dim_head, heavy_dim_head, 64, one_set
+        )
+        if heavy_dim_head % 4 and rotary_emb:
             raise ValueError(
                 f"heavy_dim_head: rotary_emb needs a multiple of 4, got {heavy_dim_head}"
             )
@@ -135,12 +138,6 @@ class ConditionalRoutedImageAttention(ScheduledLayer):
 
         # the fusion, with weights of its own
         if fusion == "softmax":
-            if (light_heads, light_dim_head) != (heavy_heads, heavy_dim_head):
-                raise ValueError(
-                    "light_heads, light_dim_head: fusion='softmax' has one set of heads, expected "
-                    f"those of the heavy branch ({heavy_heads} x {heavy_dim_head}), "
-                    f"got {light_heads} x {light_dim_head}"
-                )
             scores = multiply_keys_by_score or multiply_queries_by_score
             if scores or use_null_q_tokens or not has_light_attn:
                 raise ValueError(
@@ -233,6 +230,22 @@ class ConditionalRoutedImageAttention(ScheduledLayer):
                 f"x: expected a map of at least one token, got H = {height}, W = {width}"
             )
         check_mask("mask", mask, (batch, height, width))
+
+
+def both(
+    name: str, light: int | None, heavy: int | None, default: int, one_set: bool
+) -> tuple[int, int]:
+    """``light_<name>`` and ``heavy_<name>``, those not given filled in; alike in ``one_set``."""
+    if one_set:
+        light, heavy = (heavy if light is None else light), (light if heavy is None else heavy)
+    light = check_int(f"light_{name}", default if light is None else light)
+    heavy = check_int(f"heavy_{name}", default if heavy is None else heavy)
+    if one_set and light != heavy:
+        raise ValueError(
+            f"light_{name}: fusion='softmax' has one set of heads, expected heavy_{name} "
+            f"({heavy}), got {light}"
+        )
+    return light, heavy
 
 
 def check_counts(queries, keys) -> tuple[TokenCount | None, TokenCount]:

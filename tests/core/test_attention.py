@@ -369,6 +369,25 @@ def test_constructor_errors_name_the_argument(name, kwargs):
         ConditionalRoutedImageAttention(**{"dim": DIM, "num_heavy_tokens_kv": 4, **SHAPE, **kwargs})
 
 
+@pytest.mark.parametrize("fusion", ["sum", "softmax"])
+@pytest.mark.parametrize(
+    "given", [{}, {"light_heads": 3}, {"heavy_heads": 3}, {"light_dim_head": 5, "heavy_heads": 2}]
+)
+def test_heads_that_are_not_given_agree_where_there_is_one_set(fusion, given):
+    layer = ConditionalRoutedImageAttention(DIM, num_heavy_tokens_kv=4, fusion=fusion, **given)
+    full = {"light_heads": 8, "heavy_heads": 8, "light_dim_head": 64, "heavy_dim_head": 64}
+    if fusion == "softmax":
+        full |= {name.replace("light", "heavy"): value for name, value in given.items()}
+        full |= {name.replace("heavy", "light"): value for name, value in given.items()}
+    full |= given
+    spelled = ConditionalRoutedImageAttention(DIM, num_heavy_tokens_kv=4, fusion=fusion, **full)
+    assert shapes(layer) == shapes(spelled)
+
+
+def shapes(module):
+    return {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
+
+
 @pytest.mark.parametrize(
     "name, call",
     [

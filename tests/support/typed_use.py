@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import colt5_vision as c
-from colt5_vision import ops
+import models  # colt5_vision.models, and pipelines likewise, where a checker finds them
+import pipelines
+from colt5_vision import compat, ops
+from colt5_vision.swap.report import Calls
 from colt5_vision.visualize import RoutingRecord, plot_routing, record_routing, show_routing
 
 
@@ -60,3 +63,25 @@ def pictures(model: nn.Module, x: Tensor) -> None:
     assert_type(records, list[RoutingRecord])
     figure: Any = plot_routing(x, records)
     figure.savefig("heavy.png")
+
+
+def sequences(x: Tensor) -> None:
+    along = c.ConditionalRoutedAttention(64, num_heavy_tokens_kv=8, light_window_size=32)
+    assert_type(along.forward(x, mask=x > 0), Tensor)
+    along.forward(x, x > 0)  # type: ignore[call-arg]
+    across = c.ConditionalRoutedCrossAttention(64, num_tokens_q=4, num_tokens_kv=8)
+    assert_type(across.forward(x, x, context_mask=x > 0), Tensor)
+    causal = c.ConditionalRoutedAutoregressiveAttention(64, num_heavy_tokens_kv=8)
+    assert_type(causal.forward(x), Tensor | tuple[Tensor, c.AutoregressiveCache])
+    causal.forward(x, cache=x)  # type: ignore[arg-type]
+
+
+def rooms(x: Tensor) -> None:
+    vit = models.Colt5VisionTransformer(img_size=224, depth=2)
+    assert_type(vit.forward_features(x), Tensor)
+    models.Colt5VisionTransformer(depth="2")  # type: ignore[arg-type]
+    processor = pipelines.RoutedAttnProcessor(grid_size=(8, 8), place="before")
+    assert_type(processor.calls, Calls)
+    pipelines.RoutedAttnProcessor(place="between")  # type: ignore[arg-type]
+    layer = compat.ConditionalRoutedImageAttention(64, num_heavy_tokens_kv=8, use_triton=True)
+    assert_type(compat.convert_colt5_attention_state_dict({}, layer), dict[str, Tensor])
