@@ -91,8 +91,17 @@ def _number(value: float) -> str:
     return f"{value:.4f}" if value >= 1e-3 else f"{value:.1e}"
 
 
+_MARKERS = "osDv^<>PXhd"
+_COSTS = {  # of a method's rows, None: not measured
+    "FLOPs, % of full attention": lambda rows: [100 * r["flops"] for r in rows if "flops" in r][:1],
+    "CPU time, % of full attention": lambda rows: [
+        100 * statistics.median(r["seconds"] / r["full_seconds"] for r in rows)
+    ],
+}
+
+
 def _draw(rows: list[dict], path: Path) -> None:
-    """Error of whole networks against FLOPs, a line a method."""
+    """Error of whole networks against FLOPs and against time, a line a method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,26 +110,39 @@ def _draw(rows: list[dict], path: Path) -> None:
     places = sorted({(row["network"], row["size"]) for row in rows if row["layer"] is None})
     if not places:
         return
-    figure, axes = plt.subplots(
-        1, len(places), figsize=(6 * len(places), 5), layout="constrained", squeeze=False
-    )
-    for axis, place in zip(axes[0], places):
+    size = (5 * len(places), 10)
+    figure, axes = plt.subplots(2, len(places), figsize=size, layout="constrained", squeeze=False)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for column, place in enumerate(places):
         own = [row for row in rows if (row["network"], row["size"]) == place]
-        for method in dict.fromkeys(row["method"] for row in own):
-            points = []
-            for density in sorted({row["density"] for row in own}):
-                part = [r for r in own if r["method"] == method and r["density"] == density]
-                flops = [row["flops"] for row in part if "flops" in row]
-                errors = [row["relative"] for row in part if row["layer"] is None]
-                if flops and errors:
-                    points.append((100 * flops[0], _mean(errors)))
-            if points:
-                width = 2.5 if method.startswith("ours") else 1
-                axis.plot(*zip(*points), marker="o", label=method, linewidth=width)
-        axis.set(
-            title=f"{place[0]}, {place[1]} px", xlabel="FLOPs, % of full attention", yscale="log"
-        )
-    axes[0, 0].set_ylabel("relative error of the whole network")
-    axes[0, -1].legend(fontsize=7)
-    save_atomically(path, lambda part: figure.savefig(part, dpi=120, format="png"))
+        for axis, (name, cost) in zip(axes[:, column], _COSTS.items()):
+            for number, method in enumerate(methods):
+                points = _points([row for row in own if row["method"] == method], cost)
+                ours = method.startswith("ours")
+                look = {"color": plt.get_cmap("tab20")(number % 20), "label": method}
+                look["marker"] = "*" if ours else _MARKERS[number % len(_MARKERS)]
+                axis.plot(
+                    *zip(*points) if points else ([], []), markersize=13 if ours else 6, **look
+                )
+            axis.set(title=f"{place[0]}, {place[1]} px", xlabel=name, xscale="log", yscale="log")
+            axis.set_xticks(ticks := [10, 20, 50, 100, 200, 500], map(str, ticks))
+            axis.set_xticks([], minor=True)
+            axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("relative error of the whole network")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    save_atomically(path, lambda part: figure.savefig(part, dpi=100, format="png"))
     plt.close(figure)
+
+
+def _points(rows: list[dict], cost) -> list[tuple[float, float]]:
+    """(cost, error of the whole network) of one method, a point a density."""
+    points = []
+    for density in sorted({row["density"] for row in rows}):
+        part = [row for row in rows if row["density"] == density]
+        errors = [row["relative"] for row in part if row["layer"] is None]
+        layers = [row for row in part if row["layer"] is not None]
+        costs = cost(layers) if layers else []
+        if costs and errors:
+            points.append((costs[0], _mean(errors)))
+    return points
