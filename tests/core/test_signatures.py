@@ -40,6 +40,13 @@ APART = {
         },
         "128 tokens of a line; 16 x 16 of a map; the block takes both, each with its own",
     ),
+    **dict.fromkeys(
+        ("light_heads", "light_dim_head", "heavy_heads", "heavy_dim_head"),
+        (
+            {"ConditionalRoutedImageAttention"},
+            "as elsewhere, but that softmax takes what is not given from the other branch",
+        ),
+    ),
     "num_heavy_tokens_kv": ({"RoutedAttentionConfig"}, "a layer to train has none"),
     "layers": ({"show_routing"}, "how many are drawn, not which are routed"),
     "router": ({"RoutedAttentionConfig"}, "pretrained weights come without a learned router"),
