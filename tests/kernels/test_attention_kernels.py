@@ -9,6 +9,7 @@ import torch
 from colt5_vision import ConditionalRoutedImageAttention
 from colt5_vision.ops import backend, routed_window_attention, window_attention
 from colt5_vision.ops.routed_window_attention import triton as kernels
+from colt5_vision.ops.routed_window_attention.reference import window_of
 from tests.support.attention_cases import (
     dense,
     distinct,
@@ -17,6 +18,7 @@ from tests.support.attention_cases import (
     out_and_grads,
     randn,
 )
+from tests.support.switched_off import broken, removed_route
 
 # a GPU takes the halves only, and goes through every case with them
 DTYPE = torch.float32 if backend.INTERPRETED else torch.float16
@@ -416,3 +418,27 @@ def test_nothing_to_route_or_nobody_to_ask(keys, queries, device):
         strict=True,
     ):
         torch.testing.assert_close(a, b, atol=1e-5 if torch.float32 == DTYPE else 1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_removed_key_is_never_read(value, device):
+    """A log weight of -inf takes a key from its own window, too; gradients as without its NaN."""
+    (q, k, v, weights), call, tokens = removed_route(0, DTYPE)
+    call["routed_indices"] = call["routed_indices"].to(device)
+    clean = [x.to(device).requires_grad_() for x in (q, k, v, weights)]
+    spoilt = [q, *(broken(x, value, tokens, 0) for x in (k, v)), weights]
+    spoilt = [x.to(device).requires_grad_() for x in spoilt]
+    found, want = (
+        [out, *torch.autograd.grad(out.sin().sum(), x)]
+        for x in (spoilt, clean)
+        for out in (operator(**call)(*x),)
+    )
+    for a, b in zip(found, want, strict=True):
+        assert a.isfinite().all() and torch.equal(a, b)
+
+    # in its own window it is read where weights hold beyond
+    call["weight_own_window"] = False
+    apart = window_of(4, 5, (2, 3))[tokens][..., None] != window_of(4, 5, (2, 3))
+    apart = apart.repeat_interleave(2, 1).to(device)
+    found, want = (operator(**call)(*x) for x in (spoilt, clean))
+    assert torch.equal(found[apart], want[apart])

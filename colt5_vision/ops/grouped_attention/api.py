@@ -50,10 +50,6 @@ def _empty_head_last(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
-def _pair(keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if keys is None else (keys, values)
-
-
 @operator("grouped_attention")
 def _attention(
     q: Tensor,
@@ -69,11 +65,10 @@ def _attention(
     prefix: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    pooled = _pair(pooled_keys, pooled_values)
+    pooled = (pooled_keys, pooled_values, log_mass)
+    call = eager.Call(q, k, v, groups, keys, log_weights, *pooled, key_mask, prefix, scale)
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = eager.forward(
-            q, k, v, groups, keys, log_weights, pooled, log_mass, key_mask, prefix, scale
-        )
+        out, lse = eager.forward(call)
     return _head_last(out), lse.contiguous()
 
 
@@ -100,25 +95,11 @@ def _attention_backward(
     prefix: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    pooled = _pair(pooled_keys, pooled_values)
+    pooled = (pooled_keys, pooled_values, log_mass)
+    call = eager.Call(q, k, v, groups, keys, log_weights, *pooled, key_mask, prefix, scale)
     with torch.autocast(q.device.type, enabled=False):
-        grads = eager.backward(
-            grad,
-            q,
-            k,
-            v,
-            groups,
-            keys,
-            log_weights,
-            pooled,
-            log_mass,
-            key_mask,
-            out,
-            lse,
-            prefix,
-            scale,
-        )
-    further = (log_weights, pooled_keys, pooled_values, log_mass)
+        grads = eager.backward(grad, out, lse, call)
+    further = (log_weights, *pooled)
     return *(_head_last(x) for x in grads[:3]), *(
         q.new_empty(0) if like is None else x.to(like.dtype).contiguous()
         for like, x in zip(further, grads[3:])
@@ -179,6 +160,7 @@ def _checked_groups(
     groups: Tensor, keys: Tensor, log_weights: Tensor | None, q: Tensor, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checked indices and log weights, all of (B, R, G, ...)."""
+    # shapes
     batch, heads = q.shape[:2]
     for name, x, slots in (("query_groups", groups, "L"), ("key_indices", keys, "M")):
         check_indices(name, x, tokens, -1)
@@ -199,6 +181,8 @@ def _checked_groups(
                 f"log_weights: expected the shape of key_indices, {tuple(keys.shape)}, got "
                 f"{tuple(log_weights.shape)}"
             )
+
+    # routes, and each token once
     routes = max(groups.shape[1], keys.shape[1])
     if any(routes % x.shape[1] for x in (groups, keys)):
         raise ValueError(
@@ -261,7 +245,7 @@ def grouped_attention(
             slot.
         pooled: further keys of each group, see :class:`PooledKeys`; its mask is its log mass.
         log_weights: of the shape of ``key_indices``, added to the logits, differentiable; -inf
-            removes the key. None: 0.
+            removes the key, whatever stands in it. None: 0.
         key_mask: (B, N) or (B, P + N) bool, True = may be attended to. A query without any key gets
             0.
         num_prefix_tokens: P.
@@ -299,19 +283,8 @@ def grouped_attention(
     plain = in_onnx_export(q) or takes_transform(NAME, backend, *floats)
     if backend == "triton":
         raise RuntimeError(f"{NAME}: backend 'triton' cannot run: it has no kernels")
+    call = eager.Call(q, k, v, groups, keys, log_weights, *more, key_mask, prefix, scale)
     if plain or ((backend == "eager" or not needs_operator(q)) and wants_plain_attention()):
         with without_autocast(q.device.type):
-            return eager.grouped_attention(
-                q,
-                k,
-                v,
-                groups,
-                keys,
-                log_weights,
-                _pair(*more[:2]),
-                more[2],
-                key_mask,
-                prefix,
-                scale,
-            )
-    return _attention(q, k, v, groups, keys, log_weights, *more, key_mask, prefix, scale)[0]
+            return eager.grouped_attention(call)
+    return _attention(*call)[0]

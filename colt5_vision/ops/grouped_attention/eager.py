@@ -22,6 +22,35 @@ _OFF = (
 )  # bias of a key that must not be read, finite: a part without any key stays free of NaN
 
 
+class Call(NamedTuple):
+    """The checked arguments of a call. B samples, R routes, G groups of L queries."""
+
+    q: Tensor  # (B, heads, P + N, D)
+    k: Tensor
+    v: Tensor
+    groups: Tensor  # (B, R, G, L), -1 for an empty place
+    keys: Tensor  # (B, R, G, M), -1 for an empty slot
+    log_weights: Tensor | None  # (B, R, G, M)
+    pooled_keys: Tensor | None  # (B, heads, G, C, D)
+    pooled_values: Tensor | None
+    log_mass: Tensor | None  # (B, heads, G, C)
+    key_mask: Tensor | None  # (B, P + N)
+    prefix: int
+    scale: float
+
+
+def _readable(call: Call) -> Call:
+    """What is switched off is never read: a weight of 0 would not stop its NaN or inf."""
+    if call.key_mask is not None:
+        off = ~call.key_mask[:, None, :, None]
+        call = call._replace(k=call.k.masked_fill(off, 0), v=call.v.masked_fill(off, 0))
+    if call.log_mass is not None:
+        off = (call.log_mass == float("-inf")).unsqueeze(-1)
+        keys, values = (x.masked_fill(off, 0) for x in (call.pooled_keys, call.pooled_values))
+        call = call._replace(pooled_keys=keys, pooled_values=values)
+    return call
+
+
 class _Routes(NamedTuple):
     """Indices and biases that forward and backward share; Z = samples x routes."""
 
@@ -33,15 +62,8 @@ class _Routes(NamedTuple):
     prefix_bias: Tensor | None  # (B, 1, 1, P + N)
 
 
-def _routes(
-    q: Tensor,
-    groups: Tensor,
-    keys: Tensor,
-    log_weights: Tensor | None,
-    log_mass: Tensor | None,
-    key_mask: Tensor | None,
-    prefix: int,
-) -> _Routes:
+def _routes(call: Call) -> _Routes:
+    q, groups, keys, prefix = call.q, call.groups, call.keys, call.prefix
     batch, _, length, _ = q.shape
     routes, count, size = groups.shape[1:]
     wide, device = wide_dtype(q), q.device
@@ -49,11 +71,14 @@ def _routes(
     # rows of a route follow those of the route before, each with a spare one at its end
     start = torch.arange(batch * routes, device=device).view(batch, routes, 1, 1) * (length + 1)
     queries = torch.where(groups < 0, length, groups + prefix) + start
-    used = torch.nn.functional.pad(keys >= 0, (prefix, 0), value=True)
+    used = keys >= 0
+    if call.log_weights is not None:
+        used = used & (call.log_weights != float("-inf"))
+    used = torch.nn.functional.pad(used, (prefix, 0), value=True)
     own = torch.arange(prefix, device=device).expand(*keys.shape[:3], -1)
     at = torch.cat([own, keys.clamp_min(0) + prefix], -1)
-    if key_mask is not None:
-        used = used & key_mask[:, None, None].expand(-1, routes, count, -1).gather(-1, at)
+    if call.key_mask is not None:
+        used = used & call.key_mask[:, None, None].expand(-1, routes, count, -1).gather(-1, at)
 
     # where each token's result is found
     place = torch.arange(count * size, device=device).expand(batch, routes, -1)
@@ -63,16 +88,16 @@ def _routes(
 
     # what is added to the logits
     bias = torch.zeros(used.shape, dtype=wide, device=device)
-    if log_weights is not None:
-        bias = torch.nn.functional.pad(log_weights.to(wide).clamp_min(_OFF), (prefix, 0))
+    if call.log_weights is not None:
+        bias = torch.nn.functional.pad(call.log_weights.to(wide).clamp_min(_OFF), (prefix, 0))
     bias = bias.masked_fill(~used, _OFF).flatten(0, 2)[:, None, None]
-    if log_mass is not None:
-        rest = _by_route(log_mass.to(wide).clamp_min(_OFF), routes).unsqueeze(2)
+    if call.log_mass is not None:
+        rest = _by_route(call.log_mass.to(wide).clamp_min(_OFF), routes).unsqueeze(2)
         bias = torch.cat([bias.expand(-1, rest.shape[1], -1, -1), rest], -1)
     prefix_bias = None
-    if prefix and key_mask is not None:
-        prefix_bias = torch.zeros(key_mask.shape, dtype=wide, device=device)
-        prefix_bias = prefix_bias.masked_fill(~key_mask, masked_logit(q))[:, None, None]
+    if prefix and call.key_mask is not None:
+        prefix_bias = torch.zeros(call.key_mask.shape, dtype=wide, device=device)
+        prefix_bias = prefix_bias.masked_fill(~call.key_mask, masked_logit(q))[:, None, None]
     rows = torch.where(used, at, length) + start
     return _Routes(
         routes, queries.flatten(0, 2), slot.flatten(0, 1), rows.flatten(0, 2), bias, prefix_bias
@@ -113,6 +138,12 @@ def _tokens(x: Tensor, how: _Routes, batch: int, spare: float) -> Tensor:
     return x.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)
 
 
+def _pooled(call: Call, how: _Routes) -> tuple[Tensor, ...]:
+    """Pooled keys and values, (Z * G, heads of a route, C, D); nothing where there are none."""
+    given = (call.pooled_keys, call.pooled_values) if call.log_mass is not None else ()
+    return tuple(_by_route(x, how.routes) for x in given)
+
+
 class _Part(NamedTuple):
     """A few groups of all heads of a route: what one call of SDPA takes."""
 
@@ -123,14 +154,11 @@ class _Part(NamedTuple):
     bias: Tensor
 
 
-def _parts(
-    q: Tensor, k: Tensor, v: Tensor, pooled: tuple[Tensor, Tensor] | None, how: _Routes
-) -> Iterator[_Part]:
-    dim, total = q.shape[-1], how.bias.shape[-1]
-    query, both = _rows(q, routes=how.routes), _rows(k, v, routes=how.routes)
+def _parts(call: Call, how: _Routes) -> Iterator[_Part]:
+    q, dim, total = call.q, call.q.shape[-1], how.bias.shape[-1]
+    query, both = _rows(q, routes=how.routes), _rows(call.k, call.v, routes=how.routes)
     exact, share = how.keys.shape[1], both.shape[1]
-    if pooled is not None:
-        pooled = tuple(_by_route(x, how.routes) for x in pooled)
+    pooled = _pooled(call, how)
     held = _HELD.get(q.device.type, _HELD_ELSEWHERE)
     step = max(1, held // max(1, share * dim * (2 * total + how.queries.shape[1])))
     widen = q.device.type != "cpu" and q.dtype in HALVES  # kernels there take a bias as the query
@@ -148,77 +176,42 @@ def _parts(
         yield _Part(at, own, key, value, how.bias[at])
 
 
-def _blank_masked(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A masked key is never read: a weight of 0 would not stop its NaN or inf."""
-    if key_mask is None:
-        return k, v
-    off = ~key_mask[:, None, :, None]
-    return k.masked_fill(off, 0), v.masked_fill(off, 0)
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out (B, heads, P + N, D) and lse (B, heads, P + N), +inf for a query without any key."""
+    call = _readable(call)
+    how = _routes(call)
+    q, prefix = call.q, call.prefix
 
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    groups: Tensor,
-    keys: Tensor,
-    log_weights: Tensor | None,
-    pooled: tuple[Tensor, Tensor] | None,
-    log_mass: Tensor | None,
-    key_mask: Tensor | None,
-    prefix: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """out (B, heads, P + N, D) and lse (B, heads, P + N), +inf for a query without any key.
-
-    Args:
-        groups, keys, log_weights: (B, R, G, L), (B, R, G, M), (B, R, G, M); -1 for an empty slot.
-        pooled: keys and values, (B, heads, G, C, D); ``log_mass`` (B, heads, G, C).
-        key_mask: (B, P + N).
-    """
-    k, v = _blank_masked(k, v, key_mask)
-    how = _routes(q, groups, keys, log_weights, log_mass, key_mask, prefix)
+    # the groups, a few at a time
     out = torch.zeros_like(q[:, :, prefix:])
     lse = q.new_full(out.shape[:3], float("inf"), dtype=wide_dtype(q))
     if how.bias.numel():  # there are groups, and keys
         found = [
-            attend(part.query, part.key, part.value, part.bias, scale)
-            for part in _parts(q, k, v, pooled, how)
+            attend(part.query, part.key, part.value, part.bias, call.scale)
+            for part in _parts(call, how)
         ]
         outs, lses = zip(*found)
         out = _tokens(torch.cat(outs).to(q.dtype), how, q.shape[0], 0.0)
         lse = _tokens(torch.cat(lses), how, q.shape[0], float("inf"))
     empty = lse < _OFF / 2
+
+    # the prefix, to everything
     if prefix:
-        own = attend(q[:, :, :prefix], k, v, how.prefix_bias, scale)
+        own = attend(q[:, :, :prefix], call.k, call.v, how.prefix_bias, call.scale)
         out, lse = torch.cat([own[0], out], 2), torch.cat([own[1], lse], 2)
         empty = torch.cat([own[1] < masked_logit(q) / 2, empty], 2)
     return out.masked_fill_(empty.unsqueeze(-1), 0), lse.masked_fill_(empty, float("inf"))
 
 
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    groups: Tensor,
-    keys: Tensor,
-    log_weights: Tensor | None,
-    pooled: tuple[Tensor, Tensor] | None,
-    log_mass: Tensor | None,
-    key_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    prefix: int,
-    scale: float,
-) -> tuple[Tensor, ...]:
+def backward(grad: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, and (None where they are not given) of log_weights, pooled keys, pooled
     values and log_mass."""
-    batch, dim, grad = q.shape[0], q.shape[-1], grad.contiguous()
-    k, v = _blank_masked(k, v, key_mask)
-    how = _routes(q, groups, keys, log_weights, log_mass, key_mask, prefix)
+    call, grad = _readable(call), grad.contiguous()
+    how = _routes(call)
+    q, prefix, scale = call.q, call.prefix, call.scale
+    batch, dim = q.shape[0], q.shape[-1]
     exact, wide = how.keys.shape[1], wide_dtype(q)
-    biased = log_weights is not None or log_mass is not None
+    biased = call.log_weights is not None or call.log_mass is not None
     given = _rows(grad, out, routes=how.routes)
     lse_rows = torch.nn.functional.pad(lse, (0, 1), value=float("inf"))
     lse_rows = lse_rows.unflatten(1, (how.routes, -1)).transpose(2, 3).flatten(0, 2)
@@ -228,7 +221,7 @@ def backward(
         batch * how.routes * (q.shape[2] + 1), given.shape[1], 2 * dim, dtype=wide, device=q.device
     )
     by_group: list[list[Tensor]] = [[], [], [], []]
-    for part in _parts(q, k, v, pooled, how) if how.bias.numel() else ():
+    for part in _parts(call, how) if how.bias.numel() else ():
         index = how.queries[part.at]
         own = given[index.flatten()].unflatten(0, index.shape).transpose(1, 2).to(part.query.dtype)
         tensors = [own[..., :dim], part.query, part.key, part.value, own[..., dim:]]
@@ -245,66 +238,58 @@ def backward(
         for kept, x in zip(by_group, found):
             kept.append(x)
 
+    # from rows and groups back to tokens and heads
     rows = rows.unflatten(0, (batch, how.routes, q.shape[2] + 1))[:, :, :-1]
     rows = rows.transpose(2, 3).flatten(1, 2)  # (B, heads, P + N, 2 D)
     grad_k, grad_v = (x.clone() for x in rows.split(dim, -1))
     grad_q = torch.zeros_like(q[:, :, prefix:])
-    further = (log_weights, *(pooled or (None, None)), log_mass)
+    further = (call.log_weights, call.pooled_keys, call.pooled_values, call.log_mass)
     grad_weights, grad_pk, grad_pv, grad_mass = (
         None if x is None else torch.zeros_like(x) for x in further
     )
     if how.bias.numel():
         dq, dk, dv, dbias = (torch.cat(parts) for parts in by_group)
         grad_q = _tokens(dq.to(q.dtype), how, batch, 0.0)
-        if log_weights is not None:
-            grad_weights = dbias[:, :, prefix:exact].sum(1).view_as(log_weights)
-        if pooled is not None:
+        if call.log_weights is not None:
+            grad_weights = dbias[:, :, prefix:exact].sum(1).view_as(call.log_weights)
+        if call.log_mass is not None:
             grad_pk, grad_pv, grad_mass = (
                 _by_head(x, batch, how.routes) for x in (dk, dv, dbias[:, :, exact:])
             )
+
+    # the prefix, and what is masked
     if prefix:
-        own = (grad[:, :, :prefix], q[:, :, :prefix], k, v, out[:, :, :prefix], lse[:, :, :prefix])
+        own_grad, own_q, own_out, own_lse = (x[:, :, :prefix] for x in (grad, q, out, lse))
+        own = (own_grad, own_q, call.k, call.v, own_out, own_lse)
         dq, dk, dv = attend_backward(*own, how.prefix_bias, scale)
         grad_q = torch.cat([dq, grad_q], 2)
         grad_k, grad_v = grad_k + dk, grad_v + dv
-    if key_mask is not None:
-        off = ~key_mask[:, None, :, None]
+    if call.key_mask is not None:
+        off = ~call.key_mask[:, None, :, None]
         grad_k, grad_v = grad_k.masked_fill(off, 0), grad_v.masked_fill(off, 0)
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_weights, grad_pk, grad_pv, grad_mass
+    grad_k, grad_v = grad_k.to(call.k.dtype), grad_v.to(call.v.dtype)
+    return grad_q, grad_k, grad_v, grad_weights, grad_pk, grad_pv, grad_mass
 
 
-def grouped_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    groups: Tensor,
-    keys: Tensor,
-    log_weights: Tensor | None,
-    pooled: tuple[Tensor, Tensor] | None,
-    log_mass: Tensor | None,
-    key_mask: Tensor | None,
-    prefix: int,
-    scale: float,
-) -> Tensor:
+def grouped_attention(call: Call) -> Tensor:
     """The same by public differentiable operations alone, all groups at once, logits held: for
     transforms, second derivatives and exporters."""
-    k, v = _blank_masked(k, v, key_mask)
-    how = _routes(q, groups, keys, log_weights, log_mass, key_mask, prefix)
-    wide = wide_dtype(q)
+    call = _readable(call)
+    how = _routes(call)
+    q, k, v, prefix, wide = call.q, call.k, call.v, call.prefix, wide_dtype(call.q)
 
     def read(x: Tensor, index: Tensor) -> Tensor:
         x = torch.nn.functional.pad(x, (0, 0, 0, 1)).unflatten(1, (how.routes, -1)).transpose(2, 3)
         return x.flatten(0, 2)[index].transpose(1, 2)
 
     def softmax(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        logits = (query @ key.mT).to(wide) * scale + bias
+        logits = (query @ key.mT).to(wide) * call.scale + bias
         seen = (bias > _OFF / 2).any(-1, keepdim=True)
         return (logits.softmax(-1).to(value.dtype) @ value).masked_fill(~seen, 0)
 
     query, key, value = read(q, how.queries), read(k, how.keys), read(v, how.keys)
-    if pooled is not None:
-        own = (_by_route(x, how.routes) for x in pooled)
-        key, value = (torch.cat([x, y], 2) for x, y in zip((key, value), own))
+    if call.log_mass is not None:
+        key, value = (torch.cat([x, y], 2) for x, y in zip((key, value), _pooled(call, how)))
     out = _tokens(softmax(query, key, value, how.bias), how, q.shape[0], 0.0)
     if prefix:
         bias = q.new_zeros(1, 1, 1, 1, dtype=wide) if how.prefix_bias is None else how.prefix_bias

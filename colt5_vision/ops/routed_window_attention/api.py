@@ -212,6 +212,7 @@ def _checked_routes(
             raise ValueError("log_weights: given without routed_indices")
         return torch.empty(batch, 1, 0, dtype=torch.int64, device=q.device), None
 
+    # shapes
     check_indices("routed_indices", routed, tokens, -1)
     if routed.ndim not in (2, 3) or routed.shape[0] != batch or 0 in routed.shape[1:-1]:
         raise ValueError(
@@ -226,6 +227,7 @@ def _checked_routes(
                 f"got {tuple(log_weights.shape)}"
             )
 
+    # with a dimension of routes
     if routed.ndim == 2:
         routed = routed.unsqueeze(1)
         log_weights = None if log_weights is None else log_weights.unsqueeze(1)
@@ -295,7 +297,7 @@ def routed_window_attention(
             -1 is an empty slot. With R routes, the heads are split into R groups of neighbours.
             None: window (and prefix) attention alone.
         log_weights: same shape, added to the logits of the routed keys, differentiable; -inf
-            removes the key. None: 0.
+            removes the key, whatever stands in it. None: 0.
         key_mask: (B, N) or (B, P + N) bool, True = may be attended to. A query without any key gets
             0.
         num_prefix_tokens: P.

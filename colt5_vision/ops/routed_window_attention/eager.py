@@ -17,7 +17,7 @@ from torch import Tensor
 from ..dtypes import wide_dtype
 from ..grid import cell_slots, slot_of_token
 from ..sdpa import attend, attend_backward, masked_logit
-from .geometry import Geometry, free_keys
+from .geometry import Geometry, free_keys, removed_keys
 
 _PAIRS = (
     1 << 24
@@ -33,7 +33,7 @@ class _Plan:
     slot: Tensor  # (N,) slot of each token
     window_bias: Tensor | None  # (B * windows, heads or 1, 1, w*w)
     routed: Tensor | None  # (B, heads, K, 1) index into the P + N keys
-    used: Tensor | None  # (B, heads, K, 1), False for an empty slot or a masked key
+    used: Tensor | None  # (B, heads, K, 1), False for an empty slot, a masked or removed key
     routed_bias: Tensor | None  # (B, heads or 1, 1, P + K)
     routed_window: Tensor | None  # (B, heads or 1, P + K) window of a routed key, -1 for the prefix
     prefix_bias: Tensor | None  # (B, 1, 1, P + N)
@@ -62,6 +62,8 @@ def _plan(
     plan = _Plan(slots, inside, slot, None, None, None, None, None, None)
 
     used = routed >= 0
+    if log_weights is not None:
+        used = used & (log_weights != float("-inf"))
     taken = num_routed and geo.weight_own_window
     if taken or key_mask is not None or slots.numel() != geo.tokens:
         free = free_keys(routed, key_mask, geo)
@@ -115,6 +117,18 @@ def _blank_masked(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor
     if key_mask is None:
         return k, v
     off = ~key_mask[:, None, :, None]
+    return k.masked_fill(off, 0), v.masked_fill(off, 0)
+
+
+def _blank_removed(
+    k: Tensor, v: Tensor, routed: Tensor, log_weights: Tensor | None, geo: Geometry
+) -> tuple[Tensor, Tensor]:
+    """As :func:`_blank_masked`, for keys that a log weight of -inf takes from their own window."""
+    removed = removed_keys(routed, log_weights, geo)
+    if removed is None:
+        return k, v
+    off = removed.repeat_interleave(k.shape[1] // removed.shape[1], 1)  # (B, heads, N)
+    off = torch.nn.functional.pad(off, (geo.prefix, 0)).unsqueeze(-1)
     return k.masked_fill(off, 0), v.masked_fill(off, 0)
 
 
@@ -214,7 +228,8 @@ def forward(
     plan = _plan(q, routed, log_weights, key_mask, geo)
     k, v = _blank_masked(k, v, key_mask)
     by_window = plan.routed is not None and not geo.weight_own_window and query_indices is None
-    query, key, value = (_windows(x, plan, geo) for x in (q, k, v))
+    near = _blank_removed(k, v, routed, log_weights, geo)
+    query, key, value = (_windows(x, plan, geo) for x in (q, *near))
     out, lse = attend(query, key, value, plan.window_bias, geo.scale)
     if by_window:
         out, lse = _joined(out, lse, query, k, v, plan, geo, None)
@@ -295,8 +310,9 @@ def backward(
     l = l.squeeze(-1).unflatten(0, (batch, plan.slots.shape[0]))
     l = l.masked_fill(~plan.inside.unsqueeze(1), float("inf")).flatten(0, 1)
     in_windows = (g, o, l)
+    near = _blank_removed(k, v, routed, log_weights, geo)
     parts = attend_backward(
-        g, *(_windows(x, plan, geo) for x in (q, k, v)), o, l, plan.window_bias, geo.scale
+        g, *(_windows(x, plan, geo) for x in (q, *near)), o, l, plan.window_bias, geo.scale
     )
     grad_q, grad_k, grad_v = (_raster(x, plan, batch) for x in parts)
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..._torch_internals import has_values
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -33,3 +35,16 @@ def free_keys(routed: Tensor, key_mask: Tensor | None, geo: Geometry) -> Tensor:
     slot = torch.where(routed >= 0, routed, geo.tokens)
     free = ~taken.scatter(-1, slot, torch.ones_like(slot, dtype=torch.bool))[..., : geo.tokens]
     return free if key_mask is None else free & key_mask[:, None, geo.prefix :]
+
+
+def removed_keys(routed: Tensor, log_weights: Tensor | None, geo: Geometry) -> Tensor | None:
+    """(B, R, N), True for a key that its log weight takes from all queries of the map; None: no
+    key."""
+    if log_weights is None or not geo.weight_own_window:
+        return None
+    gone = (log_weights == float("-inf")) & (routed >= 0)
+    if gone.device.type == "cpu" and has_values(gone) and not bool(gone.any()):
+        return None
+    removed = torch.zeros(*routed.shape[:2], geo.tokens + 1, dtype=torch.bool, device=routed.device)
+    slot = torch.where(gone, routed, geo.tokens)
+    return removed.scatter(-1, slot, True)[..., : geo.tokens]

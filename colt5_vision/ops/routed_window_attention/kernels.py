@@ -155,7 +155,9 @@ def load_keys(
     entry = tl.where(own, own_start, tokens) + at
     key = tl.load(keys + entry, mask=inside, other=-1)
     of = tl.load(list_window + at, mask=at < tl.where(own, 0, listed), other=NO_WINDOW)
-    return key, (key >= 0) & (of != window), tl.load(biases + entry, mask=inside, other=0.0)
+    bias = tl.load(biases + entry, mask=inside, other=0.0)
+    # a weight of 0 would not stop a NaN: a removed key is not read
+    return key, (key >= 0) & (of != window) & (bias != float("-inf")), bias
 
 
 @triton.jit
@@ -274,6 +276,8 @@ def forward_kernel(
     first_query = (tile % tiles_per_window) * BLOCK_M
     if first_query >= count:
         return
+
+    # queries
     place = first_query + tl.arange(0, BLOCK_M)
     ok = place < count
     of_queries = (pair // query_share).to(tl.int64) * query_row + start
@@ -281,6 +285,8 @@ def forward_kernel(
     query = load_rows(
         head_of(q, b, h, q_batch, q_head, ALIGN), position, ok, q_token, HEAD_DIM, BLOCK_D, ALIGN
     )
+
+    # the lists of keys
     k = head_of(k, b, h, k_batch, k_head, ALIGN)
     v = head_of(v, b, h, v_batch, v_head, ALIGN)
     route = (pair // share).to(
@@ -290,6 +296,7 @@ def forward_kernel(
     biases += route * (tokens + listed)
     list_window += route * listed
 
+    # keys, a block at a time
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -302,6 +309,7 @@ def forward_kernel(
         v_block = load_rows(v, key, seen, v_token, HEAD_DIM, BLOCK_D, ALIGN)
         m, total, acc = softmax_step(query, k_block, v_block, bias, seen, m, total, acc, scale2)
 
+    # the rows
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)[:, None]
     store_rows(

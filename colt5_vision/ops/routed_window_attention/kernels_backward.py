@@ -41,6 +41,7 @@ def key_step(query, grad, k, v, bias, seen, lse2, delta, grad_k, grad_v, grad_bi
     weights = tl.where(seen, tl.exp2(logits - lse2[None, :]), 0.0)
     grad_v = tl.dot(weights.to(grad.dtype), grad, grad_v, input_precision="ieee")
     grad_logits = weights * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
+    grad_logits = tl.where(seen, grad_logits, 0.0)  # of a NaN that this query does not see: none
     grad_k = tl.dot(grad_logits.to(query.dtype), query, grad_k, input_precision="ieee")
     return grad_k, grad_v, grad_bias + tl.sum(grad_logits, 1)
 
@@ -69,6 +70,8 @@ def backward_query_kernel(
     first_query = (tile % tiles_per_window) * BLOCK_M
     if first_query >= count:
         return
+
+    # queries, their gradients and sums
     place = first_query + tl.arange(0, BLOCK_M)
     ok = place < count
     of_queries = (pair // query_share).to(tl.int64) * query_row + start
@@ -84,6 +87,8 @@ def backward_query_kernel(
     inner = tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1)
     tl.store(delta + at, inner, mask=ok)
     lse2 = tl.load(lse + at, mask=ok, other=float("inf")) * LOG2E
+
+    # the lists of keys
     k = head_of(k, b, h, k_batch, k_head, ALIGN)
     v = head_of(v, b, h, v_batch, v_head, ALIGN)
     route = (pair // share).to(tl.int64)
@@ -91,6 +96,7 @@ def backward_query_kernel(
     biases += route * (tokens + listed)
     list_window += route * listed
 
+    # keys, a block at a time
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     own, own_count = window_span(window, height, width, window_height, window_width, columns)
     for first in range(0, tl.cdiv(own_count, BLOCK_N) * BLOCK_N + listed, BLOCK_N):
@@ -100,6 +106,8 @@ def backward_query_kernel(
         k_block = load_rows(k, key, seen, k_token, HEAD_DIM, BLOCK_D, ALIGN)
         v_block = load_rows(v, key, seen, v_token, HEAD_DIM, BLOCK_D, ALIGN)
         acc = query_step(query, gradient, k_block, v_block, bias, seen, lse2, inner, acc, scale2)
+
+    # the rows
     grad_q = head_of(grad_q, b, h, grad_q_batch, grad_q_head, ALIGN)
     store_rows(grad_q, acc * scale, position, ok, grad_q_token, HEAD_DIM, BLOCK_D, ALIGN)
 
@@ -281,6 +289,8 @@ def backward_window_kernel(
     first_key = (tile % tiles_per_window) * BLOCK_N
     if first_key >= own_count:
         return
+
+    # keys
     place = first_key + tl.arange(0, BLOCK_N)
     inside = place < own_count
     route = (pair // share).to(tl.int64)
@@ -293,6 +303,8 @@ def backward_window_kernel(
     v_block = load_rows(
         head_of(v, b, h, v_batch, v_head, ALIGN), key, key >= 0, v_token, HEAD_DIM, BLOCK_D, ALIGN
     )
+
+    # the lists of queries
     q = head_of(q, b, h, q_batch, q_head, ALIGN)
     grad = head_of(grad, b, h, grad_batch, grad_head, ALIGN)
     lse += pair.to(tl.int64) * rows
@@ -308,6 +320,7 @@ def backward_window_kernel(
     sum_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sum_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sum_bias = tl.zeros([BLOCK_N], tl.float32)
+
     # the window's queries, then the prefix queries: those see a key without its weight
     for first in range(0, own_end + prefix, BLOCK_M):
         image = first < own_end
@@ -327,7 +340,7 @@ def backward_window_kernel(
             k_block,
             v_block,
             bias,
-            (key >= 0)[:, None],
+            ((key >= 0) & (bias != float("-inf")))[:, None],
             lse2,
             inner,
             sum_k,
@@ -336,6 +349,8 @@ def backward_window_kernel(
             scale2,
         )
         sum_bias = tl.where(image, with_this, sum_bias)
+
+    # of a routed key, what came from beyond its window
     sum_k *= scale
     if HAS_ROUTED:
         slot = tl.load(own_slot + route * tokens + own + place, mask=inside, other=-1)
@@ -364,6 +379,8 @@ def backward_window_kernel(
             )
             sum_bias += tl.load(part_bias + part + slot, mask=slot >= 0, other=0.0)
         tl.store(grad_bias + pair.to(tl.int64) * (listed - prefix) + slot, sum_bias, mask=slot >= 0)
+
+    # the rows
     position = tl.where(key < 0, ~key, key)
     grad_k = head_of(grad_k, b, h, grad_k_batch, grad_k_head, ALIGN)
     grad_v = head_of(grad_v, b, h, grad_v_batch, grad_v_head, ALIGN)

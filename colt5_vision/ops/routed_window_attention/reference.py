@@ -30,6 +30,13 @@ def _routed_columns(
     )
 
 
+def _weighed(weights: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """``weights @ v`` over what the mask lets through: 0 times a NaN behind it would be NaN."""
+    broken = ~v.isfinite()
+    out = weights @ v.masked_fill(broken, 0)
+    return out.masked_fill(mask.to(v.dtype) @ broken.to(v.dtype) > 0, float("nan"))
+
+
 def routed_window_attention(
     q: Tensor,
     k: Tensor,
@@ -70,10 +77,11 @@ def routed_window_attention(
         mask = mask & key_mask[:, None, None]
 
     # softmax; a query without any key gets 0
+    mask = mask & (bias != float("-inf"))
     logits = (q @ k.mT) * (dim**-0.5 if scale is None else scale) + bias
     logits = logits.masked_fill(~mask, float("-inf"))
     empty = ~mask.any(-1, keepdim=True)
-    out = logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0) @ v
+    out = _weighed(logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0), v, mask)
     if query_indices is None:
         return out
 

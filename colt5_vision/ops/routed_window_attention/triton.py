@@ -165,6 +165,7 @@ class _Call:
         self.key_mask = None if key_mask is None else key_mask.contiguous()
         self.own_bias = log_weights is not None and geo.weight_own_window and self.num_routed > 0
 
+        # the lists of keys and biases, see kernels.py
         rows, entries = self.batch * self.routes, geo.tokens + self.listed
         self.keys = torch.empty(rows, entries, dtype=torch.int32, device=device)
         self.biases = torch.empty(rows, entries, dtype=torch.float32, device=device)
@@ -173,6 +174,8 @@ class _Call:
         self.own_slot = None
         if self.own_bias or (backward and self.num_routed):
             self.own_slot = torch.full((rows, geo.tokens), -1, dtype=torch.int32, device=device)
+
+        # written: what every query sees, then the windows
         grid = (
             geo.tokens,
             geo.height,
@@ -199,6 +202,7 @@ class _Call:
             *grid, tiles, self.routes, OWN_BIAS=self.own_bias, **flags,
         )  # fmt: skip
 
+        # the lists of queries: of all tokens those of keys, else the chosen ones by window
         self.query_indices, self.starts = query_indices, None
         self.query_rows = self.query_positions = self.keys
         self.query_share, self.query_row = self.share, entries
@@ -270,6 +274,7 @@ def forward(
     lse = torch.empty(call.batch, call.heads, call.rows, dtype=torch.float32, device=q.device)
     scale2 = geo.scale / math.log(2)
 
+    # queries of the map
     options = _options_for("forward", q, call.area, max(call.area, call.listed))
     tiles, per_window = call.tiles(options["BLOCK_M"])
     backend.launch(
@@ -279,6 +284,8 @@ def forward(
         **call.flags("SUBSET"),
         **options,
     )  # fmt: skip
+
+    # the prefix, its keys split over programs and joined by their logsumexps
     if geo.prefix:
         options = _options_for("forward", q, geo.prefix, call.length)
         tiles = triton.cdiv(geo.prefix, options["BLOCK_M"])
@@ -329,6 +336,7 @@ def backward(
     delta = torch.empty_like(lse)
     scales = (geo.scale, geo.scale / math.log(2))
 
+    # queries of the map
     options = _options_for("backward_query", q, call.area, max(call.area, call.listed))
     tiles, per_window = call.tiles(options["BLOCK_M"])
     backend.launch(
@@ -338,6 +346,8 @@ def backward(
         *call.sizes(), tiles,
         per_window, **call.flags("SUBSET"), **options,
     )  # fmt: skip
+
+    # the prefix as queries
     if geo.prefix:
         options = _options_for("backward_query", q, geo.prefix, length)
         tiles = triton.cdiv(geo.prefix, options["BLOCK_M"])
@@ -352,6 +362,7 @@ def backward(
         )  # fmt: skip
         grad_q[:, :, : geo.prefix] = part.sum(0)
 
+    # prefix and routed keys, from queries beyond their window
     part_k = part_v = part_bias = grad_bias = None
     splits = 0
     if call.listed:
@@ -375,6 +386,7 @@ def backward(
             grad_k[:, :, : geo.prefix] = part_k[:, :, :, : geo.prefix].sum(0)
             grad_v[:, :, : geo.prefix] = part_v[:, :, :, : geo.prefix].sum(0)
 
+    # all keys of the map, with what came from beyond
     options = _options_for("backward_keys", q, max(call.area, geo.prefix), call.area)
     tiles, per_window = call.tiles(options["BLOCK_N"])
     backend.launch(
