@@ -94,58 +94,72 @@ def route_topk(
             an unknown ``backend``.
         RuntimeError: ``"triton"`` was asked for and cannot run; it says why.
     """
+    # checks
     check_backend(backend)
     check_float_tensor("scores", scores)
     if scores.ndim < 1 or scores.shape[-1] < 1:
         raise ValueError(f"scores: expected shape (..., n) with n >= 1, got {tuple(scores.shape)}")
     check_mask("mask", mask, scores.shape)
-    n = scores.shape[-1]
-    scores = scores.detach().to(wide_dtype(scores))
     if isinstance(k, Tensor) and k.ndim == 0 and scores.ndim > 1 and torch.jit.is_tracing():
         k = int(k)  # a size, as torch.jit.trace has it
-    if isinstance(k, Tensor):
-        if k.is_floating_point() or k.dtype == torch.bool or k.shape != scores.shape[:-1]:
-            raise ValueError(
-                f"k: expected an int or an integer tensor of shape {tuple(scores.shape[:-1])}, "
-                f"got {k.dtype} of shape {tuple(k.shape)}"
-            )
-        if has_values(k) and bool((k < 1).any()):
-            raise ValueError(f"k: expected every entry >= 1, got {k.tolist()}")
-        if num_slots is None and (k.is_meta or is_traced(k) or is_transformed()):
-            raise ValueError(
-                "num_slots: needed with a tensor k whose values cannot be read, got None"
-            )
-        if num_slots is None:
-            num_slots = int(k.max()) if k.numel() else 1
-        slots = min(check_int("num_slots", num_slots), n)
-    elif num_slots is not None:
-        raise ValueError("num_slots: only used with a tensor k, got an int k")
-    else:
-        if not isinstance(k, (numbers.Integral, torch.SymInt)) or isinstance(k, bool):
-            raise TypeError(
-                f"k: expected an int or an integer tensor, got {k!r} ({type(k).__name__})"
-            )
-        slots = min(check_int("k", k), n)
+    slots = _checked_slots(k, num_slots, scores)
+    cells = _checked_cells(grid_size, cell_size, scores.shape[-1])
 
-    if mask is not None or cell_size is not None:
+    # scores by which to rank: of each cell in turn, the masked ones last
+    scores = scores.detach().to(wide_dtype(scores))
+    if mask is not None or cells is not None:
         # -inf now means "not to be taken": a valid -inf, or a NaN of either sign, stays above it
         scores = scores.nan_to_num(math.inf, math.inf, torch.finfo(scores.dtype).min)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    if cell_size is not None:
-        cell = check_pair("cell_size", cell_size)
-        if grid_size is None:
-            raise ValueError("grid_size: needed with cell_size, got None")
-        height, width = check_pair("grid_size", grid_size)
-        if height * width != n:
-            raise ValueError(f"grid_size: expected H * W = {n}, got {height} * {width}")
+    if cells is not None:
         count = k.unsqueeze(-1) if isinstance(k, Tensor) else slots
-        scores = eager.stratified_scores(scores, count, (height, width), cell)
-    elif grid_size is not None:
-        raise ValueError("grid_size: only used with cell_size, got no cell_size")
+        scores = eager.stratified_scores(scores, count, *cells)
 
+    # the top of them, and which slots are filled
     indices = _select(scores, slots, backend)
     valid = torch.ones_like(indices, dtype=torch.bool) if mask is None else mask.gather(-1, indices)
     if isinstance(k, Tensor):
         valid = valid & (torch.arange(slots, device=indices.device) < k.unsqueeze(-1))
     return indices, valid
+
+
+def _checked_slots(k, num_slots, scores: Tensor) -> int:
+    """The width of the result."""
+    n = scores.shape[-1]
+    if not isinstance(k, Tensor):
+        if num_slots is not None:
+            raise ValueError("num_slots: only used with a tensor k, got an int k")
+        if not isinstance(k, (numbers.Integral, torch.SymInt)) or isinstance(k, bool):
+            raise TypeError(
+                f"k: expected an int or an integer tensor, got {k!r} ({type(k).__name__})"
+            )
+        return min(check_int("k", k), n)
+
+    if k.is_floating_point() or k.dtype == torch.bool or k.shape != scores.shape[:-1]:
+        raise ValueError(
+            f"k: expected an int or an integer tensor of shape {tuple(scores.shape[:-1])}, "
+            f"got {k.dtype} of shape {tuple(k.shape)}"
+        )
+    if has_values(k) and bool((k < 1).any()):
+        raise ValueError(f"k: expected every entry >= 1, got {k.tolist()}")
+    if num_slots is None and (k.is_meta or is_traced(k) or is_transformed()):
+        raise ValueError("num_slots: needed with a tensor k whose values cannot be read, got None")
+    if num_slots is None:
+        num_slots = int(k.max()) if k.numel() else 1
+    return min(check_int("num_slots", num_slots), n)
+
+
+def _checked_cells(grid_size, cell_size, n: int) -> tuple[tuple, tuple] | None:
+    """Grid and cell, both (height, width)."""
+    if cell_size is None:
+        if grid_size is not None:
+            raise ValueError("grid_size: only used with cell_size, got no cell_size")
+        return None
+    cell = check_pair("cell_size", cell_size)
+    if grid_size is None:
+        raise ValueError("grid_size: needed with cell_size, got None")
+    height, width = check_pair("grid_size", grid_size)
+    if height * width != n:
+        raise ValueError(f"grid_size: expected H * W = {n}, got {height} * {width}")
+    return (height, width), cell

@@ -118,6 +118,7 @@ def gather_normalize_backward_kernel(
         grad_x_ptr += b * stride_gb + index[:, None] * stride_gn
     grad_ptr += slot[:, None] * C
 
+    # the norm's part of the gradient
     radial = tl.zeros([BLOCK_K], tl.float32)
     if WITH_X:
         for start in range(0, C, BLOCK_C):
@@ -128,6 +129,8 @@ def gather_normalize_backward_kernel(
             weight = tl.load(weight_ptr + at, mask=at < C, other=0.0).to(tl.float32)
             radial += tl.sum(grad * weight[None, :] * x, 1)
         radial = radial * scale / C
+
+    # the gradients, a block of channels at a time
     for start in range(0, C, BLOCK_C):  # rows come from the cache
         at = start + c
         mask = inside[:, None] & (at < C)[None, :]
