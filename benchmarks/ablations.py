@@ -33,8 +33,8 @@ from benchmarks.needle_report import (
 )
 from colt5_vision.ops import coordinate_descent, soft_topk
 from colt5_vision.store import save_atomically
-from examples.support.command_line import exit_status
-from examples.support.measure import table
+from support.command_line import exit_status
+from support.measure import table
 
 _BASE = Variant("sum", "learned", "eighth")
 _STRAIGHT = {"router_straight_through": True}

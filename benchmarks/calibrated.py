@@ -25,9 +25,9 @@ from colt5_vision import (
     route_attention,
     unroute_attention,
 )
-from examples.support import dinov2
-from examples.support.measure import medians, table
-from examples.support.photos import find_photos
+from support import dinov2
+from support.measure import medians, table
+from support.photos import find_photos
 
 ROUTED = {
     "sampled, window 14, keys 1/16": {"router": "sampled"},

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from colt5_vision import RoutedAttentionConfig
 from colt5_vision.pipelines import RoutedAttnProcessor
-from examples.support.measure import medians
-from examples.support.peers import ReplaceAttention, subsampled_keys
+from support.measure import medians
+from support.peers import ReplaceAttention, subsampled_keys
 
 CHANNELS, HEADS, BATCH = 320, 8, 2
 

@@ -17,10 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from colt5_vision import route_attention, unroute_attention
 from colt5_vision.visualize import show_routing
-from examples.support import dinov2, terrain
-from examples.support.command_line import Help, UserError, exit_status, make_folder
-from examples.support.peers import ReplaceAttention, subsampled_keys
-from examples.support.photos import skimage_photo
+from support import dinov2, terrain
+from support.command_line import Help, UserError, exit_status, make_folder
+from support.peers import ReplaceAttention, subsampled_keys
+from support.photos import skimage_photo
 
 MIN_TOKENS = 512  # smaller maps keep full attention, as in examples/distill_diffusion.py
 ROUTED = {

@@ -50,14 +50,14 @@ from benchmarks.needle_report import draw_scale, report
 from benchmarks.needle_task import CELL, Batch, NeedleTask
 from colt5_vision.store import save_atomically
 from colt5_vision.visualize import record_routing
-from examples.support.command_line import (
+from support.command_line import (
     Help,
     UserError,
     at_least_one,
     exit_status,
     learning_rate,
 )
-from examples.support.measure import added_memory
+from support.measure import added_memory
 
 BATCH, PEAK_RATE, WEIGHT_DECAY = 16, 1e-3, 0.02
 SETTINGS = ("canvas", "start", "steps", "held_out", "widest")  # what the records of a study share

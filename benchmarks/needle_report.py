@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.needle_model import VARIANTS
 from colt5_vision.store import save_atomically
-from examples.support.measure import table
+from support.measure import table
 
 
 def by_variant(records: list[dict], order: Sequence[str]) -> dict[str, list[dict]]:

@@ -1,7 +1,7 @@
 """A task that needs the whole map: white squares on a large canvas, to be labelled with the class
 of its one digit.
 
-Real MNIST digits (:func:`examples.support.digits.load_digits`), 4,000 for training and 1,000 held
+Real MNIST digits (:func:`support.digits.load_digits`), 4,000 for training and 1,000 held
 out, also as clutter.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.support.digits import DIGIT, FRAGMENT, MEAN, STD, load_digits
+from support.digits import DIGIT, FRAGMENT, MEAN, STD, load_digits
 
 CELL, WINDOW = 8, 8  # pixels of a token, and of a square; tokens of a window
 TRAINING = 4000

@@ -36,12 +36,12 @@ from colt5_vision import (
     unroute_attention,
 )
 from colt5_vision.swap.sampled import SampledAttention
-from examples.support import dinov2, terrain
-from examples.support.command_line import Help, UserError, exit_status
-from examples.support.dinov2 import PATCH, features
-from examples.support.measure import medians
-from examples.support.peers import ReplaceAttention
-from examples.support.photos import find_photos, skimage_photo
+from support import dinov2, terrain
+from support.command_line import Help, UserError, exit_status
+from support.dinov2 import PATCH, features
+from support.measure import medians
+from support.peers import ReplaceAttention
+from support.photos import find_photos, skimage_photo
 
 VIT_WINDOW, UNET_WINDOW, MIN_TOKENS = 14, 16, 512
 BEFORE, DEFAULT, UNCORRECTED = "previous default", "default", "default, not corrected"

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from examples.support.measure import table
+from support.measure import table
 
 
 class Record:

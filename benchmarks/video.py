@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from colt5_vision.swap.sampled import SampledAttention
-from examples.support.measure import medians, table
+from support.measure import medians, table
 
 WINDOWS = ((1, 16, 16), (3, 8, 8))
 

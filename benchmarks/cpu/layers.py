@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu.attention import FLOPS, dense_layer, partitioned, routed_layer
 from benchmarks.gpu.measure import PASSES, Map, both, forward
-from examples.support.peers import subsampled_keys
+from support.peers import subsampled_keys
 
 from .cases import CPU, SHARE, SPEED, Case
 

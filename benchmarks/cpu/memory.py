@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from benchmarks.gpu.measure import attempt
-from examples.support.measure import added_memory
+from support.measure import added_memory
 
 from .cases import Case
 

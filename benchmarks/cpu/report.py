@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from examples.support.measure import table
+from support.measure import table
 
 from .cases import SHARE, SPEED
 from .layers import Growth

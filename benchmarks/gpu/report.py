@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from examples.support.measure import table
+from support.measure import table
 
 from .measure import PASSES, Sizes
 

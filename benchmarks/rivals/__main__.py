@@ -20,8 +20,8 @@ import torch
 from tqdm.auto import tqdm
 
 from colt5_vision.store import save_atomically
-from examples.support.command_line import UserError, at_least_one, exit_status
-from examples.support.photos import find_photos, skimage_photo
+from support.command_line import UserError, at_least_one, exit_status
+from support.photos import find_photos, skimage_photo
 
 from . import measure, networks, report
 from .layer import Layer

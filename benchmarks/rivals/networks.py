@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from examples.support import dinov2, terrain
+from support import dinov2, terrain
 
 from .layer import Layer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.needle_report import machine
 from colt5_vision.store import save_atomically
-from examples.support.measure import table
+from support.measure import table
 
 _ABOUT = """\
 Every method in the same attentions of two real networks. Density is the share of the map's keys

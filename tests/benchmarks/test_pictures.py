@@ -8,7 +8,7 @@ from PIL import Image
 pytest.importorskip("skimage")
 
 from benchmarks import figures
-from examples.support import terrain
+from support import terrain
 
 
 def test_pictures(monkeypatch, tmp_path, capsys):

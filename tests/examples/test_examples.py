@@ -80,7 +80,6 @@ def test_train_and_resume_equals_one_go(tmp_path):
 @pytest.fixture
 def example(monkeypatch):
     """The program in this process, whose options an Accelerator would remember."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
     import image_classification
 
     yield image_classification

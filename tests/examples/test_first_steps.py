@@ -10,13 +10,12 @@ import timm
 from PIL import Image
 
 pytest.importorskip("skimage")
+from support import dinov2
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_first_steps(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    from support import dinov2
-
     options = {"img_size": 518, "dynamic_img_size": True, "num_classes": 0, "depth": 3}
     small = timm.create_model("vit_small_patch14_dinov2", embed_dim=48, num_heads=2, **options)
     monkeypatch.setattr(dinov2, "load", lambda cache: (small.eval(), None))

@@ -2,7 +2,6 @@
 README claims."""
 
 import json
-import sys
 import zipfile
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from colt5_vision import (
 )
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
 
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers.models")

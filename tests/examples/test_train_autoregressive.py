@@ -17,7 +17,6 @@ QUICK = ["--quick", "--device", "cpu"]  # three steps an epoch, two epochs
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
     import train_autoregressive
 
     return train_autoregressive

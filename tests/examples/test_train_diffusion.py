@@ -37,7 +37,6 @@ def run(*args, launcher=(sys.executable,)):
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
     import train_diffusion
 
     monkeypatch.setattr(train_diffusion, "DDIM_STEPS", 2)

@@ -1,0 +1,1 @@
+"""Helpers of the examples and the benchmarks, imported as ``support`` by both."""
