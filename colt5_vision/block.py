@@ -68,6 +68,9 @@ class MapOrLineAttention(ConditionalRoutedImageAttention):
 class ConditionalRoutedTransformerBlock(nn.Module):
     """``x + attention(x)``, then ``x + feed_forward(x)``, both conditionally routed.
 
+        x ─┬─ attention ─ + ─┬─ feed-forward ─ + ─ out
+           └──────────────┘  └─────────────────┘
+
     Over maps the attention is that of :class:`ConditionalRoutedImageAttention`, over sequences that
     of :class:`ConditionalRoutedAttention`, with the same weights.
 

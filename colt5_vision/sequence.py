@@ -17,6 +17,9 @@ class ConditionalRoutedAttention(ScheduledLayer):
     """Attention over a sequence: local attention for all, far tokens for the few that a router
     picks.
 
+        x (B, N, C) ─┬─ neighbours of each token ──────────┐
+                     └─ router ─ few routed tokens ─ heavy ┴─ (B, N, C)
+
     ``light(x) + scatter(gate_q · heavy(x_q, gate_kv · x_kv))``, see
     :class:`~colt5_vision.sum_fusion.SumFusion`. A token that is not routed gets the learned null
     token in place of a heavy output. Normalisation is included, the residual is not.

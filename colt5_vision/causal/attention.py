@@ -43,6 +43,10 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
     """Strictly causal attention: near tokens by windows, a few routed tokens of all the past for
     the rest.
 
+        x ─┬─ windows of each token ─ light attention ──────────────────────────────┐
+           ├─ query router ─ above the last window's threshold ─┐                   │
+           └─ key router ─── top K of all windows before ───────┴─ heavy attention ─┴─ (B, N, C)
+
     ``light(x) + heavy(x)`` with separate weights. The light branch is causal attention to a token's
     window and the one before. The heavy branch sees the sequence in windows, too: a token attends
     to the top K routing logits among the tokens of all windows before its own, and a learned null
@@ -253,7 +257,15 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
         return None if self.q_router is None else self.q_router(x, position).squeeze(1), keys
 
     def _heavy(
-        self, tokens, positions, kv, key_gates, key_mask, taken, query_gates, slots
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        kv: Tensor,
+        key_gates: Tensor | None,
+        key_mask: Tensor | None,
+        taken: Tensor | None,
+        query_gates: Tensor | None,
+        slots: int | None,
     ) -> Tensor:
         """The heavy branch of S windows: tokens (S, n, C), positions (S or 1, n), kv with its null
         key in front.
@@ -275,6 +287,7 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
             places = places.gather(1, index)
             query_gates = None if query_gates is None else query_gates.gather(1, index)
 
+        # they attend, and their rows go back to their places
         heavy = self.heavy_attn(asking, places, kv, key_gates, key_mask, query_gates)
         gates = torch.ones_like(index, dtype=heavy.dtype) if query_gates is None else query_gates
         routing = Routing(index, torch.where(filled, gates, 0), gates, filled)
@@ -286,21 +299,24 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
     ) -> tuple[Tensor, AutoregressiveCache | None]:
         """A sequence from its first token on."""
         light, light_kv = self.light_attn(x, mask)
+
+        # windows, the last filled up; a cache is for the window of the next token; the second
+        # window gives every parameter a gradient, if 0
         batch, length, width = *x.shape[:2], self.heavy_window_size
-        # a cache is for the window of the next token; the second window gives every parameter a
-        # gradient, if 0
         windows = max(2, length // width + 1 if keep else (length + width - 1) // width)
         spare = windows * width - length
         x = pad(x, (0, 0, 0, spare))
         valid = x.new_ones(batch, length, dtype=torch.bool) if mask is None else mask
         valid = pad(valid, (0, spare)).unflatten(1, (windows, width))
 
+        # what each window but the first reads
         logits_q, logits_kv = self._logits(x, 0)
         keys = route_keys(
             self.kv_router, logits_kv.unflatten(2, (windows, width)), valid, *count_kv
         )
         tokens, positions = self.heavy_attn.norm(x), torch.arange(windows * width, device=x.device)
         kv = self.heavy_attn.key_values(tokens, positions)
+
         # slot 0 of each window is the null key; (B, windows - 1, 1 + K, R), so that no copy is
         # needed after the gather
         index = pad(keys.indices + 1, (1, 0)).permute(0, 2, 3, 1).flatten(1, 2)
@@ -308,6 +324,7 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
         index = index.view(*index.shape, 1, 1, 1).expand(-1, -1, -1, *source.shape[3:])
         routed = source.gather(1, index).unflatten(1, (windows - 1, -1))
 
+        # which of its tokens ask
         taken = query_gates = threshold = None
         if count_q is not None:
             scores = logits_q.unflatten(1, (windows, width))
@@ -317,6 +334,7 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
                 self.q_router, scores[:, 1:], valid[:, 1:], threshold, room
             )
 
+        # the heavy branch, a window a row of the batch
         def rows(part: Tensor | None) -> Tensor | None:
             return None if part is None else part.flatten(0, 1)
 
@@ -334,13 +352,12 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
             rows(query_gates),
             count_q and count_q.slots,
         )
-        heavy = pad(heavy.unflatten(0, (batch, windows - 1)).flatten(1, 2), (0, 0, width, 0))[
-            :, :length
-        ]
-        out = light + heavy.to(light.dtype)
+        heavy = heavy.unflatten(0, (batch, windows - 1)).flatten(1, 2)
+        out = light + pad(heavy, (0, 0, width, 0))[:, :length].to(light.dtype)
         if not keep:
             return out, None
 
+        # what the next token needs
         window = length // width  # of the next token
         begin, row, number = window * width, max(window - 1, 0), min(count_kv.slots, window * width)
         first = self.light_attn.first_seen(length)
@@ -383,12 +400,8 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
         self, x: Tensor, mask: Tensor | None, cache: AutoregressiveCache
     ) -> tuple[Tensor, AutoregressiveCache]:
         """Tokens x (B, n, C) of one window."""
-        start, end, width, count_q = (
-            cache.position,
-            cache.position + x.shape[1],
-            self.heavy_window_size,
-            cache.count_q,
-        )
+        start, width, count_q = cache.position, self.heavy_window_size, cache.count_q
+        end = start + x.shape[1]
         valid = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
 
         # the light branch, and what the heavy one will need of these tokens

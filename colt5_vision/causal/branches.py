@@ -12,14 +12,23 @@ from ..positions import rotary
 
 class CausalWindowAttention(nn.Module):
     """The light branch: every token attends to its window up to itself, and to the whole window
-    before."""
+    before.
+
+        x (B, N, C) ─ norm ─ to_qkv ─ causal attention to two windows ─ to_out
+
+    Args:
+        dim: width C.
+        heads, dim_head: number of heads and width of each.
+        window_size: tokens of a window.
+        device, dtype: of the parameters.
+    """
 
     def __init__(
         self, dim: int, heads: int, dim_head: int, window_size: int, *, device=None, dtype=None
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        self.heads, self.window_size = heads, window_size
+        self.heads, self.dim_head, self.window_size = heads, dim_head, window_size
         self.norm = nn.LayerNorm(dim, **factory)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, **factory)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **factory)
@@ -33,43 +42,29 @@ class CausalWindowAttention(nn.Module):
         head_dim)."""
         length, width = x.shape[1], self.window_size
         windows = (length + width - 1) // width
-        qkv = self._project(x)
-        q, k, v = (
-            pad(qkv, (0, 0, 0, 0, 0, windows * width - length))
-            .unflatten(2, (windows, width))
-            .unbind(0)
-        )
+        spare = windows * width - length
 
-        # (B, windows, 2 w, heads, head_dim): the window before, and the own
+        # queries of each window (B, windows, w, heads, head_dim), keys of it and of the one before
+        qkv = self._project(x)
+        q, k, v = pad(qkv, (0, 0, 0, 0, 0, spare)).unflatten(2, (windows, width)).unbind(0)
         k, v = (torch.cat([pad(t, (0,) * 6 + (1, 0))[:, :-1], t], 2) for t in (k, v))
 
         # who sees whom: what came before, in these two windows, and is valid
-        step = torch.arange(2 * width, device=x.device)
-        causal = step <= step[width:].unsqueeze(1)
-        inside = ((torch.arange(windows, device=x.device) > 0).unsqueeze(1) | (step >= width))[
-            None, :, None
-        ]
+        number, step = (torch.arange(n, device=x.device) for n in (windows, 2 * width))
+        own = step[width:].unsqueeze(1)
+        inside = ((number > 0).unsqueeze(1) | (step >= width))[None, :, None]
         if mask is not None:
-            valid = (
-                pad(mask, (width, windows * width - length))
-                .unfold(1, 2 * width, width)
-                .unsqueeze(2)
-            )
+            valid = pad(mask, (width, spare)).unfold(1, 2 * width, width).unsqueeze(2)
             # a token always sees itself: what is masked is nobody else's, and a softmax over
             # nothing is NaN
-            inside = (inside & valid) | (step == step[width:].unsqueeze(1))
+            inside = (inside & valid) | (step == own)
+        allowed = (step <= own) & inside
 
         # attention, a window a row of the batch
-        allowed = (causal & inside).expand(x.shape[0], -1, -1, -1).flatten(0, 1).unsqueeze(1)
-        out = scaled_dot_product_attention(
-            *(t.flatten(0, 1).transpose(1, 2) for t in (q, k, v)), attn_mask=allowed
-        )
-        out = (
-            out.transpose(1, 2)
-            .flatten(2)
-            .unflatten(0, (x.shape[0], windows))
-            .flatten(1, 2)[:, :length]
-        )
+        allowed = allowed.expand(x.shape[0], -1, -1, -1).flatten(0, 1).unsqueeze(1)
+        q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))
+        out = merge_heads(scaled_dot_product_attention(q, k, v, attn_mask=allowed))
+        out = out.unflatten(0, (x.shape[0], windows)).flatten(1, 2)[:, :length]
         return self.to_out(out), qkv[1:]
 
     def first_seen(self, position: int) -> int:
@@ -89,21 +84,20 @@ class CausalWindowAttention(nn.Module):
         past, past_valid = torch.cat([past, torch.stack(kv)], 2), torch.cat([past_valid, valid], 1)
         end = position + x.shape[1]
         start = end - past.shape[2]
-        keys, queries = (
-            torch.arange(start, end, device=x.device),
-            torch.arange(position, end, device=x.device),
-        )
+
+        # who sees whom, and itself in any case
+        keys = torch.arange(start, end, device=x.device)
+        queries = torch.arange(position, end, device=x.device).unsqueeze(1)
         first = (queries // self.window_size - 1) * self.window_size
-        seen = (keys <= queries.unsqueeze(1)) & (keys >= first.unsqueeze(1))
-        allowed = (seen & past_valid.unsqueeze(1)) | (keys == queries.unsqueeze(1))
+        seen = (keys <= queries) & (keys >= first)
+        allowed = ((seen & past_valid.unsqueeze(1)) | (keys == queries)).unsqueeze(1)
+
         k, v = past.transpose(2, 3).unbind(0)
-        out = scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=allowed.unsqueeze(1))
+        out = merge_heads(scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=allowed))
         spent = max(0, self.first_seen(end) - start)
-        return (
-            self.to_out(out.transpose(1, 2).flatten(2)),
-            past[:, :, spent:],
-            past_valid[:, spent:],
-        )
+        # contiguous, as at first: for other strides a step would be compiled anew
+        kept = (past[:, :, spent:].contiguous(), past_valid[:, spent:].contiguous())
+        return self.to_out(out), *kept
 
 
 class PastKeysBranch(HeavyBranch):

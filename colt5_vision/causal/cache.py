@@ -89,7 +89,7 @@ def check_cache(cache, module, batch: int, counts: tuple) -> None:
     heavy, light = module.heavy_attn, module.light_attn
     expected = [
         (batch, heavy.routes, heavy.heads // heavy.routes, 2, heavy.null_key.kv.shape[-1]),
-        (2, batch, light.heads, light.to_out.in_features // light.heads),
+        (2, batch, light.heads, light.dim_head),
         (module.q_router is not None and cache.count_q is not None,),
     ]
     got = [
@@ -123,18 +123,22 @@ def rolled_over(
     kept, limit = cache.routed_logits.shape[2], key_limit(count, past.view(-1, 1, 1), slots)
     chosen, ok, used, gates = best_keys(kv_router, logits, valid, slots, kept, limit)
 
-    # they, and nothing pending
+    # they, and nothing pending; of fresh memory, or a step compiled for one window would be
+    # compiled anew for the next
+    def none(x: Tensor, dim: int) -> Tensor:
+        return x.narrow(dim, 0, 0).clone(memory_format=torch.contiguous_format)
+
     kv, index = torch.cat([cache.routed, cache.pending], 1), chosen.mT
     fresh = {
         "routed": kv.gather(1, index.view(*index.shape, 1, 1, 1).expand(-1, -1, -1, *kv.shape[3:])),
         "routed_logits": logits.gather(2, chosen),
         "routed_valid": ok,
-        "routed_used": used,
+        "routed_used": used.clone(),
         "past": past,
         "routed_gates": gates,
-        "pending": cache.pending[:, :0],
-        "pending_logits": cache.pending_logits[:, :, :0],
-        "pending_valid": cache.pending_valid[:, :0],
+        "pending": none(cache.pending, 1),
+        "pending_logits": none(cache.pending_logits, 2),
+        "pending_valid": none(cache.pending_valid, 1),
     }
 
     # what a query of the next window must exceed
@@ -143,5 +147,9 @@ def rolled_over(
             q_router, cache.pending_queries, cache.pending_valid, *cache.count_q
         )
         used = torch.zeros_like(cache.used)
-        fresh.update(threshold=threshold, used=used, pending_queries=cache.pending_queries[:, :0])
+        fresh.update(
+            threshold=threshold,
+            used=used,
+            pending_queries=none(cache.pending_queries, 1),
+        )
     return dataclasses.replace(cache, **fresh)

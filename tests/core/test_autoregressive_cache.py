@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from colt5_vision.causal.cache import AutoregressiveCache
 from colt5_vision.causal.routing import Threshold
@@ -162,12 +163,17 @@ def test_a_cache_of_another_module_or_batch_is_refused():
     )
 
 
+@pytest.mark.parametrize("name, begun", [("queries", 3), ("queries", 11), ("all", 3)])
 @torch.no_grad()
-def test_a_step_compiles_whole():
-    module, x = build(dtype=torch.float32), tokens(2, 13, dtype=torch.float32)
-    step = torch.compile(module, fullgraph=True, backend="eager")
+def test_steps_compile_whole_over_many_windows(name, begun):
+    """A handful of graphs serves all steps: torch stops at 8 of one function."""
+    module, x = build(name, torch.float32), tokens(2, 6 * W, dtype=torch.float32)
+    counter = CompileCounter()
+    torch.compiler.reset()
+    step = torch.compile(module, fullgraph=True, backend=counter)
     want = module(x)
-    out, cache = module(x[:, :11], return_cache=True)
-    for i in (11, 12):
+    out, cache = module(x[:, :begun], return_cache=True)
+    for i in range(begun, x.shape[1]):
         out, cache = step(x[:, i : i + 1], cache=cache)
         torch.testing.assert_close(out[:, 0], want[:, i])
+    assert counter.frame_count <= 8
