@@ -37,6 +37,15 @@ def is_compiling() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in recording)
 
 
+def is_exporting() -> bool:
+    """Whether torch.export is at work in this process.
+
+    Dynamo of torch 2.11 takes ``torch.compiler.is_exporting()`` for true in every graph. If the
+    flag goes: that function.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def is_traced(*tensors: Tensor) -> bool:
     """Whether a tool sees or records this call: a compiler, an exporter, fake tensors, a mode.
 

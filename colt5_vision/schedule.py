@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from ._fx import fx_leaf
-from ._torch_internals import count_up, holds_number, in_backward, times_written
+from ._torch_internals import (
+    count_up,
+    holds_number,
+    in_backward,
+    is_exporting,
+    times_written,
+)
 from .checks import check_int
 from .scheduled import Narrowing, ScheduledLayer
 
@@ -180,7 +186,7 @@ class CarriedSchedule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x as it is."""
         counts = self.runs and self.training and torch.is_grad_enabled()
-        if counts and not torch.compiler.is_exporting():
+        if counts and not is_exporting():
             self._count()
         return x
 

@@ -73,14 +73,15 @@ def test_the_core_never_imports_an_adapter_library():
     assert not {str(path): found for path in files if (found := pattern.findall(path.read_text()))}
 
 
-def test_what_torch_2_11_cannot_trace_is_called_in_one_place():
-    """``has_autocast`` there is a constant of a graph; the call itself ends a compilation."""
+@pytest.mark.parametrize("name", ["amp.is_autocast_available", "compiler.is_exporting"])
+def test_what_torch_2_11_cannot_trace_is_asked_in_one_place(name):
+    """There the first ends a compilation, and the second is true in every graph."""
     rooms = (Path(colt5_vision.__file__).parent, ROOT / "models", ROOT / "pipelines")
     calling = {
         path.name
         for room in rooms
         for path in room.rglob("*.py")
-        if "is_autocast_available" in path.read_text()
+        if f"torch.{name}" in path.read_text()
     }
     assert calling == {"_torch_internals.py"}
 
