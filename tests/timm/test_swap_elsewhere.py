@@ -413,6 +413,35 @@ def test_dynamic_quantisation_before_or_after():
         assert torch.equal(models[0](x), routed(models[1])(x))
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_lora_before_or_after(before):
+    """Its gradients are the stock model's when every key is routed."""
+    peft = pytest.importorskip("peft")
+    case = CASES["vit"]
+
+    def adapted(model):
+        torch.manual_seed(0)
+        options = {"target_modules": ["qkv", "proj"], "init_lora_weights": False}
+        return peft.get_peft_model(model, peft.LoraConfig(**options)).double()
+
+    def found(model):
+        out = model(image(case))
+        weights = [p for n, p in model.named_parameters() if "lora_" in n]
+        return out.detach(), torch.autograd.grad(out.square().sum(), weights)
+
+    plain, stock = build(case)(image(case)), found(adapted(build(case)))
+    assert (stock[0] - plain).abs().max() > 1e-3
+    for share in (1.0, 1 / 4):
+        routes = lambda model, share=share: routed(model, share)
+        model = adapted(routes(build(case))) if before else routes(adapted(build(case)))
+        out, grads = found(model)
+        if share == 1.0:
+            close(out, stock[0], 1e-8)
+            close(grads, stock[1], 1e-8)
+        assert share == 1.0 or (out - stock[0]).abs().max() > 1e-6
+        close(found(unrouted(model))[0], stock[0])
+
+
 def test_state_dict_and_parameters_stay_the_models():
     model = build(CASES["vit"])
     state, names = list(model.state_dict()), [n for n, _ in model.named_modules()]

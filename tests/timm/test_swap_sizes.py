@@ -345,6 +345,17 @@ def test_exports(name, strict):
         close(program(image(case, seed=4)), model(image(case, seed=4)))
 
 
+@pytest.mark.parametrize("router", ["sampled", "mean_query", "grid", "window"])
+def test_exports_for_any_size(router):
+    """Of 64 tokens at least, as many as there are probes."""
+    model, auto = routed(shallow(CASES["vit"]), router=router), torch.export.Dim.AUTO
+    with torch.no_grad():
+        how = {"dynamic_shapes": ({0: auto, 2: auto, 3: auto},)}
+        program = torch.export.export(model, (at(CASES["vit"], (9, 11)),), **how).module()
+        for size in ((9, 11), (8, 12), (13, 7)):
+            close(program(at(CASES["vit"], size)), model(at(CASES["vit"], size)))
+
+
 def test_two_embeddings_before_the_blocks_are_not_mixed_up():
     case = CASES["vit"]
     model = routed(build(case))
