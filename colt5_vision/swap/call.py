@@ -198,7 +198,7 @@ def _rearranged(
 
 def _sum_of(first: PairBias | None, second: PairBias | None) -> PairBias | None:
     if first is None or second is None:
-        return first or second
+        return second if first is None else first
     return lambda i, j: first(i, j) + second(i, j)
 
 
