@@ -91,7 +91,11 @@ def test_export(case):
             torch.testing.assert_close(program(x), module(x))
 
 
-@some("sum-q", "softmax-q", "block", "sequence-q-rotary", "cross-q-queried")
+# cells whose number may be 1 make a range of heights that torch cannot hold
+CELLS = "softmax-cells", "sequence-2-soft", "cross-q-blocks"
+
+
+@some(*(name for name in CASES if name not in CELLS))
 def test_export_of_any_height(case):
     """Of a sequence: of any length above its numbers of slots; a row of the map has more, 7
     tokens."""
