@@ -298,16 +298,21 @@ def shallow(case, **extra):
     ],
 )
 def test_compiles_whole_with_gradients(name, how):
-    torch.compiler.reset()
-    model, x = routed(shallow(CASES[name]), **how), image(CASES[name])
-    expected, out = (
-        gradients(model, x),
-        torch.compile(model, fullgraph=True, backend="aot_eager")(x),
-    )
-    close(out, model(x))
-    model.zero_grad()
-    out.square().sum().backward()
-    close({name: p.grad for name, p in model.named_parameters()}, expected)
+    """As exactly as the stock model: a graph of torch 2.11 has position embeddings that are
+    resampled a little otherwise."""
+    x, errors = image(CASES[name]), []
+    for model in (shallow(CASES[name]), routed(shallow(CASES[name]), **how)):
+        torch.compiler.reset()
+        expected = gradients(model, x)
+        out = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        close(out, model(x))
+        model.zero_grad()
+        out.square().sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters()}
+        beyond = {n: (found[n] - g).abs() - 1e-9 * (1 + g.abs()) for n, g in expected.items()}
+        errors.append({n: max(0.0, error.max().item()) for n, error in beyond.items()})
+    stock, ours = errors
+    assert all(ours[n] <= 2 * stock[n] for n in stock), ours
 
 
 def test_blocks_compiled_one_by_one_follow_the_size():
