@@ -40,6 +40,7 @@ def with_heads(call: Call, heads: int | None) -> Call:
     return call._replace(query=q, key=k, value=v, attn_mask=mask)
 
 
+@torch.compiler.disable
 def whole_sequence(call: Call, site: Site) -> tuple[Call, list[int]]:
     """A call on this process's part of the tokens as one on all of them, for some of the heads; and
     the lengths of the processes' parts."""

@@ -94,6 +94,7 @@ def gather_tokens(x: Tensor, lengths: list[int], group: Group) -> Tensor:
     return rows.permute(1, 2, 0, 3)[:, : heads - each * group.rank()]
 
 
+@torch.compiler.disable
 def return_tokens(x: Tensor, heads: int, lengths: list[int], group: Group) -> Tensor:
     """(B, own heads, tokens, D) to (B, heads, own tokens, D)."""
     own, count = lengths[group.rank()], group.size()

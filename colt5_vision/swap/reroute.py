@@ -155,10 +155,10 @@ class RoutedLayer:
         return None if make is None else make(layer, call.query, site)
 
     def in_its_place(self) -> bool:
-        """Whether parts of the sequence are to be exchanged that the layer itself would exchange; a
-        compiled one has done it."""
+        """Whether parts of the sequence are to be exchanged that the layer itself would exchange:
+        its hook has switched that off, which a compiled one does not."""
         own = (self.own.get(switch.path, ...) for switch in self.spec.exchange)
-        return not is_compiling() and any(value not in (None, ...) for value in own)
+        return any(value not in (None, ...) for value in own)
 
     def set_switches(self, layer: nn.Module, switches: tuple[Switch, ...]) -> None:
         """Give the layer's switches their values; remember its own."""

@@ -55,6 +55,13 @@ def test_gradients_of_processes_add_up_to_those_of_one(results, key):
         assert routed and not exact
 
 
+def test_compiled_blocks_are_routed_alike_forward_and_backward(results):
+    for found in results:
+        for one, several in zip(*found["compiled"], strict=True):
+            scale = float(one.abs().max())
+            torch.testing.assert_close(several, one, rtol=1e-5, atol=1e-5 * scale)
+
+
 REASONS = {
     "a plan of one's own": "context parallelism by a plan that diffusers has not made for this "
     "model",

@@ -143,6 +143,28 @@ def gradients(name, kind, checkpointed, how):
     return found, report.calls.routed, dict(report.calls.exact)
 
 
+def compiled() -> tuple:
+    """Outputs and summed gradients of blocks compiled one by one, and those of one process."""
+    given, weigh = call(FLUX, "text"), lambda out: (out * torch.linspace(-1, 1, len(out))).sum()
+    found = []
+    for several in (False, True):
+        model = build(FLUX).train()
+        route(model, **ROUTED["sampled"])
+        if several:
+            model.enable_parallelism(config=ContextParallelConfig(**ULYSSES))
+            torch._C._accelerator_getAccelerator = ACCELERATOR  # the compiler asks for one
+            model.compile_repeated_blocks(backend="eager")
+        with torch.no_grad():
+            plain = run(model, given)
+        out = run(model, given)
+        weigh(out).backward()
+        grad = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        if several:
+            distributed.all_reduce(grad)
+        found.append((plain, out.detach(), grad))
+    return tuple(found)
+
+
 def helios_plan(layers: int) -> dict:
     """Helios' own plan is of 40 layers."""
     plan: dict = {"blocks.*.attn1": {"hidden_states": PART, "rotary_emb": PART}}
@@ -259,6 +281,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RuntimeWarning)
     distributed.init_process_group("gloo")
+    ACCELERATOR = torch._C._accelerator_getAccelerator
     torch._C._accelerator_getAccelerator = lambda: torch.device("cpu")  # as one of an accelerator
     results = {"exact": exact(), "distilled": distilled(), "undone": undone(), "ring": ring()}
     results["unexchanged"] = unexchanged()
@@ -267,5 +290,6 @@ if __name__ == "__main__":
         key: gradients(name, kind, key.startswith("checkpointed"), how)
         for key, (name, kind, how) in GRADIENTS.items()
     }
+    results["compiled"] = compiled()
     torch.save(results, f"{sys.argv[1]}/{distributed.get_rank()}.pt")
     distributed.destroy_process_group()
