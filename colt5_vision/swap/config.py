@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checks import ROUTERS, TokenCount, check_int, check_router, check_token_count
+from .cost import Costs, Place, known_costs
 from .grouped import GroupedAttention
 from .sampled import SampledAttention
 from .window import check_window
@@ -15,7 +16,9 @@ from .window import check_window
 __all__ = ["RoutedAttentionConfig", "ScheduleRule"]
 
 TOO_SMALL = "fewer tokens than min_tokens"
+TOO_LITTLE_GAIN = "so few tokens that the expected speed-up is under min_speedup"
 BY_SCHEDULE = "the schedule says so"
+MIN_TOKENS = 1024  # where nothing tells what a layer is expected to gain
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,11 @@ class RoutedAttentionConfig:
             ``"sampled"`` and is trained by :func:`~colt5_vision.distill_routers`. ``"grouped"``
             draws keys for each tile of the map, ``window_size`` its least side, see
             :class:`~colt5_vision.swap.grouped.GroupedAttention`; all tokens query.
-        min_tokens: maps of fewer tokens get full attention, which is as fast there.
+        min_tokens: maps of fewer tokens get full attention, and ``min_speedup`` does not matter.
+            None: as many as a layer needs for an expected speed-up of ``min_speedup``; 1024 on a
+            device for which no costs are known, such as a GPU.
+        min_speedup: layers with a smaller expected speed-up keep full attention, see
+            :mod:`~colt5_vision.swap.cost`; 0: none does.
         layers: which self-attention layers: names, patterns (``"up_blocks.*"``, see :mod:`fnmatch`)
             or indices among those that can be routed; None: all.
         schedule: :class:`ScheduleRule`, or dicts of their arguments; the first that holds applies.
@@ -121,7 +128,8 @@ class RoutedAttentionConfig:
     num_heavy_tokens_kv: TokenCount = 1 / 16
     num_heavy_tokens_q: TokenCount | None = None
     router: str = "sampled"
-    min_tokens: int = 1024
+    min_tokens: int | None = None
+    min_speedup: float = 1.1
     layers: Sequence[int | str] | None = None
     schedule: Sequence[ScheduleRule | Mapping[str, Any]] = ()
 
@@ -132,7 +140,13 @@ class RoutedAttentionConfig:
         for name, value in _check_settings(self).items():
             object.__setattr__(self, name, value)
         check_router(self.router, ROUTERS)
-        object.__setattr__(self, "min_tokens", check_int("min_tokens", self.min_tokens, minimum=0))
+        if self.min_tokens is not None:
+            least = check_int("min_tokens", self.min_tokens, minimum=0)
+            object.__setattr__(self, "min_tokens", least)
+        bar = _check_number("min_speedup", self.min_speedup)
+        if not 0 <= bar < math.inf:
+            raise ValueError(f"min_speedup: expected a number >= 0, got {bar}")
+        object.__setattr__(self, "min_speedup", bar)
         object.__setattr__(self, "layers", _check_layers(self.layers))
         object.__setattr__(self, "schedule", _check_schedule(self.schedule))
         if self.router in (GroupedAttention.router, "window"):
@@ -159,14 +173,57 @@ class RoutedAttentionConfig:
     def needs_timestep(self) -> bool:
         return any(rule.needs_timestep for rule in self.schedule)
 
-    def settings(self, tokens: int, rules: tuple[bool, ...] = ()) -> dict[str, Any] | str:
+    def least_tokens(self, channels: int | None) -> dict[Place | None, tuple[int, str]]:
+        """From how many tokens on a layer is routed, and why smaller maps are not.
+
+        Args:
+            channels: heads times head_dim of the layer; None: unknown.
+
+        Returns:
+            By type of device and dtype, where costs are known; under None, elsewhere.
+        """
+        if self.min_tokens is not None or self.min_speedup == 0:
+            return {None: (self.min_tokens or 0, TOO_SMALL)}
+        found = {None: (MIN_TOKENS, TOO_SMALL)}
+        for place, costs in self._costs(channels).items():
+            least = costs.least_tokens(self.min_speedup, channels, **self._how())
+            found[place] = (least, TOO_LITTLE_GAIN)
+        return found
+
+    def expected_speedup(self, tokens: int, channels: int | None, place: Place) -> float | None:
+        """How many times as fast as full attention a layer is expected to be.
+
+        Args:
+            tokens: of its map.
+            channels: as of :meth:`least_tokens`.
+            place: type of device, and dtype. None is returned where no costs are known.
+        """
+        costs = self._costs(channels).get(place)
+        return None if costs is None else costs.speedup(tokens, channels, **self._how())
+
+    def _costs(self, channels: int | None) -> dict[Place, Costs]:
+        """What is known: nothing of routed queries."""
+        known = channels is not None and self.num_heavy_tokens_q is None
+        return known_costs() if known else {}
+
+    def _how(self) -> dict[str, Any]:
+        names = ("router", "window_size", "num_heavy_tokens_kv")
+        return {name: getattr(self, name) for name in names}
+
+    def settings(
+        self,
+        tokens: int,
+        rules: tuple[bool, ...] = (),
+        least: tuple[int, str] = (0, TOO_SMALL),
+    ) -> dict[str, Any] | str:
         """What the schedule changes for a map of ``tokens``; for full attention, the reason.
 
         Args:
             rules: for each rule, whether its timesteps hold; default: those hold that ask for none.
+            least: of :meth:`least_tokens`.
         """
-        if tokens < self.min_tokens:
-            return TOO_SMALL
+        if tokens < least[0]:
+            return least[1]
         held = rules or tuple(not rule.needs_timestep for rule in self.schedule)
         for rule, holds in zip(self.schedule, held):
             if holds and rule.holds_for(tokens):

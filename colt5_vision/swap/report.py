@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from .config import BY_SCHEDULE, TOO_SMALL
+from .config import BY_SCHEDULE, TOO_LITTLE_GAIN, TOO_SMALL
 
 NEVER_ROUTED = "is to be routed, and no call of it has been so far"
 _COUNTING = threading.Lock()
-_ASKED_FOR = (TOO_SMALL, BY_SCHEDULE)
+_ASKED_FOR = (TOO_SMALL, TOO_LITTLE_GAIN, BY_SCHEDULE)
 
 
 class Calls:
@@ -78,6 +78,9 @@ class RoutedAttentionReport(dict):
         exact: names of the other attention layers, and why each keeps full attention.
         layer_calls: by name of each layer that may be routed, its live :class:`Calls`. A layer too
             small for routing at ``sample_size`` is among them.
+        expected: by name of the layers whose tokens are known, how many times as fast as full
+            attention each is expected to be, see :mod:`~colt5_vision.swap.cost`; None: no costs are
+            known of its device.
         calibration: by name, what :func:`~colt5_vision.calibrate_routing` found for a layer; empty
             without it.
     """
@@ -87,10 +90,12 @@ class RoutedAttentionReport(dict):
         routed: Mapping[str, int | None],
         exact: Mapping[str, str],
         layer_calls: Mapping[str, Calls],
+        expected: Mapping[str, float | None] | None = None,
     ):
         super().__init__(routed)
         self.exact = dict(exact)
         self.layer_calls = dict(layer_calls)
+        self.expected = dict(expected or {})
         self.calibration: dict[str, Any] = {}
 
     @property
@@ -112,7 +117,11 @@ class RoutedAttentionReport(dict):
         lines = [f"{len(self)} layers routed, {len(self.exact)} as they were"]
         for name, tokens in self.items():
             how = f", {self.calibration[name]}" if name in self.calibration else ""
+            if not how and self.expected.get(name) is not None:
+                how = f", expected to be {self.expected[name]:.1f} times as fast"
             lines.append(f"  {name}: {'?' if tokens is None else f'{tokens:,}'} tokens{how}")
+        if None in self.expected.values():
+            lines.append("  no costs are known of this device and dtype: no speed-up is foretold")
         lines += [f"  {name}: full attention, {reason}" for name, reason in self.exact.items()]
         calls = self.calls
         if calls.routed or calls.exact:

@@ -54,6 +54,8 @@ class RoutedLayer:
         config: the settings it was routed with.
         calls: live :class:`~colt5_vision.swap.report.Calls`.
         teacher: of a distillation in progress: called in place of ``attention``.
+        least: by type of device and dtype, from how many tokens on it is routed, and why smaller
+            maps are not; under None, elsewhere.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class RoutedLayer:
         self.attention, self.scope = attention, scope
         self.calls = Calls()
         self.teacher = None
+        self.least = config.least_tokens(spec.key_channels)
         self.own: dict[str, Any] = {}  # values of the layer's switches when it is not routed
 
     def attend(self, mode: "RerouteMode", call: Call) -> Tensor:
@@ -102,7 +105,9 @@ class RoutedLayer:
             return "dropout of attention weights"
         if call.is_causal:
             return "causal attention"
-        settings = self.config.settings(site.tokens, now.rules)
+        where = (call.query.device.type, call.query.dtype)
+        least = self.least.get(where, self.least[None])
+        settings = self.config.settings(site.tokens, now.rules, least)
         if isinstance(settings, str):
             return settings
         bias = self._own_bias(layer, site, call)

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._torch_internals import forget_compiled_graphs, hooks_of, put_hook, remove_hooks
 from ..checks import check_pair
 from .adapter import LayerSpec, Part, adapters_of
-from .config import RoutedAttentionConfig
+from .config import TOO_LITTLE_GAIN, RoutedAttentionConfig
+from .cost import Place
 from .grouped import GroupedAttention
 from .report import RoutedAttentionReport
 from .reroute import EnterHook, LeaveHook, RoutedLayer
@@ -127,6 +129,7 @@ class Plan:
     clocks: dict[nn.Module, ClockHook]
     tokens: dict[str, int | None]  # of the layers that will be routed at the sample size
     exact: dict[str, str]
+    expected: dict[str, float | None]  # speed-ups of the layers whose tokens are known
 
 
 def plan(
@@ -153,19 +156,27 @@ def plan(
     exact |= {name: "not among layers" for name in layers if name not in chosen}
 
     # which of them are routed at the sample size
-    tokens = {}
+    tokens, expected = {}, {}
     for name, one in chosen.items():
-        count, own = one.spec.tokens, configs[name]
-        settings = {} if count is None else own.settings(count)
-        if isinstance(settings, str) and not (own.needs_timestep and count >= own.min_tokens):
-            exact[name] = f"{count} tokens: {settings}"
+        count, own, channels = one.spec.tokens, configs[name], one.spec.key_channels
+        place, every = _place(one), own.least_tokens(channels)
+        least = every.get(place, every[None])
+        settings = {} if count is None else own.settings(count, least=least)
+        if count is not None:
+            expected[name] = own.expected_speedup(count, channels, place)
+        if isinstance(settings, str) and not (own.needs_timestep and count >= least[0]):
+            gain = f" ({expected[name]:.2g})" if settings == TOO_LITTLE_GAIN else ""
+            exact[name] = f"{count} tokens: {settings}{gain}"
         else:
             tokens[name] = count
     if must_route and not tokens:
         reasons = _counted([exact[name] for name in chosen])
+        bar = f"min_tokens is {config.min_tokens}"
+        if config.min_tokens is None:
+            bar = f"min_speedup is {config.min_speedup:g}, and with 0 all are routed"
         raise ValueError(
             f"model: no layer of {type(model).__name__} would be routed: {reasons}; for larger "
-            f"inputs tell sample_size=(H, W), min_tokens is {config.min_tokens}"
+            f"inputs tell sample_size=(H, W), {bar}"
         )
 
     attention = {name: _attention(name, one, configs[name]) for name, one in chosen.items()}
@@ -175,7 +186,7 @@ def plan(
             part = one.part
             if part.model not in clocks:
                 clocks[part.model] = ClockHook(part.model, config.schedule, part.timestep)
-    return Plan(configs, chosen, attention, clocks, tokens, exact)
+    return Plan(configs, chosen, attention, clocks, tokens, exact, expected)
 
 
 def apply(planned: Plan) -> RoutedAttentionReport:
@@ -208,7 +219,7 @@ def apply(planned: Plan) -> RoutedAttentionReport:
         routed[name] = layer
     forget_compiled_graphs()
     calls = {name: layer.calls for name, layer in routed.items()}
-    return RoutedAttentionReport(planned.tokens, planned.exact, calls)
+    return RoutedAttentionReport(planned.tokens, planned.exact, calls, planned.expected)
 
 
 def _open_door(door: nn.Module, one: Chosen, clock: ClockHook | None) -> Scope:
@@ -332,6 +343,13 @@ def _configs(
         if own.schedule != config.schedule:  # one clock tells all layers which rules hold
             raise ValueError(f"by_layer: {name}: expected the schedule that all layers have")
     return {name: by_layer.get(name, config) for name in chosen}
+
+
+def _place(one: Chosen) -> Place:
+    """Where the layer is: it need not stay there."""
+    weights = one.part.model.get_submodule(one.path).parameters()
+    first = next((p for p in weights if p.is_floating_point()), None)
+    return ("cpu", torch.float32) if first is None else (first.device.type, first.dtype)
 
 
 def _attention(

@@ -308,7 +308,7 @@ def test_small_maps_stay_exact_without_a_word(recwarn):
     model, x = build(CASES["vit"]), image(CASES["vit"])
     with torch.no_grad():
         expected = model(x)
-        report = route_attention(model, sample_size=(640, 640))
+        report = route_attention(model, sample_size=(640, 640), min_tokens=1024)
         assert report == {"blocks.0.attn": 1600, "blocks.1.attn": 1600}
         assert torch.equal(model(x), expected)
     assert report.calls.exact == {"fewer tokens than min_tokens": 2}

@@ -156,7 +156,7 @@ def test_the_report_tells_tokens_at_a_sample_size():
     report = route_attention(model, min_tokens=50, sample_size=(40, 60))
     assert set(report.values()) == {150}
     unroute_attention(model)
-    with pytest.raises(ValueError, match="64 tokens: fewer tokens than min_tokens"):
+    with pytest.raises(ValueError, match="64 tokens: so few tokens that the expected"):
         route_attention(model)
 
 
