@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.gpu.measure import Map
 
-from . import plots, report
+from . import fit, plots, profile, report, targets
 from .attention import Attention
 from .cases import Case
 from .gates import Gates
@@ -30,8 +30,8 @@ FULL: tuple[Case, ...] = (
     Gates((12, 18), eps=0.1),
     Selection((2,)),
     Selection((3,), rows=1, n=512**2, k=512**2 // 16),
-    Attention((5, 9), Map(64, 6, 64)),
-    Attention((14, 45), Map(109, 6, 64, window=14)),
+    Attention((8, 14), Map(64, 6, 64)),
+    Attention((20, 60), Map(109, 6, 64, window=14)),
     Growth((40,)),
     Layer((8, 14), fixed(64, 1024)),
     Layer((16, 40), fixed(128, 1024)),
@@ -41,7 +41,7 @@ FULL: tuple[Case, ...] = (
 QUICK: tuple[Case, ...] = (
     Gates((5, 8)),
     Selection((1,)),
-    Attention((3, 6), Map(64, 6, 64)),
+    Attention((5, 8), Map(64, 6, 64)),
     Growth((5,), sides=(64, 128, 256)),
     Layer((4, 7), fixed(64, 1024)),
     Layer((7,), fixed(128, 1024)),
@@ -84,8 +84,27 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, help="for all rows: more on a slow or a busy machine"
     )
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder")
+    parser.add_argument(
+        "--output", type=Path, help="folder: benchmarks/results; with --fit, runs/benchmarks"
+    )
+    parser.add_argument(
+        "--fit", action="store_true", help="in place of the rows, constants of the cost model"
+    )
+    parser.add_argument(
+        "--targets", action="store_true", help="in place of the rows, what is to be reached"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="in place of the rows, where the time of a call goes"
+    )
+    parser.add_argument(
+        "--sides", type=int, nargs="+", metavar="N", help="with --profile: maps of N x N tokens"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=profile.PARTS, metavar="PART",
+        help=f"with --profile: of {'; '.join(profile.PARTS)}",
+    )  # fmt: skip
     args = parser.parse_args(argv)
+    args.output = args.output or Path("runs/benchmarks" if args.fit else "benchmarks/results")
     if args.seconds is not None and not args.seconds > 0:
         parser.error(f"--seconds: expected a positive number, got {args.seconds}")
     return args
@@ -93,6 +112,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    if args.fit:
+        return fit.main(args.output / "costs.json", args.quick)
+    if args.targets:
+        return targets.main(args.output, args.quick)
+    if args.profile:
+        sides = args.sides or (profile.QUICK_SIDES if args.quick else profile.SIDES)
+        name = "profile_cpu" + "_quick" * args.quick
+        budget = 0.3 if args.quick else 3.0
+        return profile.main(list(sides), args.parts or profile.PARTS, args.output, name, budget)
     cases, seconds = (QUICK, QUICK_SECONDS) if args.quick else (FULL, FULL_SECONDS)
     if args.only:
         every = sum(sum(case.passes.values()) for case in cases)

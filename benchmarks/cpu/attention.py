@@ -1,16 +1,24 @@
-"""Window ∪ routed attention, the operator alone, beside full attention."""
+"""Window ∪ routed attention, the operator alone and with its routing, beside full attention."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.gpu.attention import inputs
-from benchmarks.gpu.measure import Map, both
-from colt5_vision.ops import routed_window_attention
+from benchmarks.gpu.measure import Map
+from colt5_vision.swap.cost import known_costs
 
-from .cases import CPU, SPEED, Case
+from .cases import SPEED, Case
+from .fit import calls_of, work_of
+
+FULL = "full SDPA"
+# variants, by the kinds of attention of the cost model
+KINDS = {
+    "routed_window_attention": "operator",
+    "swap, sampled": "sampled",
+    "swap, grouped": "grouped",
+    FULL: "full",
+}
 
 
 @dataclass(frozen=True)
@@ -26,20 +34,11 @@ class Attention(Case):
         return replace(self, size=replace(self.size, side=2 * self.size.window))
 
     def makers(self):
-        def make(full: bool):
-            x, grad, routed = inputs(self.size, CPU, torch.float32)
-            side, window = self.size.side, self.size.window
-            call = {"grid_size": (side, side), "window_size": window, "routed_indices": routed}
-            call["log_weights"] = torch.zeros(routed.shape)  # as a router gives them
-            return both(
-                scaled_dot_product_attention
-                if full
-                else lambda *x: routed_window_attention(*x, **call),
-                x,
-                grad,
-            )
-
-        return {"routed_window_attention": lambda: make(False), "full SDPA": lambda: make(True)}
+        return {name: lambda kind=kind: calls_of(self.size)[kind] for name, kind in KINDS.items()}
 
     def ratios(self):
-        return [(SPEED, "routed_window_attention", "full SDPA")]
+        return [(SPEED, name, FULL) for name in KINDS if name != FULL]
+
+    def predicted(self, variant, what, threads):
+        costs = known_costs().get(("cpu", torch.float32))
+        return costs and costs.seconds(KINDS[variant], work_of(self.size), what, threads)

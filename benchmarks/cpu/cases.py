@@ -54,5 +54,8 @@ class Case:
     def unfit(self, variant: str, what: str) -> str | None:
         """Why a variant is not tried in this pass, if so."""
 
+    def predicted(self, variant: str, what: str, threads: int) -> float | None:
+        """Seconds that the library's cost model expects, where it knows the variant."""
+
     def error(self, call: Callable) -> float | None:
         """How far off the result of a forward is, where that is asked."""

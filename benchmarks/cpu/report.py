@@ -18,6 +18,7 @@ from .layers import Growth
 from .timing import spread
 
 MOST_GROWTH = 1.1  # exponent of time over tokens at a fixed number of routed keys
+PREDICTED = 0.25  # of the measured time, what a prediction may be off
 HOW = (
     "Medians (quartiles) of rounds in which all variants of a case take turns; a ratio is taken "
     "in every round: "
@@ -37,7 +38,8 @@ ABOUT = {
     ),
     "selection": ("The k largest of each row, without gradients."),
     "attention": (
-        "The operator alone: window ∪ routed keys against all keys; size, heads x width, batch."
+        "The operator alone, window ∪ routed keys against all keys, and the swap, which chooses "
+        "its keys; size, heads x width, batch."
     ),
     "layers": (
         "64 channels, 2 heads x 32, batch 1, float32, norm and projections included. The number "
@@ -111,8 +113,9 @@ def _group(rows: list[dict]) -> list[str]:
     take."""
     speeds = [ratio for row in rows for ratio in row["ratios"] if ratio["kind"] == SPEED]
     ours = list(dict.fromkeys(ratio["ours"] for ratio in speeds))
-    errors = any(
-        entry.get("error") is not None for row in rows for entry in row["variants"].values()
+    entries = [entry for row in rows for entry in row["variants"].values()]
+    errors, foretold = (
+        any(entry.get(key) is not None for entry in entries) for key in ("error", "predicted")
     )
 
     # a line for each variant
@@ -133,6 +136,8 @@ def _group(rows: list[dict]) -> list[str]:
             cells.append(
                 "–" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 2**20:.1f}"
             )
+            if foretold:
+                cells.insert(4, "–" if not entry.get("predicted") else predicted(entry))
             if errors:
                 cells.append("–" if entry.get("error") is None else f"{entry['error']:.1e}")
             cells += [ratios.get((mine, name), "–") for mine in ours]
@@ -144,12 +149,32 @@ def _group(rows: list[dict]) -> list[str]:
         "pass",
         "variant",
         "ms",
+        *(["predicted ms"] if foretold else []),
         "MiB",
         *(["error"] if errors else []),
         *(f"over {n}" for n in ours),
         "note",
     ]
     return table(header, lines)
+
+
+def predicted(entry: dict) -> str:
+    """By the cost model, and what that is of the measured time."""
+    share = entry["predicted"] / entry["median"]
+    return f"{1e3 * entry['predicted']:.3g} ({share:.0%})"
+
+
+def foretold(rows: list[dict]) -> str | None:
+    """How many rows the cost model predicts well."""
+    entries = [entry for row in rows for entry in row["variants"].values()]
+    shares = [e["predicted"] / e["median"] for e in entries if e.get("predicted") and "median" in e]
+    near = sum(abs(share - 1) <= PREDICTED for share in shares)
+    if not shares:
+        return None
+    return (
+        f"The library's cost model predicts {near} of {len(shares)} times within {PREDICTED:.0%} "
+        "of what was measured."
+    )
 
 
 def markdown(report: dict) -> str:
@@ -213,6 +238,7 @@ def markdown(report: dict) -> str:
                 "",
                 f"{about} {threads.capitalize()}.",
                 "",
+                *([text, ""] if (text := foretold(some)) else []),
                 *_group(some),
             ]
     return "\n".join(lines) + "\n"

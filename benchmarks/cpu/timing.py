@@ -133,6 +133,7 @@ class Timer:
         failed |= more
         for name, raw in times.items():
             found[name] |= {**spread(raw), "raw": raw, "error": errors.get(name)}
+            found[name]["predicted"] = case.predicted(name, what, threads)
         for name, why in failed.items():
             found[name]["note"] = f"failed: {why}"
         return {
