@@ -1,10 +1,16 @@
 """Settings chosen layer by layer: the fastest whose error, measured, is small enough."""
 
 import dataclasses
+import json
+import math
+import os
+import reprlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +18,7 @@ from torch import Tensor, nn
 
 from ..checks import check_int, check_positive
 from ..ops.dtypes import wide_dtype
+from ..store import save_atomically
 from .batches import check_batches, run_batch
 from .config import RoutedAttentionConfig
 from .full import full_attention
@@ -20,6 +27,7 @@ from .report import RoutedAttentionReport
 from .reroute import RoutedLayer
 from .verb import apply, plan, route_attention, routed_layers, unroute_attention
 from .window import check_window, window_of_grid
+from .wrappers import models_of
 
 __all__ = ["CALIBRATED", "Calibration", "calibrate_routing"]
 
@@ -30,6 +38,8 @@ CALIBRATED = tuple(
     )
 )
 """The settings that are tried by default."""
+_HELD_OUT = 64  # queries that would tell the error without the others
+_SAME = 1e-4  # of a squared norm, relative: sums in another order differ by less
 
 
 class Calibration(NamedTuple):
@@ -39,31 +49,86 @@ class Calibration(NamedTuple):
         config: its configuration; None: full attention.
         error: relative L2 error of its attention, over all inputs.
         speedup: seconds of full attention over its own, of the attention alone.
+        expected_error: the same of 64 queries, which would have told it with no full attention but
+            their own. They are not the router's probes: keys are chosen by those, so that they see
+            too little of the error.
     """
 
     config: RoutedAttentionConfig | None
     error: float
     speedup: float
+    expected_error: float
 
     def __str__(self) -> str:
         how = self.config
         window = "x".join(map(str, how.window_size))
         return (
             f"{how.router}, window {window}, keys {how.num_heavy_tokens_kv:.4g}, "
-            f"error {self.error:.2g}, {self.speedup:.1f} times as fast"
+            f"error {self.error:.2g} ({self.expected_error:.2g} expected), "
+            f"{self.speedup:.1f} times as fast"
         )
+
+
+class _Findings:
+    """What was measured of each layer, call by call, and the file that keeps it.
+
+    Args:
+        path: written after each call of a layer; one that is there is gone on with. None: no file.
+        about: what a file must agree with, by the name of the argument that it depends on.
+    """
+
+    def __init__(self, path: str | os.PathLike | None, about: dict[str, Any]):
+        self.path, self.about = None if path is None else Path(path), about
+        # (3, 1 + settings) of each call: squared norm of full attention and squared errors of the
+        # settings; the same at a few queries; seconds of all; NaN: a setting does not fit
+        self.calls: dict[str, list[list[list[float]]]] = {}
+        if self.path is not None and self.path.exists():
+            self.calls = self._read()
+
+    def call(self, name: str, number: int) -> list[list[float]] | None:
+        """What is known of a call of a layer, counted from 0."""
+        calls = self.calls.get(name, [])
+        return calls[number] if number < len(calls) else None
+
+    def add(self, name: str, found: Tensor) -> None:
+        self.calls.setdefault(name, []).append(found.tolist())
+        if self.path is not None:
+            text = json.dumps(self.about | {"calls": self.calls})
+            save_atomically(self.path, lambda part: part.write_text(text))
+
+    def total(self, name: str, count: int) -> Tensor:
+        """Over the first ``count`` calls of a layer."""
+        return torch.tensor(self.calls[name][:count], dtype=torch.float64).sum(0)
+
+    def _read(self) -> dict[str, list]:
+        try:
+            before = json.loads(self.path.read_text())
+            calls, shape = before["calls"], (3, 1 + len(before["settings"]))
+            if any(torch.tensor(found).shape[1:] != shape for found in calls.values()):
+                raise ValueError("its numbers are not of its settings")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"checkpoint: {self.path} is damaged or not of calibrate_routing: {error!r}"
+            ) from error
+        for name, value in self.about.items():
+            if (was := before.get(name)) != value:
+                was, value = reprlib.repr(was), reprlib.repr(value)
+                raise ValueError(
+                    f"{name}: expected that of the checkpoint {self.path}, {was}, got {value}"
+                )
+        return calls
 
 
 class _Trials:
     """Stands in for the routed attention of a layer: gives full attention's output, and tries all
     settings on the same q, k, v."""
 
-    def __init__(self, settings: Sequence[RoutedAttentionConfig], repeats: int):
+    def __init__(
+        self, settings: Sequence[RoutedAttentionConfig], repeats: int, findings: _Findings
+    ):
         self.attentions = [config.attention() for config in settings]
-        self.repeats = repeats
-        # of a layer, summed over its calls: squared norm of full attention and squared errors of
-        # the settings, and the seconds of all; NaN: a setting does not fit
-        self.found: dict[RoutedLayer, Tensor] = {}
+        self.repeats, self.findings = repeats, findings
+        self.numbers: Counter[str] = Counter()  # calls of each layer so far
 
     def __call__(self, layer: RoutedLayer, q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
         how |= {"features": None}
@@ -82,38 +147,53 @@ class _Trials:
                 more = {}
             calls[i] = partial(attention, q, k, v, **how, **more)
 
+        # measured already?
+        exact, number = calls[0](), self.numbers[layer.name]
+        norms = _squares(exact.to(wide_dtype(q)), mask)
+        self.numbers[layer.name] += 1
+        if (known := self.findings.call(layer.name, number)) is not None:
+            norm = norms[0].item()
+            if not math.isclose(known[0][0], norm, rel_tol=_SAME):
+                raise ValueError(
+                    f"inputs: expected those of the checkpoint {self.findings.path}, and the same "
+                    f"weights: the squared norm of full attention in {layer.name} was "
+                    f"{known[0][0]:.6g}, got {norm:.6g}"
+                )
+            return exact
+
         # in turns: what they take, and at first what they get wrong
-        found = torch.full((2, 1 + len(self.attentions)), float("nan"), dtype=torch.float64)
-        exact = calls[0]()
+        found = torch.full((3, 1 + len(self.attentions)), float("nan"), dtype=torch.float64)
+        found[:2, 0] = norms
         for turn in range(self.repeats):
             for i, call in calls.items():
                 out, seconds = _timed(call, q.device)
-                if turn == 0:
-                    wide = out.to(wide_dtype(q))
-                    found[0, i] = _square(wide if i == 0 else wide - exact.to(wide.dtype), mask)
-                found[1, i] = seconds if turn == 0 else min(seconds, found[1, i].item())
-        self.found[layer] = self.found.get(layer, 0) + found
+                if turn == 0 and i > 0:
+                    error = out.to(wide_dtype(q)) - exact.to(wide_dtype(q))
+                    found[:2, i] = _squares(error, mask)
+                found[2, i] = seconds if turn == 0 else min(seconds, found[2, i].item())
+        self.findings.add(layer.name, found)
         return exact
 
     def best(
         self,
-        layer: RoutedLayer,
+        name: str,
         settings: Sequence[RoutedAttentionConfig],
         tolerance: float,
         min_speedup: float,
     ) -> Calibration:
         """The fastest setting of small enough an error, or full attention."""
-        (norm, *squares), (full, *times) = self.found[layer].tolist()
-        best = Calibration(None, 0.0, 1.0)
-        for config, square, seconds in zip(settings, squares, times, strict=True):
-            error, speedup = (square / max(norm, 1e-30)) ** 0.5, full / max(seconds, 1e-12)
-            if error <= tolerance and speedup >= max(min_speedup, best.speedup):
-                best = Calibration(config, error, speedup)
+        squares, few, seconds = self.findings.total(name, self.numbers[name])
+        error, expected = ((x[1:] / x[0].clamp_min(1e-30)).sqrt().tolist() for x in (squares, few))
+        speedup = (seconds[0] / seconds[1:].clamp_min(1e-12)).tolist()
+        best = Calibration(None, 0.0, 1.0, 0.0)
+        for one in map(Calibration, settings, error, speedup, expected):
+            if one.error <= tolerance and one.speedup >= max(min_speedup, best.speedup):
+                best = one
         return best
 
 
 def calibrate_routing(
-    model: nn.Module,
+    model: Any,
     inputs: Iterable[Tensor | Mapping[str, Any]],
     *,
     tolerance: float = 0.02,
@@ -121,6 +201,7 @@ def calibrate_routing(
     min_tokens: int = 1024,
     min_speedup: float = 1.1,
     repeats: int = 2,
+    checkpoint: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> RoutedAttentionReport:
     """Route each layer of a model in the fastest way whose error on these inputs is small enough,
@@ -132,15 +213,19 @@ def calibrate_routing(
     outputs, on other inputs than these.
 
     Args:
-        model: a timm, transformers or diffusers model that is not routed. Its mode comes back as it
-            was.
+        model: a timm, transformers or diffusers model, or a diffusers pipeline, that is not routed.
+            Its mode comes back as it was.
         inputs: what ``model`` takes, on its device: tensors, or mappings of its arguments by name.
-            A few are enough, of the size and kind that it will see.
+            A few are enough, of the size and kind that it will see. Of a pipeline, mappings such as
+            ``{"prompt": "a river", "num_inference_steps": 4, "generator": ...}``: layers are tried
+            on the inputs of its own denoising, at every step.
         tolerance: the largest relative L2 error of a layer's attention, over all inputs.
         settings: configurations to try, or their arguments, without ``layers`` or ``schedule``.
         min_tokens: maps of fewer tokens keep full attention.
         min_speedup: of the attention alone; a layer that gains less keeps full attention.
         repeats: how often each is timed; the least counts.
+        checkpoint: file to write after each layer, and to go on from if it is there. It serves any
+            ``tolerance`` and ``min_speedup``. Inputs must be the same: seed a pipeline's generator.
         progress: show a bar over the inputs.
 
     Returns:
@@ -149,7 +234,8 @@ def calibrate_routing(
 
     Raises:
         TypeError, ValueError: for an argument that does not fit; if no input reaches a map of
-            ``min_tokens``; the model is then as it was.
+            ``min_tokens``; for a checkpoint of another model, of other inputs or settings, or that
+            is damaged. The model is then as it was.
     """
     try:
         from tqdm.auto import tqdm
@@ -157,7 +243,8 @@ def calibrate_routing(
         raise ImportError("calibrate_routing needs tqdm: pip install tqdm") from error
 
     # checks
-    check_batches(model, inputs)
+    wholes = [model] if isinstance(model, nn.Module) else list(models_of(model).values())
+    check_batches(inputs)
     check_positive("tolerance", tolerance)
     check_positive("min_speedup", min_speedup)
     check_int("repeats", repeats)
@@ -165,12 +252,16 @@ def calibrate_routing(
     route_attention(model, settings[0], min_tokens=min_tokens)
 
     # every layer on every input
-    trials, modes = _Trials(settings, repeats), {m: m.training for m in model.modules()}
+    modes = {m: m.training for whole in wholes for m in whole.modules()}
     try:
         layers = routed_layers(model)
+        about = {"model": [type(model).__name__, *layers], "repeats": repeats}
+        about["settings"] = [str(config) for config in settings]
+        trials = _Trials(settings, repeats, _Findings(checkpoint, about))
         for layer in layers.values():
             layer.teacher = trials
-        model.eval()
+        for whole in wholes:
+            whole.eval()
         with torch.no_grad():
             for batch in tqdm(inputs, desc="calibrate", disable=not progress):
                 run_batch(model, batch)
@@ -179,9 +270,9 @@ def calibrate_routing(
         for module, mode in modes.items():
             module.training = mode
     found = {
-        name: trials.best(layer, settings, tolerance, min_speedup)
-        for name, layer in layers.items()
-        if layer in trials.found
+        name: trials.best(name, settings, tolerance, min_speedup)
+        for name in layers
+        if trials.numbers[name]
     }
     if not found:
         raise ValueError(f"inputs: none reached a map of at least {min_tokens} tokens")
@@ -237,6 +328,10 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _square(x: Tensor, mask: Tensor | None) -> float:
-    """Squared norm of x (B, heads, N, head_dim) at the tokens of ``mask`` (B, N)."""
-    return (x if mask is None else x * mask[:, None, :, None]).square().sum().item()
+def _squares(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(2,), squared norm of x (B, heads, N, head_dim) at the tokens of ``mask`` (B, N), and at a
+    few of them."""
+    x = x if mask is None else x * mask[:, None, :, None]
+    by_token = x.square().sum((0, 1, 3)).cpu().double()
+    few = torch.randperm(len(by_token), generator=torch.Generator().manual_seed(0))[:_HELD_OUT]
+    return torch.stack([by_token.sum(), by_token[few].sum()])

@@ -157,6 +157,9 @@ def distill_routers(
     schedule gives them. In a process group the processes' gradients are averaged; the first one
     shows the bar and saves.
 
+    The gain is small: in a ViT 7 % of a layer's expected squared error, as of 7 % more keys. The
+    outputs of two networks got better at some sizes and worse at others. Compare yours.
+
     Args:
         model: a timm, transformers or diffusers model through
             :func:`~colt5_vision.route_attention` with ``router="learned"``. Its mode and its
@@ -188,7 +191,9 @@ def distill_routers(
         raise ImportError("distill_routers needs tqdm: pip install tqdm") from error
 
     # checks
-    check_batches(model, inputs)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a model, such as pipe.unet, got {type(model).__name__}")
+    check_batches(inputs)
     for name, value in (("steps", steps), ("num_queries", num_queries), ("save_every", save_every)):
         check_int(name, value)
     check_int("seed", seed, minimum=0)

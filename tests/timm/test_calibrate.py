@@ -77,6 +77,7 @@ def test_the_fastest_that_is_exact_enough_is_taken(monkeypatch):
             found = report.calibration[name]
             assert found.error <= tolerance and found.speedup == 2 / keys
             assert f"{found.speedup:.1f} times as fast" in str(report)
+            assert f"{found.error:.2g} ({found.expected_error:.2g} expected)" in str(report)
         unroute_attention(model)
 
 
@@ -107,6 +108,23 @@ def test_the_error_is_that_of_the_layer_alone(monkeypatch):
     for name, error in seen.items():
         assert report.calibration[name].error == pytest.approx(error.item(), rel=1e-4)
         assert error > 1e-2
+
+
+def test_a_few_queries_tell_about_the_error_of_all(monkeypatch):
+    """Of every router."""
+    seconds(monkeypatch, by_keys)
+    how = {"settings": [SETTINGS[0], SETTINGS[2]], "tolerance": 1e3, "min_tokens": 1}
+    for router in (0, 2):
+        own = how | {"settings": [SETTINGS[router]]}
+        report = calibrate_routing(vit(), images(), **own, progress=False)
+        for found in report.calibration.values():
+            assert found.error / 1.5 < found.expected_error < 1.5 * found.error
+            assert found.error != found.expected_error
+    with monkeypatch.context() as all_queries:
+        all_queries.setattr(calibrate, "_HELD_OUT", 10_000)
+        report = calibrate_routing(vit(), images(), **how, progress=False)
+    for found in report.calibration.values():
+        assert found.expected_error == pytest.approx(found.error, rel=1e-12)
 
 
 def test_layers_choose_for_themselves_and_are_saved_so(monkeypatch, tmp_path):
@@ -162,6 +180,87 @@ def test_nothing_gains_and_nothing_is_routed(monkeypatch):
         assert not report and len(report.exact) == 3 and not routed_layers(model)
         assert model.training and all(module.training for module in model.modules())
         assert torch.equal(model.eval()(image), expected)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_run_that_was_interrupted_goes_on_after_the_last_layer(monkeypatch, tmp_path):
+    """Each layer's findings are on the disk when the next begins, and are not measured again."""
+    path, timed = tmp_path / "calibration.json", []
+
+    def of(attention):
+        timed.append(attention)
+        if len(timed) == stop:
+            raise Stop
+        return by_keys(attention)
+
+    seconds(monkeypatch, of)
+    how = {"settings": SETTINGS, "min_tokens": 1, "tolerance": 10.0, "repeats": 1}
+    how |= {"progress": False}
+    per_layer, stop = 1 + len(SETTINGS), None
+    whole = calibrate_routing(vit(), images(), **how, checkpoint=tmp_path / "whole.json")
+    assert len(timed) == 2 * 3 * per_layer
+
+    # in the second layer of the second input
+    model, timed[:] = vit(), []
+    stop = 4 * per_layer + 2
+    with pytest.raises(Stop):
+        calibrate_routing(model, images(), **how, checkpoint=path)
+    assert not routed_layers(model) and model.training
+    timed[:], stop = [], None
+    report = calibrate_routing(model, images(), **how, checkpoint=path)
+    assert len(timed) == 2 * per_layer
+    assert report.calibration == whole.calibration and report == whole
+    unroute_attention(model)
+
+    # all is known: another tolerance measures nothing, fewer inputs are not those of the others
+    timed.clear()
+    report = calibrate_routing(model, images(), **how | {"tolerance": 1e-4}, checkpoint=path)
+    assert not timed
+    assert {found.config.num_heavy_tokens_kv for found in report.calibration.values()} == {1.0}
+    unroute_attention(model)
+    one = calibrate_routing(model, images(1), **how, checkpoint=path)
+    unroute_attention(model)
+    assert not timed
+    assert one.calibration == calibrate_routing(model, images(1), **how).calibration
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"settings": SETTINGS[:2]}, "settings: expected that of the checkpoint"),
+        ({"min_tokens": 2}, "settings: expected that of the checkpoint"),
+        ({"repeats": 2}, "repeats: expected that of the checkpoint"),
+        ({"model": lambda: torch.nn.Sequential(vit())}, "model: expected that of the checkpoint"),
+        ({"inputs": images(2)[1:]}, "inputs: expected those of the checkpoint"),
+        ({"seed": 1}, "and the same weights: .*blocks.0.attn"),
+        ({"text": "{"}, "checkpoint: .*is damaged or not of calibrate_routing"),
+        ({"text": "[]"}, "checkpoint: .*is damaged or not of calibrate_routing"),
+        ({"cut": "blocks.1.attn"}, "checkpoint: .*is damaged or not of calibrate_routing"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(change, match, tmp_path):
+    path = tmp_path / "calibration.json"
+    how = {"settings": SETTINGS, "min_tokens": 1, "repeats": 1, "progress": False}
+    calibrate_routing(vit(), images(1), **how, checkpoint=path)
+    before = path.read_text()
+    if "cut" in change:
+        about = json.loads(before)
+        about["calls"][change.pop("cut")][0][1].pop()
+        path.write_text(json.dumps(about))
+    path.write_text(change.pop("text", path.read_text()))
+
+    model = change.pop("model", vit)()
+    if change.pop("seed", 0):
+        for parameter in model.parameters():
+            parameter.data *= 1.01
+    inputs, text = change.pop("inputs", images(1)), path.read_text()
+    with pytest.raises(ValueError, match=match):
+        calibrate_routing(model, inputs, **how | change, checkpoint=path)
+    assert path.read_text() == text
+    assert not routed_layers(model) and model.training
 
 
 def test_times_are_measured(monkeypatch):

@@ -6,6 +6,7 @@ import torch
 from transformers import masking_utils
 
 from colt5_vision import (
+    calibrate_routing,
     load_routing,
     route_attention,
     routed_layers,
@@ -13,7 +14,7 @@ from colt5_vision import (
     unroute_attention,
 )
 from colt5_vision.models.transformers_adapter import TOWERS
-from colt5_vision.swap import call, probes, reroute
+from colt5_vision.swap import calibrate, call, probes, reroute
 from tests.support.swap_cases import trace
 from tests.support.transformers_cases import CASES, build, run
 
@@ -172,3 +173,19 @@ def test_a_mask_of_pairs_is_not_taken_for_one_of_keys(name):
         found = run(model, inputs)
     assert torch.equal(found, expected)
     assert not report.calls.routed and report.calls.exact.total() == len(report)
+
+
+@every
+def test_layers_are_calibrated_on_their_own_inputs(case, monkeypatch):
+    """With every setting fast, the least exact that is exact enough is not taken, all keys are."""
+    monkeypatch.setattr(probes, "_PROBES", 2)
+    monkeypatch.setattr(
+        calibrate, "_timed", lambda call, _: (call(), 0.5 if hasattr(call, "func") else 1.0)
+    )
+    model, inputs = build(case), case.inputs()
+    expected = run(model, inputs)
+    settings = [{"window_size": 3, "num_heavy_tokens_kv": keys} for keys in (1 / 4, 1.0)]
+    how = {"settings": settings, "min_tokens": 0, "tolerance": 1e-4, "progress": False}
+    report = calibrate_routing(model, [inputs], **how)
+    assert report and set(report.calibration) == set(routed_layers(model))
+    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-3, atol=1e-3)
