@@ -38,7 +38,7 @@ CALIBRATED = tuple(
     )
 )
 """The settings that are tried by default."""
-_HELD_OUT = 64  # queries that would tell the error without the others
+_HELD_OUT = 256  # queries that would tell the error without the others
 _SAME = 1e-4  # of a squared norm, relative: sums in another order differ by less
 
 
@@ -49,7 +49,7 @@ class Calibration(NamedTuple):
         config: its configuration; None: full attention.
         error: relative L2 error of its attention, over all inputs.
         speedup: seconds of full attention over its own, of the attention alone.
-        expected_error: the same of 64 queries, which would have told it with no full attention but
+        expected_error: the same of 256 queries, which would have told it with no full attention but
             their own. They are not the router's probes: keys are chosen by those, so that they see
             too little of the error.
     """
@@ -255,7 +255,8 @@ def calibrate_routing(
     modes = {m: m.training for whole in wholes for m in whole.modules()}
     try:
         layers = routed_layers(model)
-        about = {"model": [type(model).__name__, *layers], "repeats": repeats}
+        about = {"format": [1, _HELD_OUT], "model": [type(model).__name__, *layers]}
+        about["repeats"] = repeats
         about["settings"] = [str(config) for config in settings]
         trials = _Trials(settings, repeats, _Findings(checkpoint, about))
         for layer in layers.values():

@@ -114,6 +114,7 @@ def test_a_few_queries_tell_about_the_error_of_all(monkeypatch):
     """Of every router."""
     seconds(monkeypatch, by_keys)
     how = {"settings": [SETTINGS[0], SETTINGS[2]], "tolerance": 1e3, "min_tokens": 1}
+    monkeypatch.setattr(calibrate, "_HELD_OUT", 64)  # of 101
     for router in (0, 2):
         own = how | {"settings": [SETTINGS[router]]}
         report = calibrate_routing(vit(), images(), **own, progress=False)
@@ -233,6 +234,7 @@ def test_a_run_that_was_interrupted_goes_on_after_the_last_layer(monkeypatch, tm
         ({"settings": SETTINGS[:2]}, "settings: expected that of the checkpoint"),
         ({"min_tokens": 2}, "settings: expected that of the checkpoint"),
         ({"repeats": 2}, "repeats: expected that of the checkpoint"),
+        ({"format": [0, 1]}, "format: expected that of the checkpoint"),
         ({"model": lambda: torch.nn.Sequential(vit())}, "model: expected that of the checkpoint"),
         ({"inputs": images(2)[1:]}, "inputs: expected those of the checkpoint"),
         ({"seed": 1}, "and the same weights: .*blocks.0.attn"),
@@ -250,6 +252,8 @@ def test_a_file_of_something_else_is_refused(change, match, tmp_path):
         about = json.loads(before)
         about["calls"][change.pop("cut")][0][1].pop()
         path.write_text(json.dumps(about))
+    if "format" in change:
+        path.write_text(json.dumps(json.loads(before) | {"format": change.pop("format")}))
     path.write_text(change.pop("text", path.read_text()))
 
     model = change.pop("model", vit)()
