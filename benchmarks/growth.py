@@ -26,7 +26,7 @@ from benchmarks.gpu.measure import PASSES, Map, both
 from colt5_vision.ops import routed_window_attention
 from colt5_vision.swap.grouped import GroupedAttention
 from colt5_vision.swap.sampled import SampledAttention
-from examples.support.measure import table
+from support.measure import table
 
 PARTS = ("operator", "layer, softmax", "layer, sum", "swap, sampled", "swap, grouped")
 SIDES, KEYS = (64, 128, 256, 512), 1024

@@ -29,7 +29,7 @@ from colt5_vision._torch_internals import flash_cpu
 from colt5_vision.ops import routed_window_attention
 from colt5_vision.swap.grouped import GroupedAttention
 from colt5_vision.swap.sampled import SampledAttention
-from examples.support.measure import table
+from support.measure import table
 
 from .cases import CPU
 from .report import machine

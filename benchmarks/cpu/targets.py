@@ -21,7 +21,7 @@ from benchmarks.diffusion import layer as diffusion_layer
 from benchmarks.gpu.attention import inputs, pairs
 from benchmarks.gpu.measure import PASSES, Map, both
 from colt5_vision import RoutedAttentionConfig, route_attention
-from examples.support.measure import table
+from support.measure import table
 
 from .cases import CPU
 from .fit import calls_of

@@ -12,14 +12,13 @@ from it.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from colt5_vision.store import save_atomically
+from benchmarks.rows import Rows
 from support.command_line import UserError, at_least_one, exit_status
 from support.photos import find_photos, skimage_photo
 
@@ -28,31 +27,7 @@ from .layer import Layer
 from .methods import METHODS
 from .networks import Network
 
-_KEY = ("network", "size", "input", "layer", "density", "method", "draw")
-
-
-class Rows:
-    """Rows by what they are of, each written when it is measured."""
-
-    def __init__(self, path: Path, resume: bool):
-        self.path, self.rows = path, []
-        for line in path.read_text().splitlines() if resume and path.is_file() else ():
-            try:
-                self.rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # cut short
-        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        save_atomically(path, lambda part: part.write_text(lines))
-        self.known = {tuple(row[name] for name in _KEY) for row in self.rows}
-
-    def has(self, **of) -> bool:
-        return tuple(of[name] for name in _KEY) in self.known
-
-    def add(self, row: dict) -> None:
-        self.rows.append(row)
-        self.known.add(tuple(row[name] for name in _KEY))
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+KEY = ("network", "size", "input", "layer", "density", "method", "draw")
 
 
 def single(net: Network, size: int, name: str, args, rows: Rows) -> None:
@@ -98,7 +73,7 @@ def study(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     stem = Path(args.output) / "rivals_cpu"
     stem.parent.mkdir(parents=True, exist_ok=True)
-    rows = Rows(stem.with_suffix(".jsonl"), args.resume)
+    rows = Rows(stem.with_suffix(".jsonl"), KEY, args.resume)
     photos = {path.stem: path for path in args.photos}
     try:
         for kind in args.networks:

@@ -13,6 +13,7 @@ from benchmarks.rivals import blocks, measure, report
 from benchmarks.rivals.layer import Layer, label
 from benchmarks.rivals.methods import METHODS
 from benchmarks.rivals.networks import Network
+from benchmarks.rows import Rows
 
 GRID, PREFIX = (34, 29), 1
 every = pytest.mark.parametrize("name", METHODS)
@@ -85,7 +86,7 @@ class Alone:
 def test_rows_are_measured_once_and_a_run_goes_on(tmp_path, monkeypatch):
     args = SimpleNamespace(densities=[0.4], methods=["PISA 0", "ToDo"], layers=None, draws=1)
     net = Alone().net
-    rows = command.Rows(tmp_path / "rivals_cpu.jsonl", False)
+    rows = Rows(tmp_path / "rivals_cpu.jsonl", command.KEY, False)
     command.single(net, 12, "a", args, rows)
     command.whole(net, 12, "a", args, rows)
     assert len(rows.rows) == 2 * 2 + 2
@@ -97,7 +98,7 @@ def test_rows_are_measured_once_and_a_run_goes_on(tmp_path, monkeypatch):
     # a line that was cut short is measured again, the others are not
     lines = rows.path.read_text().splitlines()
     rows.path.write_text("\n".join([*lines[:-1], lines[-1][:20]]))
-    again = command.Rows(rows.path, True)
+    again = Rows(rows.path, command.KEY, True)
     assert again.rows == rows.rows[:-1]
     monkeypatch.setattr(measure, "attention", lambda *_: pytest.fail("measured twice"))
     command.single(net, 12, "a", args, again)
