@@ -122,7 +122,8 @@ class Variant(SampledAttention):
         if self.recipe.correct == "all":
             return (exact - estimate).mean(2, keepdim=True).expand(-1, -1, q.shape[2] - prefix, -1)
         valid = torch.ones(1, 1, len(probe.rows), 1, dtype=torch.bool)
-        return correction(Probes(probe.rows, valid, exact, torch.empty(0)), estimate, q, prefix)
+        known = Probes(probe.rows, valid, exact, torch.empty(0))
+        return correction(known, estimate, q, prefix)[:, :, prefix:]
 
     def choose(
         self, q: Tensor, k: Tensor, v: Tensor, *, grid_size, num_prefix_tokens: int, scale=None

@@ -113,12 +113,14 @@ def dispersed_rank(height: int, width: int, device, offset: int = 0) -> Tensor:
 def morton_order(height: int, width: int, device) -> Tensor:
     """(N,) raster indices along a Z-order curve: neighbours in the order are mostly neighbours in
     the map."""
-    y = torch.arange(height, device=device).unsqueeze(1)
-    x = torch.arange(width, device=device).unsqueeze(0)
-    code = torch.zeros((), dtype=torch.int64, device=device)
-    for bit in range(16):  # maps up to 65536 on a side
-        code = code | ((x >> bit) & 1) << (2 * bit) | ((y >> bit) & 1) << (2 * bit + 1)
-    return code.reshape(-1).argsort()
+
+    def spread(side: int) -> Tensor:  # bit i to bit 2 i
+        place = torch.arange(side, device=device)
+        # maps up to 65536 on a side
+        bits = [((place >> bit) & 1) << (2 * bit) for bit in range(16)]
+        return torch.stack(bits).sum(0)
+
+    return (2 * spread(height).unsqueeze(1) + spread(width)).reshape(-1).argsort()
 
 
 def hashed_uniform(num: int, seed: int, device) -> Tensor:

@@ -102,10 +102,10 @@ def probe(
             attention = logits.softmax(-1)
             outs.append(attention @ value)
             valids.append(sees)
-            squared = squared + (attention[..., prefix:] * (beyond[part] & sees)).square().sum(2)
+            squared = squared + attention[..., prefix:].square().mul_(beyond[part] & sees).sum(2)
         value, weight = value[:, :, prefix:], squared.sqrt().unsqueeze(2)
         mean = weight @ value / weight.sum(-1, keepdim=True).clamp_min(tiny)
-        square = over_heads(squared * (value - mean).square().sum(-1), group)
+        square = over_heads(squared * (value - mean).square_().sum(-1), group)
         importance = square.clamp_min(tiny).log() / 2
     return Probes(rows, torch.cat(valids, 2), torch.cat(outs, 2), importance)
 
@@ -122,14 +122,14 @@ def correction(probes: Probes, estimate: Tensor, q: Tensor, num_prefix_tokens: i
         q: (B, heads, P + N, head_dim).
 
     Returns:
-        (B, heads, N, head_dim), in the dtype of ``q``.
+        (B, heads, P + N, head_dim), in the dtype of ``q``; 0 for the prefix tokens.
 
     Source: kernel regression (Nadaraya 1964, Watson 1964), with a Gaussian kernel.
     """
-    wide, image = probes.out.dtype, q[:, :, num_prefix_tokens:]
+    wide, prefix = probes.out.dtype, num_prefix_tokens
     with without_autocast(q.device.type):
         error = (probes.out - estimate.to(wide)).masked_fill(~probes.valid, 0)
-        query = image[:, :, probes.rows].to(wide).masked_fill(~probes.valid, 0)
+        query = q[:, :, probes.rows + prefix].to(wide).masked_fill(~probes.valid, 0)
         count = probes.valid.sum(2, keepdim=True).clamp_min(1)
         mean = query.sum(2, keepdim=True) / count
         key = (query - mean).masked_fill(~probes.valid, 0)
@@ -139,13 +139,20 @@ def correction(probes: Probes, estimate: Tensor, q: Tensor, num_prefix_tokens: i
         # queries that are all zero are all alike
         alike = spread < torch.finfo(wide).tiny ** 0.5
         unit = spread.masked_fill(alike, 1).rsqrt().masked_fill(alike, 0)
-        image = (image.to(wide) - mean) * unit
-        far = image.norm(dim=-1, keepdim=True)
-        image = (image * (_FARTHEST / far).clamp_max(1)).to(q.dtype)
-        key = (2 * _SHARPNESS * unit * key).to(q.dtype)
+
         # -sharpness |q - q_p|², in that unit, but for what is the same for all probes
-        bias = (-_SHARPNESS * unit.square() * square).to(q.dtype)
-        bias = bias.masked_fill(~probes.valid, torch.finfo(q.dtype).min).mT
-        return scaled_dot_product_attention(
-            image, key, error.to(q.dtype), attn_mask=bias, scale=1.0
-        )
+        key = 2 * _SHARPNESS * unit * key
+        bias = (-_SHARPNESS * unit.square() * square).mT
+        if q.dtype == wide:
+            key = unit * key
+            bias = bias - mean @ key.mT
+        else:  # small numbers, which few digits hold
+            q = (q.to(wide) - mean) * unit
+            far = q.norm(dim=-1, keepdim=True)
+            q = q * (_FARTHEST / far).clamp_max(1)
+        q, key, error, bias = (x.to(estimate.dtype) for x in (q, key, error, bias))
+        bias = bias.masked_fill(~probes.valid.mT, torch.finfo(q.dtype).min)
+        missing = scaled_dot_product_attention(q, key, error, attn_mask=bias, scale=1.0)
+        if prefix:
+            missing[:, :, :prefix] = 0
+        return missing

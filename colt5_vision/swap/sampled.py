@@ -202,6 +202,8 @@ class SampledAttention(nn.Module):
             slots = token_count("num_heavy_tokens_kv", kv_count, q.shape[2] - prefix)
 
         # what a few queries tell that attend to everything
+        if curve is None and self.samples:
+            curve = morton_order(*grid_size, q.device)
         call = {
             "grid_size": grid_size,
             "num_prefix_tokens": prefix,
@@ -337,8 +339,7 @@ class SampledAttention(nn.Module):
         if probes is None:
             return out
         prefix = call["num_prefix_tokens"]
-        missing = correction(probes, out[:, :, probes.rows + prefix], q, prefix)
-        return out + nn.functional.pad(missing, (0, 0, prefix, 0))
+        return out + correction(probes, out[:, :, probes.rows + prefix], q, prefix)
 
     def _attend_some(
         self, q, k, v, routed, probes: Probes | None, count: TokenCount, call: dict, group: Group
@@ -356,7 +357,7 @@ class SampledAttention(nn.Module):
         if probes is not None:
             rows = probes.rows.expand(q.shape[0], -1)
             estimate = routed_window_attention(q, k, v, query_indices=rows, **heavy, **call)
-            index = queries[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+            index = (queries + prefix)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
             missing = correction(probes, estimate[:, :, prefix:], q, prefix).gather(2, index)
             out = out + nn.functional.pad(missing, (0, 0, prefix, 0))
 
