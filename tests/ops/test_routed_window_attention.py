@@ -363,3 +363,16 @@ def test_no_routed_key_but_log_weights():
         "routed_indices": torch.empty(2, 0, dtype=torch.int64),
     }
     assert_same(out_and_grads(operator(**call), inputs), out_and_grads(dense(**call), inputs))
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("queries", [False, True])
+def test_log_weights_without_a_gradient_change_no_other(queries, own):
+    *inputs, weights = *leaves(2, 4, 2 + 35, 8), randn(2, 2, 9, seed=5)
+    call = {"grid_size": (5, 7), "window_size": 3, "num_prefix_tokens": 2, "weight_own_window": own}
+    call["routed_indices"] = distinct((2, 2), 9, 35)
+    if queries:
+        call["query_indices"] = distinct((2,), 11, 35, 7)
+    want = out_and_grads(operator(**call), [*inputs, weights.clone().requires_grad_()])
+    found = out_and_grads(lambda *x: operator(**call)(*x, weights), inputs)
+    assert_same(found, want[: len(found)])

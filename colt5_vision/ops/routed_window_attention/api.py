@@ -106,6 +106,7 @@ def _attention_backward(
     grid: Sequence[int],
     scale: float,
     backend: str = "",
+    with_log_weights: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     backward = _implementation(q, backend).backward
     with torch.autocast(q.device.type, enabled=False):
@@ -121,6 +122,7 @@ def _attention_backward(
             out,
             lse,
             _geometry(grid, scale),
+            with_log_weights,
         )
     if grad_log_weights is None:
         grad_log_weights = q.new_empty(0)
@@ -129,11 +131,23 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(
-    grad, q, k, v, routed, log_weights, key_mask, query_indices, out, lse, grid, scale, backend=""
+    grad,
+    q,
+    k,
+    v,
+    routed,
+    log_weights,
+    key_mask,
+    query_indices,
+    out,
+    lse,
+    grid,
+    scale,
+    backend="",
+    with_log_weights=True,
 ):
-    grad_log_weights = (
-        q.new_empty(0) if log_weights is None else torch.empty_like(log_weights).contiguous()
-    )
+    none = log_weights is None or not with_log_weights
+    grad_log_weights = q.new_empty(0) if none else torch.empty_like(log_weights).contiguous()
     return (*(_empty_head_last(x, x.shape[2]) for x in (q, k, v)), grad_log_weights)
 
 
@@ -148,8 +162,11 @@ def _backward(ctx, grad, _):
         raise NotImplementedError(
             f"{NAME}: its gradient has no forward-mode derivative; {_WAY_OUT}"
         )
-    grads = _attention_backward(grad, *ctx.saved_tensors, ctx.grid, ctx.scale, ctx.backend)
-    grad_log_weights = grads[3] if ctx.needs_input_grad[4] else None
+    weighted = ctx.needs_input_grad[4]
+    grads = _attention_backward(
+        grad, *ctx.saved_tensors, ctx.grid, ctx.scale, ctx.backend, weighted
+    )
+    grad_log_weights = grads[3] if weighted else None
     return *grads[:3], None, grad_log_weights, None, None, None, None, None
 
 

@@ -285,8 +285,9 @@ def backward(
     out: Tensor,
     lse: Tensor,
     geo: Geometry,
+    with_log_weights: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and (if given) log_weights."""
+    """Gradients of q, k, v and (if given and asked for) log_weights."""
     batch, heads = q.shape[:2]
     grad = grad.contiguous()
     plan = _plan(q, routed, log_weights, key_mask, geo)
@@ -316,14 +317,15 @@ def backward(
     )
     grad_q, grad_k, grad_v = (_raster(x, plan, batch) for x in parts)
 
-    grad_log_weights = None if log_weights is None else torch.zeros_like(log_weights)
+    with_log_weights = with_log_weights and log_weights is not None
+    grad_log_weights = torch.zeros_like(log_weights) if with_log_weights else None
     prefix_k = prefix_v = None
     if plan.routed is not None:
         by_window = not geo.weight_own_window and query_indices is None
         query = _windows(q, plan, geo) if by_window else _queries(q, geo, query_indices)
         keys, values = _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
         g, o, l = in_windows if by_window else own
-        if log_weights is not None:
+        if with_log_weights:
             # one more feature, 1 in every query and 0 elsewhere, changes no logit, and its key
             # gradient is the bias's (eight of them, to keep the row alignment of the CUDA kernels)
             query = torch.nn.functional.pad(query, (0, 8), value=1.0)
@@ -336,7 +338,7 @@ def backward(
             dq[at] = part[0]
             for total, each in ((dk, part[1]), (dv, part[2])):
                 total[group.keys] += each if group.spread == 1 else each.sum(0, keepdim=True)
-        if log_weights is not None:
+        if with_log_weights:
             dlog = dk[:, :, geo.prefix :, -1].unflatten(1, (routed.shape[1], -1)).sum(2) / geo.scale
             grad_log_weights = dlog.to(log_weights.dtype)
             dq, dk, dv = (x[..., : q.shape[-1]] for x in (dq, dk, dv))

@@ -321,6 +321,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     geo: Geometry,
+    with_log_weights: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As ``eager.backward``."""
     grad, q, k, v, out = (_dense_rows(x) for x in (grad, q, k, v, out))
@@ -397,7 +398,7 @@ def backward(
         per_window, splits,
         **call.flags("SUBSET", "HAS_ROUTED", "OWN_BIAS"), **options,
     )  # fmt: skip
-    if log_weights is None:
+    if log_weights is None or not with_log_weights:
         return grad_q, grad_k, grad_v, None
     if grad_bias is None:
         return grad_q, grad_k, grad_v, torch.zeros_like(log_weights)
