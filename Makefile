@@ -55,7 +55,7 @@ dist: $(STAMP)
 	$(BIN)/python -m venv --without-pip build/clean
 	$(BIN)/python -m pip --python build/clean install --quiet --no-deps --no-index dist/*.whl
 	cd build/clean && PYTHONPATH=$$($(CURDIR)/$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
-		bin/python -c 'import colt5_vision as c, colt5_vision.models, colt5_vision.pipelines; print(c.__version__, c.__file__)'
+		bin/python -c 'import colt5_vision as c, colt5_vision.models, colt5_vision.pipelines; c.RoutedAttentionConfig().least_tokens(64); print(c.__version__, c.__file__)'
 
 # beside its peers, speed and memory: ten minutes on two quiet cores, then the layer of Stable Diffusion; ARGS=--quick: a minute
 bench: $(STAMP)

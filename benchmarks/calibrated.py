@@ -70,7 +70,8 @@ def study(model: nn.Module, photos: dict[str, Tensor], tolerances: list[float], 
     with torch.inference_mode():
         full, rows, chosen = outputs(), [], []
         for name, how in ROUTED.items():
-            measured(name, lambda how=how: route_attention(model, window_size=14, **how))
+            one = {"window_size": 14, "min_speedup": 0} | how
+            measured(name, lambda one=one: route_attention(model, **one))
         for tolerance in tolerances:
             name = f"calibrated, tolerance {tolerance:g}"
             report = measured(

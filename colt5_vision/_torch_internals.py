@@ -155,6 +155,9 @@ flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_
 efficient = torch.ops.aten._scaled_dot_product_efficient_attention
 efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
 
+# SDPA's plain path, which forward-mode AD can take. If it goes: softmax(scale q kᵀ + mask) v.
+plain_attention = torch.ops.aten._scaled_dot_product_attention_math
+
 
 def registered_operator(name: str, schema: str):
     """What ``torch.library.custom_op`` has made of this name with this schema in this process, or

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.gpu.measure import Map
 
-from . import fit, plots, profile, report, targets
+from . import fit, plots, profile, report
 from .attention import Attention
 from .cases import Case
 from .gates import Gates
@@ -107,6 +107,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args.output = args.output or Path("runs/benchmarks" if args.fit else "benchmarks/results")
     if args.seconds is not None and not args.seconds > 0:
         parser.error(f"--seconds: expected a positive number, got {args.seconds}")
+    if sum((args.fit, args.targets, args.profile, bool(args.only))) > 1:
+        parser.error("--only, --fit, --targets, --profile: expected one of them")
+    if (args.sides or args.parts) and not args.profile:
+        parser.error("--sides, --parts: expected with --profile")
     return args
 
 
@@ -115,6 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.fit:
         return fit.main(args.output / "costs.json", args.quick)
     if args.targets:
+        from . import targets  # whole models: timm, diffusers
+
         return targets.main(args.output, args.quick)
     if args.profile:
         sides = args.sides or (profile.QUICK_SIDES if args.quick else profile.SIDES)

@@ -1,6 +1,6 @@
 """What a network is for, with routed attention in place of its own.
 
-    python -m benchmarks.tasks             # twenty minutes on two cores; --resume goes on
+    python -m benchmarks.tasks             # half an hour on two cores; --resume goes on
     python -m benchmarks.tasks --quick     # a smaller map and one picture of each kind, two minutes
 
 DINOv2's ViT-S/14, whose patch tokens are asked for four things, and a consistency UNet that makes a

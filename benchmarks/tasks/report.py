@@ -38,7 +38,8 @@ def write(rows: list[dict], stem: Path) -> str:
 
 
 def _vit(rows: list[dict]) -> list[str]:
-    head = ["attention", "segments", "alike", "matches", "near", "alike", "salient", "clusters"]
+    head = ["attention", "segments", "segments alike", "matches", "near", "matches alike"]
+    head += ["salient", "clusters"]
     names = ("segments", "segments_alike", "matches", "matches_near", "matches_alike")
     names += ("salient", "clusters")
     inputs = {row["input"] for row in rows if row["task"] == "segments"}

@@ -8,26 +8,43 @@ public SDPA returns no logsumexp, so the kernels behind it are called directly.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._torch_internals import efficient as _efficient
 from .._torch_internals import efficient_backward as _efficient_backward
 from .._torch_internals import flash_cpu as _flash_cpu
 from .._torch_internals import flash_cpu_backward as _flash_cpu_backward
 from .._torch_internals import has_tangent
+from .._torch_internals import plain_attention as _plain
 from .dtypes import wide_dtype
 
 _PLAIN_LOGITS = 1 << 25  # logits held at once by the plain path
 
 
 def scaled_dot_product_attention(
-    query: Tensor, key: Tensor, value: Tensor, *args, **kwargs
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's, by its plain path under forward-mode AD, which its fused kernels refuse."""
-    if has_tangent(query, key, value):
-        with sdpa_kernel(SDPBackend.MATH):
-            return nn.functional.scaled_dot_product_attention(query, key, value, *args, **kwargs)
-    return nn.functional.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+    """torch's, by its plain path under forward-mode AD, which its fused kernels refuse.
+
+    Called directly: ``sdpa_kernel`` switches flags of the whole process, other threads' too.
+    """
+    how = {"scale": scale, "enable_gqa": enable_gqa}
+    if not has_tangent(query, key, value):
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, **how
+        )
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(
+            ~attn_mask, -torch.inf
+        )
+    return _plain(query, key, value, attn_mask, dropout_p, is_causal, None, **how)[0]
 
 
 def masked_logit(query: Tensor) -> float:

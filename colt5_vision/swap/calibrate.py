@@ -234,7 +234,7 @@ def calibrate_routing(
 
     Raises:
         TypeError, ValueError: for an argument that does not fit; if no input reaches a map of
-            ``min_tokens``; for a checkpoint of another model, of other inputs or settings, or that
+            ``min_tokens``; for a checkpoint of another model, device, inputs or settings, or that
             is damaged. The model is then as it was.
     """
     try:
@@ -257,6 +257,8 @@ def calibrate_routing(
         layers = routed_layers(model)
         about = {"format": [1, _HELD_OUT], "model": [type(model).__name__, *layers]}
         about["repeats"] = repeats
+        first = next((p.device.type for whole in wholes for p in whole.parameters()), "cpu")
+        about["device"] = [first, torch.get_num_threads()]
         about["settings"] = [str(config) for config in settings]
         trials = _Trials(settings, repeats, _Findings(checkpoint, about))
         for layer in layers.values():

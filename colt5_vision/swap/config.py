@@ -110,10 +110,11 @@ class RoutedAttentionConfig:
             draws keys for each tile of the map, ``window_size`` its least side, see
             :class:`~colt5_vision.swap.grouped.GroupedAttention`; all tokens query.
         min_tokens: maps of fewer tokens get full attention, and ``min_speedup`` does not matter.
-            None: as many as a layer needs for an expected speed-up of ``min_speedup``; 1024 on a
-            device for which no costs are known, such as a GPU.
+            None: as many as a layer needs for an expected speed-up of ``min_speedup``; 1024 where
+            no costs are known: on a GPU, with ``num_heavy_tokens_q``, for a layer of unknown width,
+            in a ``RoutedAttnProcessor``. ``min_speedup`` does not count there.
         min_speedup: layers with a smaller expected speed-up keep full attention, see
-            :mod:`~colt5_vision.swap.cost`; 0: none does.
+            :mod:`~colt5_vision.swap.cost`, by the settings without a schedule's; 0: none does.
         layers: which self-attention layers: names, patterns (``"up_blocks.*"``, see :mod:`fnmatch`)
             or indices among those that can be routed; None: all.
         schedule: :class:`ScheduleRule`, or dicts of their arguments; the first that holds applies.

@@ -104,8 +104,10 @@ class Costs(NamedTuple):
         if router != "window":
             keys = token_count("num_heavy_tokens_kv", num_heavy_tokens_kv, tokens)
         work = Work(tokens, channels, math.prod(sides), keys, min(_HEAD_DIM, channels))
-        routed = self.seconds(_KINDS.get(router, "operator"), work)
-        return self.seconds("full", work) / max(routed, 1e-12)
+        # at the threads they were fitted with: no choice depends on how many there are today
+        kinds = (_KINDS.get(router, "operator"), "full")
+        routed, full = (self.seconds(kind, work, threads=self.threads) for kind in kinds)
+        return full / max(routed, 1e-12)
 
     def least_tokens(self, min_speedup: float, channels: int, **how) -> int:
         """From how many tokens on a layer is expected to gain ``min_speedup``; arguments as of

@@ -157,8 +157,9 @@ def distill_routers(
     schedule gives them. In a process group the processes' gradients are averaged; the first one
     shows the bar and saves.
 
-    The gain is small: in a ViT 7 % of a layer's expected squared error, as of 7 % more keys. The
-    outputs of two networks got better at some sizes and worse at others. Compare yours.
+    The gain is small: in a ViT 7 % of a layer's expected squared error, as much as 7 % more keys
+    would bring. The outputs of two networks got better at some sizes and worse at others. Compare
+    yours.
 
     Args:
         model: a timm, transformers or diffusers model through

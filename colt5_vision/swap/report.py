@@ -121,7 +121,10 @@ class RoutedAttentionReport(dict):
                 how = f", expected to be {self.expected[name]:.1f} times as fast"
             lines.append(f"  {name}: {'?' if tokens is None else f'{tokens:,}'} tokens{how}")
         if None in self.expected.values():
-            lines.append("  no costs are known of this device and dtype: no speed-up is foretold")
+            lines.append(
+                "  no costs are known of some layers (device, dtype, width or routed queries): "
+                "no speed-up is foretold, and min_speedup does not count"
+            )
         lines += [f"  {name}: full attention, {reason}" for name, reason in self.exact.items()]
         calls = self.calls
         if calls.routed or calls.exact:

@@ -12,7 +12,7 @@ from torch import nn
 from .._torch_internals import forget_compiled_graphs, hooks_of, put_hook, remove_hooks
 from ..checks import check_pair
 from .adapter import LayerSpec, Part, adapters_of
-from .config import TOO_LITTLE_GAIN, RoutedAttentionConfig
+from .config import MIN_TOKENS, TOO_LITTLE_GAIN, RoutedAttentionConfig
 from .cost import Place
 from .grouped import GroupedAttention
 from .report import RoutedAttentionReport
@@ -163,9 +163,12 @@ def plan(
         least = every.get(place, every[None])
         settings = {} if count is None else own.settings(count, least=least)
         if count is not None:
-            expected[name] = own.expected_speedup(count, channels, place)
+            held = {} if isinstance(settings, str) else settings
+            held = {key: value for key, value in held.items() if value is not None}
+            as_held = dataclasses.replace(own, schedule=(), **held)
+            expected[name] = as_held.expected_speedup(count, channels, place)
         if isinstance(settings, str) and not (own.needs_timestep and count >= least[0]):
-            gain = f" ({expected[name]:.2g})" if settings == TOO_LITTLE_GAIN else ""
+            gain = f": {expected[name]:.3g}" if settings == TOO_LITTLE_GAIN else ""
             exact[name] = f"{count} tokens: {settings}{gain}"
         else:
             tokens[name] = count
@@ -173,7 +176,8 @@ def plan(
         reasons = _counted([exact[name] for name in chosen])
         bar = f"min_tokens is {config.min_tokens}"
         if config.min_tokens is None:
-            bar = f"min_speedup is {config.min_speedup:g}, and with 0 all are routed"
+            bar = f"min_speedup is {config.min_speedup:g}, and with 0 all are routed; where no "
+            bar += f"costs are known, min_tokens is {MIN_TOKENS}"
         raise ValueError(
             f"model: no layer of {type(model).__name__} would be routed: {reasons}; for larger "
             f"inputs tell sample_size=(H, W), {bar}"
@@ -347,9 +351,9 @@ def _configs(
 
 def _place(one: Chosen) -> Place:
     """Where the layer is: it need not stay there."""
-    weights = one.part.model.get_submodule(one.path).parameters()
-    first = next((p for p in weights if p.is_floating_point()), None)
-    return ("cpu", torch.float32) if first is None else (first.device.type, first.dtype)
+    weights = list(one.part.model.get_submodule(one.path).parameters())
+    dtype = next((p.dtype for p in weights if p.is_floating_point()), torch.float32)
+    return (weights[0].device.type if weights else "cpu", dtype)
 
 
 def _attention(

@@ -6,6 +6,9 @@ import math
 import pytest
 import torch
 
+pytest.importorskip("diffusers.models")
+pytest.importorskip("skimage")
+
 from benchmarks.rivals.networks import Network
 from benchmarks.tasks import __main__ as command
 from benchmarks.tasks import report, sampling, scenes, scores

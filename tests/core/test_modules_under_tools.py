@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import colt5_vision.models  # noqa: F401
 from colt5_vision import ConditionalRoutedAutoregressiveAttention, route_attention
+from colt5_vision.ops.sdpa import scaled_dot_product_attention
 from tests.support.module_cases import CASES, DIM, build, image
 from tests.support.module_cases import apply as apply_case
 
@@ -73,6 +74,23 @@ def test_forward_mode_is_the_derivative_of_what_came_out(made):
     with forward_ad.dual_level():
         dual = call(forward_ad.make_dual(x, along))
         torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, moved)
+
+
+def test_forward_mode_leaves_the_switches_of_the_process_alone(monkeypatch):
+    """``sdpa_kernel`` sets them for other threads, too."""
+    monkeypatch.setattr(torch._C, "_set_sdp_use_flash", None)
+    with pytest.raises(TypeError), sdpa_kernel(SDPBackend.MATH):
+        pass
+    q, k, v = (torch.randn(1, 2, 9, 4) for _ in range(3))
+    mask = torch.rand(9, 9) > 0.3
+    mask[0] = False
+
+    def attend(q):
+        return scaled_dot_product_attention(q, k, v, mask, scale=0.7)
+
+    out, moved = jvp(attend, (q,), (q,))
+    torch.testing.assert_close(out, attend(q))
+    assert moved[:, :, 1:].abs().max() > 1e-4 and not moved[:, :, 0].any()
 
 
 class Applied(torch.nn.Module):

@@ -50,6 +50,7 @@ APART = {
     "num_heavy_tokens_kv": ({"RoutedAttentionConfig"}, "a layer to train has none"),
     "layers": ({"show_routing"}, "how many are drawn, not which are routed"),
     "router": ({"RoutedAttentionConfig"}, "pretrained weights come without a learned router"),
+    "min_tokens": ({"calibrate_routing"}, "what is measured needs no estimate of the gain"),
     "place": ({"RoutingRecord"}, "where a map lies in a picture; elsewhere a layer in a network"),
     "window_size": ({"RoutedAttentionConfig"}, "for pretrained weights; a backbone was made for 7"),
 }

@@ -117,10 +117,6 @@ BAD = {
     "keys": ({"cpu, float32": {"threads": 2}}, r"cpu, float32: expected .* got \['threads'\]"),
     "threads": ({"cpu, float32": constants(threads=0)}, "threads: expected an int >= 1, got 0"),
     "a pass": ({"cpu, float32": constants(forward=3)}, "forward: full: expected .* got None"),
-    "negative": (
-        {"cpu, float32": constants(forward=None)},
-        "forward: full: expected",
-    ),
 }
 
 
@@ -164,7 +160,7 @@ def test_layers_that_would_not_gain_keep_full_attention_and_are_told(costs_file,
     costs_file({"cpu, float32": constants(threads=torch.get_num_threads())})
     model, x = vit(), torch.randn(1, 3, 64, 64)
     expected = model(x)
-    with pytest.raises(ValueError, match=r"min_speedup \(2\.6e-07\) \(2\).*min_speedup is 1\.1"):
+    with pytest.raises(ValueError, match=r"min_speedup: 2\.62e-07 \(2\).*min_speedup is 1\.1"):
         route_attention(model, sample_size=(64, 64))
 
     how = {"window_size": 4, "num_heavy_tokens_kv": 8}

@@ -235,6 +235,7 @@ def test_a_run_that_was_interrupted_goes_on_after_the_last_layer(monkeypatch, tm
         ({"min_tokens": 2}, "settings: expected that of the checkpoint"),
         ({"repeats": 2}, "repeats: expected that of the checkpoint"),
         ({"format": [0, 1]}, "format: expected that of the checkpoint"),
+        ({"device": ["cpu", 99]}, "device: expected that of the checkpoint"),
         ({"model": lambda: torch.nn.Sequential(vit())}, "model: expected that of the checkpoint"),
         ({"inputs": images(2)[1:]}, "inputs: expected those of the checkpoint"),
         ({"seed": 1}, "and the same weights: .*blocks.0.attn"),
@@ -252,8 +253,9 @@ def test_a_file_of_something_else_is_refused(change, match, tmp_path):
         about = json.loads(before)
         about["calls"][change.pop("cut")][0][1].pop()
         path.write_text(json.dumps(about))
-    if "format" in change:
-        path.write_text(json.dumps(json.loads(before) | {"format": change.pop("format")}))
+    other = {name: change.pop(name) for name in ("format", "device") if name in change}
+    if other:
+        path.write_text(json.dumps(json.loads(before) | other))
     path.write_text(change.pop("text", path.read_text()))
 
     model = change.pop("model", vit)()

@@ -100,7 +100,8 @@ def route_topk(
     if scores.ndim < 1 or scores.shape[-1] < 1:
         raise ValueError(f"scores: expected shape (..., n) with n >= 1, got {tuple(scores.shape)}")
     check_mask("mask", mask, scores.shape)
-    if isinstance(k, Tensor) and k.ndim == 0 and scores.ndim > 1 and torch.jit.is_tracing():
+    size = isinstance(k, Tensor) and k.ndim == 0 and (scores.ndim > 1 or num_slots is None)
+    if size and torch.jit.is_tracing():
         k = int(k)  # a size, as torch.jit.trace has it
     slots = _checked_slots(k, num_slots, scores)
     cells = _checked_cells(grid_size, cell_size, scores.shape[-1])
