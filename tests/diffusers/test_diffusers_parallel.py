@@ -7,26 +7,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.support import parallel_worker
 from tests.support.parallel_worker import GRADIENTS, ROUTED, TENSOR, TEXT
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What each of two processes found."""
-    folder = tmp_path_factory.mktemp("parallel")
+def results(tmp_path_factory, worker_id):
+    """What each of two processes found; made once for all of pytest-xdist."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root if worker_id == "master" else root.parent) / "parallel"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    done = subprocess.run(
-        [*launch, parallel_worker.__file__, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            done = subprocess.run(
+                [*launch, parallel_worker.__file__, str(folder)],
+                capture_output=True,
+                text=True,
+                timeout=280,
+                check=False,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            )
+            assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
