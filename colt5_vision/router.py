@@ -103,11 +103,14 @@ class CoordinateDescentRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+
+        # what is routed
         self.kind = check_router(router, KINDS)
         self.dim = check_int("dim", dim)
         self.num_routing_tokens = check_int("num_routing_tokens", num_routing_tokens)
         self.cell_size = None if cell_size is None else check_pair("cell_size", cell_size)
 
+        # the gates
         self._check_gates(straight_through, log_gradient, n_iters, eps_init, eps_decay)
         self.straight_through, self.log_gradient = straight_through, log_gradient
         self.n_iters = None if n_iters is None else check_int("n_iters", n_iters)
@@ -120,6 +123,7 @@ class CoordinateDescentRouter(nn.Module):
         if fetch_k_ratio < 1:
             raise ValueError(f"fetch_k_ratio: expected a number >= 1, got {fetch_k_ratio}")
 
+        # what tokens are compared with
         self._check_comparison(
             learned_routing_tokens, cosine_sim_routing, cosine_sim_scale, normalize
         )

@@ -99,6 +99,7 @@ def record_routing(model: nn.Module) -> Iterator[list[RoutingRecord]]:
         )
     records: list[RoutingRecord] = []
 
+    # of a layer to train: what its router returns
     def hook(name: str):
         def record(module, args, kwargs, output):
             grid = kwargs.get("grid_size") or (1, args[0].shape[1])
@@ -107,6 +108,7 @@ def record_routing(model: nn.Module) -> Iterator[list[RoutingRecord]]:
 
         return record
 
+    # of a routed pretrained layer: the keys that it takes
     def layer_hook(name: str, by_tile: bool):
         def record(indices: Tensor, log_weights: Tensor, grid: tuple[int, ...]) -> None:
             valid, indices = (indices >= 0).cpu(), indices.clamp_min(0).cpu()
@@ -119,6 +121,7 @@ def record_routing(model: nn.Module) -> Iterator[list[RoutingRecord]]:
 
         return record
 
+    # recorded while the caller runs the model
     handles = [m.register_forward_hook(hook(name), with_kwargs=True) for name, m in routers.items()]
     for name, layer in layers.items():
         layer.attention.recorder = layer_hook(name, layer.config.router == "grouped")

@@ -202,6 +202,7 @@ def apply(planned: Plan) -> RoutedAttentionReport:
     scopes: dict[nn.Module, Scope] = {}
     routed = {}
     for name, one in planned.chosen.items():
+        # the entrance tells the site, and the modules around the layer pass it on
         model, entrance = one.part.model, one.spec.entrance
         door = model.get_submodule(entrance)
         if door not in scopes:
@@ -214,6 +215,7 @@ def apply(planned: Plan) -> RoutedAttentionReport:
             for beside in model.get_submodule(path).children():
                 _mark(beside, scope, only_backward=True)
 
+        # the layer itself
         module = model.get_submodule(one.path)
         config, attention = planned.configs[name], planned.attention[name]
         layer = RoutedLayer(name, one.spec, config, attention, scope)
@@ -221,6 +223,8 @@ def apply(planned: Plan) -> RoutedAttentionReport:
         put_hook(module, _ENTER, EnterHook(layer))
         put_hook(module, _LEAVE, LeaveHook(layer), after=True)
         routed[name] = layer
+
+    # graphs made before know nothing of it
     forget_compiled_graphs()
     calls = {name: layer.calls for name, layer in routed.items()}
     return RoutedAttentionReport(planned.tokens, planned.exact, calls, planned.expected)

@@ -20,6 +20,7 @@ def grouped_attention(
     """Each group to the prefix, its keys and its pooled keys. Arguments as those of the
     operator, ``query_groups``, ``key_indices`` and ``log_weights`` with all their four dimensions.
     """
+    # the arguments, written out in full
     batch, heads, length, dim = q.shape
     prefix, scale = num_prefix_tokens, dim**-0.5 if scale is None else scale
     if key_mask is None:
@@ -33,6 +34,7 @@ def grouped_attention(
     query_groups, key_indices = by_head(query_groups), by_head(key_indices)
     log_weights = None if log_weights is None else by_head(log_weights)
 
+    # rows of one head to some of its keys, and to pooled ones
     def attend(b: int, h: int, rows: Tensor, keys: Tensor, weights: Tensor | None, more) -> Tensor:
         seen = key_mask[b, keys]
         key, value = k[b, h, keys[seen]], v[b, h, keys[seen]]
@@ -46,6 +48,7 @@ def grouped_attention(
         logits = q[b, h, rows] @ key[there].T * scale + bias[there]
         return logits.softmax(-1) @ value[there]
 
+    # the prefix sees all, a group its own
     every, out = torch.arange(length, device=q.device), torch.zeros_like(q)
     for b in range(batch):
         for h in range(heads):

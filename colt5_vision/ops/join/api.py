@@ -93,6 +93,7 @@ count_flops("join_backward", no_flops)
 
 
 def _check(light: Tensor, heavy: Tensor, routing: Routing, null: Tensor | None) -> None:
+    # the branches
     check_float_tensor("light", light, ndim=3)
     check_float_tensor("heavy", heavy, ndim=3)
     batch, num_tokens, dim = light.shape
@@ -100,6 +101,7 @@ def _check(light: Tensor, heavy: Tensor, routing: Routing, null: Tensor | None) 
     if heavy.shape != (batch, slots, dim):
         raise ValueError(f"heavy: expected shape ({batch}, Q, {dim}), got {tuple(heavy.shape)}")
 
+    # the routing
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
     indices, gates, _, mask = routing
@@ -116,12 +118,14 @@ def _check(light: Tensor, heavy: Tensor, routing: Routing, null: Tensor | None) 
         raise TypeError("routing.mask: expected a torch.bool tensor (True = filled), got None")
     check_mask("routing.mask", mask, (batch, slots))
 
+    # the null token
     if null is not None:
         check_float_tensor("null", null)
         if null.shape != (dim,):
             raise ValueError(f"null: expected shape ({dim},), got {tuple(null.shape)}")
     _check_devices(light, heavy, routing, null)
 
+    # indices of filled slots, where their values can be read
     if has_values(indices, mask) and indices.numel() > 0:
         low, high = (int(i) for i in torch.where(mask, indices, 0).aminmax())
         if low < 0 or high >= num_tokens:

@@ -61,14 +61,19 @@ def _plan(
     slot = slot_of_token(geo.height, geo.width, geo.window, query.device)
     plan = _Plan(slots, inside, slot, None, None, None, None, None, None)
 
+    # slots that hold a key
     used = routed >= 0
     if log_weights is not None:
         used = used & (log_weights != float("-inf"))
+
+    # keys of a window: in the map, valid, and not routed for its queries already
     taken = num_routed and geo.weight_own_window
     if taken or key_mask is not None or slots.numel() != geo.tokens:
         free = free_keys(routed, key_mask, geo)
         valid = free[..., slots] & inside  # (B, R, windows, w*w)
         plan.window_bias = per_head(bias(valid.transpose(1, 2).flatten(0, 1)), 1).unsqueeze(2)
+
+    # prefix and routed keys, each with its weight
     if num_routed or geo.prefix:
         index = routed.clamp_min(0) + geo.prefix
         if key_mask is not None:
@@ -79,6 +84,8 @@ def _plan(
         prefix = torch.zeros(batch, routes, geo.prefix, dtype=wide, device=query.device)
         if key_mask is not None:
             prefix.masked_fill_(~key_mask[:, None, : geo.prefix], off)
+
+        # as the kernels take them, and which windows do not read which
         plan.routed_bias = per_head(torch.cat([prefix, part], -1), 1).unsqueeze(2)
         if not geo.weight_own_window:
             window = slot[routed.clamp_min(0)] // slots.shape[1]
@@ -86,6 +93,8 @@ def _plan(
             plan.routed_window = per_head(window, 1)
         plan.routed = index.repeat_interleave(heads // routes, 1).unsqueeze(-1)
         plan.used = used.repeat_interleave(heads // routes, 1).unsqueeze(-1)
+
+    # the prefix reads every valid key
     if geo.prefix and key_mask is not None:
         plan.prefix_bias = bias(key_mask)[:, None, None]
     return plan
