@@ -281,6 +281,8 @@ def _pooled(recipe, share, count, probe, k, v, grid_size, window_size, prefix, g
     heads, tokens = k.shape[1], share.shape[-1]
     window, share = probe.window, share.expand(-1, heads, -1)
     key, value = k[0, :, prefix:], v[0, :, prefix:]
+
+    # which tokens are taken, and the cell of each other
     if (
         recipe.pool == "runs"
     ):  # neighbours on a curve through each window, until their importance adds up to one key's
@@ -327,6 +329,7 @@ def _pooled(recipe, share, count, probe, k, v, grid_size, window_size, prefix, g
         at = cell.unflatten(1, (*(1,) * (x.ndim - 2), -1)).expand_as(x)
         return torch.zeros(*x.shape[:-1], cells + 1).scatter_add_(-1, at, x)[..., :cells]
 
+    # means of what is left in a cell, and their weights
     size, weight = total(torch.ones(heads, tokens)), total(average).clamp_min(1e-30).unsqueeze(1)
     mean_key, mean_value = (total(x.mT * average.unsqueeze(1)) / weight for x in (key, value))
     log_weight = size.log()

@@ -379,11 +379,14 @@ def step_table() -> str:
     for setup in SETUPS:
         flops = sum(forward_flops(setup).values()) + sum(backward_flops(setup).values())
         for gpus in CLUSTERS:
+            # memory of a GPU
             images, state = setup.global_batch // gpus, state_bytes(setup, gpus, True)
             memory = [
                 state + images * ACTIVATION * saved_elements(setup),
                 state + images * ACTIVATION * saved_elements(setup, checkpointing=True),
             ]
+
+            # what is sent, and how fast it must go to be hidden behind the step
             reduce, (gather, scatter) = (
                 all_reduce_bytes(setup, gpus),
                 gather_scatter_bytes(setup, gpus),
@@ -394,6 +397,8 @@ def step_table() -> str:
             ]
             rates = [sent / (images * seconds) / 1e9 for sent, seconds in needs]
             hidden = [_number(sent / seconds / link_rate(gpus)) for sent, seconds in needs]
+
+            # a row
             cells = [setup.title, str(gpus), str(images), _number(1e3 * images * flops / PEAK)]
             cells += [_number(x / 1e9) if x < MEMORY else f"**{_number(x / 1e9)}**" for x in memory]
             cells += [_number(reduce / 1e9), _number(rates[0])]

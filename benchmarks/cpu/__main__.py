@@ -116,6 +116,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+
+    # in place of the rows
     if args.fit:
         return fit.main(args.output / "costs.json", args.quick)
     if args.targets:
@@ -127,11 +129,15 @@ def main(argv: list[str] | None = None) -> int:
         name = "profile_cpu" + "_quick" * args.quick
         budget = 0.3 if args.quick else 3.0
         return profile.main(list(sides), args.parts or profile.PARTS, args.output, name, budget)
+
+    # the rows, and the time of all
     cases, seconds = (QUICK, QUICK_SECONDS) if args.quick else (FULL, FULL_SECONDS)
     if args.only:
         every = sum(sum(case.passes.values()) for case in cases)
         cases = tuple(case for case in cases if case.group in args.only)
         seconds *= sum(sum(case.passes.values()) for case in cases) / every
+
+    # written after each
     begin = time.monotonic()
     found = {
         "machine": report.machine(),
@@ -160,6 +166,8 @@ def main(argv: list[str] | None = None) -> int:
         found["complete"] = True
     except KeyboardInterrupt:
         print(f"Interrupted: what was measured is in {part}.*")
+
+    # tables and a picture
     if not found["rows"]:
         return 1
     paths = report.write(found, args.output / name if found["complete"] else part)

@@ -182,6 +182,8 @@ def markdown(report: dict) -> str:
     about, records = report["machine"], report["records"]
     lines = [f"# {about['device']}", "", f"`{report['command']}`, {report['seconds']:.0f} s.", ""]
     lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in about.items()]
+
+    # what was to be reached
     lines += ["", "## Targets", ""]
     verdicts = {True: "met", False: "not met", None: "not measured"}
     judged = []
@@ -192,12 +194,16 @@ def markdown(report: dict) -> str:
         )
         judged.append(cells(target["name"], limit, measured, verdicts[target["met"]]))
     lines += table(["target", "limit", "measured", "verdict"], judged)
+
+    # whether it is right
     checks = [
         cells(r["step"], r["name"], r["verdict"], r["detail"])
         for r in records
         if r["kind"] == "check"
     ]
     lines += ["", "## Correctness", "", *table(["step", "check", "verdict", "detail"], checks)]
+
+    # a table a step
     lines += ["", "## Timings", ""]
     lines.append(
         "Medians (quartiles) of repeats taking turns, by CUDA events; GiB: allocated at the peak "
