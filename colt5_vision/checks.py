@@ -29,6 +29,31 @@ def check_router(router, allowed: tuple[str, ...]) -> str:
     return router
 
 
+def check_router_kwargs(options: dict | None, routes_given_by: str) -> dict:
+    """A layer's ``router_kwargs``, free of what the layer sets itself.
+
+    Args:
+        options: of :class:`~colt5_vision.CoordinateDescentRouter`, or None.
+        routes_given_by: what to do in place of ``num_routing_tokens``, for the error.
+
+    Raises:
+        ValueError: for an option that the layer sets.
+    """
+    reserved = {
+        "num_routing_tokens": routes_given_by,
+        "straight_through": "give router_straight_through instead",
+        "router": "give router instead",
+        "learned_routing_tokens": "the module has no routing tokens to pass",
+        "device": "give device instead",
+        "dtype": "give dtype instead",
+    }
+    options = dict(options or {})
+    for name, instead in reserved.items():
+        if name in options:
+            raise ValueError(f"router_kwargs[{name!r}]: {instead}")
+    return options
+
+
 def check_heads(heads_name: str, heads, routes_name: str, routes) -> None:
     """``heads`` is a number of heads that divides over ``routes``."""
     if check_int(heads_name, heads) % check_int(routes_name, routes):

@@ -13,12 +13,13 @@ from .checks import (
     check_heads,
     check_int,
     check_mask,
+    check_router_kwargs,
     check_token_count,
 )
 from .init import init_weights
 from .ops import join, router_logits
 from .ops.dtypes import wide_dtype
-from .router import CoordinateDescentRouter, check_router_kwargs
+from .router import CoordinateDescentRouter
 from .scheduled import ScheduledLayer
 
 

@@ -11,11 +11,12 @@ from .checks import (
     check_int,
     check_mask,
     check_positive,
+    check_router_kwargs,
     check_token_count,
 )
 from .init import init_weights
 from .ops import join
-from .router import CoordinateDescentRouter, check_router_kwargs
+from .router import CoordinateDescentRouter
 from .routing import gather_tokens
 
 

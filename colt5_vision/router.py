@@ -434,25 +434,3 @@ class CoordinateDescentRouter(nn.Module):
             # what iterations only approach, and exact gates give
             return soft_topk(logits, float(slots), eps=self.eps, mask=mask)
         return self.soft_gates(logits, slots, filled=filled, mask=mask, grid_size=grid_size)
-
-
-def check_router_kwargs(options: dict | None, routes_given_by: str) -> dict:
-    """A layer's ``router_kwargs``, free of what the layer sets itself.
-
-    Args:
-        options: of :class:`CoordinateDescentRouter`, or None.
-        routes_given_by: what to do in place of ``num_routing_tokens``, for the error.
-    """
-    reserved = {
-        "num_routing_tokens": routes_given_by,
-        "straight_through": "give router_straight_through instead",
-        "router": "give router instead",
-        "learned_routing_tokens": "the module has no routing tokens to pass",
-        "device": "give device instead",
-        "dtype": "give dtype instead",
-    }
-    options = dict(options or {})
-    for name, instead in reserved.items():
-        if name in options:
-            raise ValueError(f"router_kwargs[{name!r}]: {instead}")
-    return options

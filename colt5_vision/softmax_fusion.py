@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from .branches import merge_heads, split_heads
-from .checks import Count, check_heads
+from .checks import Count, check_heads, check_router_kwargs
 from .ops import join, routed_window_attention, window_attention
 from .positions import axial_rotary, rows_and_columns
-from .router import CoordinateDescentRouter, check_router_kwargs
+from .router import CoordinateDescentRouter
 from .routing import gather_tokens
 
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from .branches import HeavyBranch, LightBranch
-from .checks import Count, check_heads
+from .checks import Count, check_heads, check_router_kwargs
 from .ops import join
-from .router import CoordinateDescentRouter, check_router_kwargs
+from .router import CoordinateDescentRouter
 
 
 class SumFusion(nn.Module):

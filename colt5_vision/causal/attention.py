@@ -16,11 +16,11 @@ from ..checks import (
     check_int,
     check_mask,
     check_router,
+    check_router_kwargs,
     token_count,
 )
 from ..init import init_weights
 from ..ops import join
-from ..router import check_router_kwargs
 from ..routing import Routing, gather_tokens
 from ..scheduled import ScheduledLayer
 from .branches import CausalWindowAttention, PastKeysBranch

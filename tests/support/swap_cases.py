@@ -191,3 +191,15 @@ def routed_case(case=CASES["vit"], share=0.25, dtype=torch.float32, trained=True
 
 def picture(case=CASES["vit"], **how):
     return image(case, dtype=torch.float32, **how)
+
+
+SIZES = ((5, 8), (8, 5))  # of maps, in tokens
+
+
+def at(size, **how):
+    """An image of the plain ViT whose map has this size."""
+    return image(CASES["vit"], size=(16 * size[0], 16 * size[1]), **how)
+
+
+def close(found, expected, tolerance=1e-9):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)

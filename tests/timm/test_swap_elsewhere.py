@@ -1,9 +1,6 @@
-"""Routed timm models in threads, under hooks and wrappers, inside other models, traced."""
+"""Routed timm models under hooks and wrappers, inside other models, traced."""
 
-import copy
-import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -24,7 +21,10 @@ from colt5_vision._torch_internals import function_modes
 from colt5_vision.swap.reroute import NOT_CALLED
 from tests.support.swap_cases import (
     CASES,
+    SIZES,
+    at,
     build,
+    close,
     gradients,
     image,
     routed,
@@ -32,103 +32,6 @@ from tests.support.swap_cases import (
     trace,
     unrouted,
 )
-
-SIZES = ((5, 8), (8, 5))
-
-
-def at(size, **how):
-    return image(CASES["vit"], size=(16 * size[0], 16 * size[1]), **how)
-
-
-def close(found, expected, tolerance=1e-9):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-
-
-def in_threads(work, count=2):
-    """Run ``work(i)`` in threads; their errors are raised here."""
-    with ThreadPoolExecutor(count) as pool:
-        list(pool.map(work, range(count)))
-
-
-@some("vit", "eva02", "beit", "sam")
-def test_threads_share_a_model(case):
-    model = routed(build(case, dtype=torch.float32))
-    sizes = SIZES if case is CASES["vit"] else (None, None)
-    patch = 16
-    inputs = [
-        image(case, size=s and (patch * s[0], patch * s[1]), seed=i, dtype=torch.float32)
-        for i, s in enumerate(sizes)
-    ]
-    expected = [model(x).detach() for x in inputs]
-
-    def work(i):
-        with torch.no_grad():
-            for _ in range(20):
-                close(model(inputs[i]), expected[i], 1e-5)
-
-    in_threads(work)
-    assert not any(layer.calls.exact for layer in routed_layers(model).values())
-
-
-def test_forwards_that_interleave_in_two_threads_see_their_own_maps():
-    """A wide image waits behind its first block until a high one has been embedded."""
-    model = routed(build(CASES["vit"], depth=3))
-    inputs = [at(size) for size in SIZES]
-    expected = [model(x).detach() for x in inputs]
-    first_block, second_embedded, first_done = (threading.Event() for _ in range(3))
-    me = threading.local()
-
-    def after_block(*_):
-        if me.number == 0:
-            first_block.set()
-            assert second_embedded.wait(20)
-
-    def after_embedding(*_):
-        if me.number == 1:
-            second_embedded.set()
-            assert first_done.wait(20)
-
-    model.blocks[0].register_forward_hook(after_block)
-    model.patch_embed.register_forward_hook(after_embedding)
-
-    def work(i):
-        me.number = i
-        if i == 1:
-            assert first_block.wait(20)
-        with torch.no_grad():
-            close(model(inputs[i]), expected[i])
-        if i == 0:
-            first_done.set()
-
-    in_threads(work)
-
-
-def test_threads_share_a_compiled_model():
-    torch.compiler.reset()
-    model = routed(build(CASES["vit"], depth=1))
-    eager = copy.deepcopy(model)
-    model.blocks[0].compile(fullgraph=True, backend="eager")
-    inputs = [at(size) for size in SIZES]
-    expected = [eager(x).detach() for x in inputs]
-    with torch.no_grad():
-        for x, y in zip(inputs, expected):
-            close(model(x), y)
-
-    def work(i):
-        with torch.no_grad():
-            for _ in range(10):
-                close(model(inputs[i]), expected[i])
-
-    in_threads(work)
-
-
-def test_a_block_compiled_apart_from_the_embedding_is_refused_without_a_forward():
-    torch.compiler.reset()
-    model = routed(build(CASES["vit"], depth=1))
-    model.blocks[0].compile(fullgraph=True, backend="eager")
-    tokens = torch.randn(1, 36, 64, dtype=torch.float64)
-    with torch.no_grad(), pytest.raises(Exception, match="compiled apart from what tells the size"):
-        model.blocks[0](tokens)
 
 
 def user_wrapper(model):

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from colt5_vision import routed_layers, unroute_attention
 from colt5_vision.swap.report import NEVER_ROUTED
 from colt5_vision.swap.site import image_site
-from tests.support.swap_cases import CASES, build, gradients, image, routed, some, unrouted
+from tests.support.swap_cases import CASES, build, close, gradients, image, routed, some, unrouted
 
 dynamic = some("vit", "deit3", "dinov2-registers", "rope", "pe", "eva02", "dinov3")
 SIZES = ((5, 8), (8, 5), (3, 3), (1, 9), (8, 5))  # tokens
@@ -22,10 +22,6 @@ SIZES = ((5, 8), (8, 5), (3, 3), (1, 9), (8, 5))  # tokens
 def at(case, size, **how):
     patch = 14 if case.size == (70, 98) else 16
     return image(case, size=(patch * size[0], patch * size[1]), **how)
-
-
-def close(found, expected, tolerance=1e-9):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @dynamic
