@@ -1,8 +1,6 @@
 """Conditionally routed attention over image maps: every token sees its window, few tokens are seen
 by all."""
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +13,7 @@ from .checks import (
     check_int,
     check_mask,
     check_pair,
+    check_rotary,
     check_token_count,
 )
 from .init import init_weights
@@ -77,8 +76,6 @@ class ConditionalRoutedImageAttention(ScheduledLayer):
     Source: CoLT5 (arXiv 2303.09752) section 3.
     """
 
-    _light_norm = staticmethod(functools.partial(nn.RMSNorm, eps=1e-6))
-
     def __init__(
         self,
         dim: int,
@@ -105,24 +102,24 @@ class ConditionalRoutedImageAttention(ScheduledLayer):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
 
         # checks
-        if fusion not in FUSIONS:
-            raise ValueError(f"fusion: expected one of {FUSIONS}, got {fusion!r}")
+        scores = multiply_keys_by_score or multiply_queries_by_score
+        _check_fusion(fusion, of_sum=scores or use_null_q_tokens or not has_light_attn)
         self.dim, self.fusion, self.channel_first = check_int("dim", dim), fusion, channel_first
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = check_counts(
             num_heavy_tokens_q, num_heavy_tokens_kv
         )
         window_size = check_pair("light_window_size", light_window_size)
+
+        # the heads, filled in
         one_set = fusion == "softmax"
         light_heads, heavy_heads = both("heads", light_heads, heavy_heads, 8, one_set)
         light_dim_head, heavy_dim_head = both(
             "dim_head", light_dim_head, heavy_dim_head, 64, one_set
         )
-        if heavy_dim_head % 4 and rotary_emb:
-            raise ValueError(
-                f"heavy_dim_head: rotary_emb needs a multiple of 4, got {heavy_dim_head}"
-            )
+        check_rotary("heavy_dim_head", heavy_dim_head, 4, rotary_emb)
 
         # what both fusions take
         shared = {
@@ -132,27 +129,17 @@ class ConditionalRoutedImageAttention(ScheduledLayer):
             "router_kwargs": router_kwargs,
             "router_straight_through": router_straight_through,
             "rotary_emb": rotary_emb,
-            "device": device,
-            "dtype": dtype,
+            **factory,
         }
 
         # the fusion, with weights of its own
         if fusion == "softmax":
-            scores = multiply_keys_by_score or multiply_queries_by_score
-            if scores or use_null_q_tokens or not has_light_attn:
-                raise ValueError(
-                    "multiply_keys_by_score, multiply_queries_by_score, use_null_q_tokens, "
-                    "has_light_attn: only for fusion='sum'"
-                )
             self.narrowing = NARROW_SOFTMAX
             self.attend = SoftmaxFusion(dim, heavy_heads, heavy_dim_head, window_size, **shared)
         else:
-            factory = {"device": device, "dtype": dtype}
             light = None
             if has_light_attn:
-                norm = self._light_norm(dim, **factory)
-                place = {"window_size": window_size, **factory}
-                light = LightBranch(dim, light_heads, light_dim_head, norm, **place)
+                light = self._light_branch(light_heads, light_dim_head, window_size, **factory)
             self.narrowing = NARROW_SUM
             self.attend = SumFusion(
                 light,
@@ -164,6 +151,12 @@ class ConditionalRoutedImageAttention(ScheduledLayer):
                 use_null_q_tokens=use_null_q_tokens,
                 **shared,
             )
+
+    def _light_branch(
+        self, heads: int, dim_head: int, window_size: tuple[int, int], **factory
+    ) -> LightBranch:
+        norm = nn.RMSNorm(self.dim, eps=1e-6, **factory)
+        return LightBranch(self.dim, heads, dim_head, norm, window_size=window_size, **factory)
 
     def init_weights(self) -> None:
         """Draw all weights anew, as the constructor did."""
@@ -230,6 +223,18 @@ class ConditionalRoutedImageAttention(ScheduledLayer):
                 f"x: expected a map of at least one token, got H = {height}, W = {width}"
             )
         check_mask("mask", mask, (batch, height, width))
+
+
+def _check_fusion(fusion, *, of_sum: bool) -> None:
+    """``fusion`` is one of :data:`FUSIONS`; ``of_sum``: an option that only ``"sum"`` has is
+    used."""
+    if fusion not in FUSIONS:
+        raise ValueError(f"fusion: expected one of {FUSIONS}, got {fusion!r}")
+    if of_sum and fusion != "sum":
+        raise ValueError(
+            "multiply_keys_by_score, multiply_queries_by_score, use_null_q_tokens, "
+            "has_light_attn: only for fusion='sum'"
+        )
 
 
 def both(

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ._fx import fx_leaf
 from .attention import ConditionalRoutedImageAttention
+from .branches import LightBranch
 from .checks import TokenCount, check_count, check_float_tensor
 from .feedforward import ConditionalRoutedFeedForward
 from .init import init_weights
@@ -23,16 +24,21 @@ class MapOrLineAttention(ConditionalRoutedImageAttention):
         **kwargs: of :class:`ConditionalRoutedImageAttention`.
     """
 
-    _light_norm = nn.LayerNorm
-
     def __init__(
         self, dim: int, *, light_window_size: int | tuple[int, int] | None = None, **kwargs
     ):
+        self.line_window_size = 128 if light_window_size is None else light_window_size
         given = {} if light_window_size is None else {"light_window_size": light_window_size}
         super().__init__(dim, **given, **kwargs)
-        self.line_window_size = 128 if light_window_size is None else light_window_size
-        if self.fusion == "sum" and self._takes_lines() and self.attend.light_attn is not None:
-            self.attend.light_attn.reach = self.line_window_size // 2
+
+    def _light_branch(
+        self, heads: int, dim_head: int, window_size: tuple[int, int], **factory
+    ) -> LightBranch:
+        norm = nn.LayerNorm(self.dim, **factory)
+        near = {"window_size": window_size}
+        if self._takes_lines():
+            near["reach"] = self.line_window_size // 2
+        return LightBranch(self.dim, heads, dim_head, norm, **near, **factory)
 
     def _takes_lines(self) -> bool:
         line = self.line_window_size

@@ -62,6 +62,14 @@ def check_heads(heads_name: str, heads, routes_name: str, routes) -> None:
         )
 
 
+def check_rotary(name: str, dim_head, multiple: int, rotary_emb: bool) -> int:
+    """``dim_head`` as an int, which rotary positions cut into ``multiple`` parts."""
+    dim_head = check_int(name, dim_head)
+    if rotary_emb and dim_head % multiple:
+        raise ValueError(f"{name}: rotary_emb needs a multiple of {multiple}, got {dim_head}")
+    return dim_head
+
+
 def check_int(name: str, value, *, minimum: int = 1) -> int:
     """``value`` as an int of at least ``minimum``."""
     if isinstance(value, Tensor) and torch.jit.is_tracing():  # a size, as torch.jit.trace has it

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ._fx import fx_leaf
 from .attention import check_counts, counts_of
 from .branches import LightBranch
-from .checks import TokenCount, check_float_tensor, check_int, check_mask
+from .checks import TokenCount, check_float_tensor, check_int, check_mask, check_rotary
 from .init import init_weights
 from .scheduled import ScheduledLayer
 from .sum_fusion import SumFusion
@@ -88,12 +88,9 @@ class ConditionalRoutedAttention(ScheduledLayer):
         self.num_heavy_tokens_q, self.num_heavy_tokens_kv = check_counts(
             num_heavy_tokens_q, num_heavy_tokens_kv
         )
-        if check_int("heavy_dim_head", heavy_dim_head) % 2 and rotary_emb:
-            raise ValueError(
-                f"heavy_dim_head: rotary_emb needs a multiple of 2, got {heavy_dim_head}"
-            )
+        check_rotary("heavy_dim_head", heavy_dim_head, 2, rotary_emb)
 
-        # both branches
+        # the light branch
         light = None
         if has_light_attn:
             check_int("light_heads", light_heads)
@@ -101,6 +98,8 @@ class ConditionalRoutedAttention(ScheduledLayer):
             reach = check_int("light_window_size", light_window_size, minimum=2) // 2
             norm = nn.LayerNorm(dim, **factory)
             light = LightBranch(dim, light_heads, light_dim_head, norm, reach=reach, **factory)
+
+        # both branches, and the routers
         self.attend = SumFusion(
             light,
             dim,

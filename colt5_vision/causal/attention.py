@@ -15,9 +15,8 @@ from ..checks import (
     check_heads,
     check_int,
     check_mask,
+    check_rotary,
     check_router,
-    check_router_kwargs,
-    token_count,
 )
 from ..init import init_weights
 from ..ops import join
@@ -25,7 +24,14 @@ from ..routing import Routing, gather_tokens
 from ..scheduled import ScheduledLayer
 from .branches import CausalWindowAttention, PastKeysBranch
 from .cache import AutoregressiveCache, check_cache, rolled_over
-from .checks import check_key_count, check_windows, count_keys, count_queries
+from .checks import (
+    check_causal_options,
+    check_key_count,
+    check_query_count,
+    check_windows,
+    count_keys,
+    count_queries,
+)
 from .routing import (
     CausalRouter,
     Threshold,
@@ -78,7 +84,7 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
                 last ones of the window.
         heavy_dim_head, heavy_heads: of the heavy branch.
         router_straight_through: gates of exactly 1 in forward, with the gradient of their logarithm
-            (``log_gradient``).
+            (``log_gradient``); False: the soft gates themselves. None: True.
         router_kwargs: further arguments of both routers, see :class:`CoordinateDescentRouter`.
         multiply_keys_by_score, multiply_queries_by_score: gates scale the keys (queries) too, not
             only the values (outputs).
@@ -119,45 +125,38 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+
+        # checks
         self.dim = check_int("dim", dim)
         check_router(router, KINDS)
-        for name, value in (("light_heads", light_heads), ("light_dim_head", light_dim_head)):
-            check_int(name, value)
+        options = check_causal_options(router_kwargs)
+        check_int("light_heads", light_heads)
+        check_int("light_dim_head", light_dim_head)
         check_heads("heavy_heads", heavy_heads, "num_routed_kv", num_routed_kv)
-        if check_int("heavy_dim_head", heavy_dim_head) % 2 and rotary_emb:
-            raise ValueError(
-                f"heavy_dim_head: rotary_emb needs a multiple of 2, got {heavy_dim_head}"
-            )
+        check_rotary("heavy_dim_head", heavy_dim_head, 2, rotary_emb)
         light, width = check_windows(light_window_size, heavy_window_size)
-        self.heavy_window_size = width
 
-        # how many: a router that lets all pass would have parameters without a gradient
+        # how many, in windows of how many
+        self.heavy_window_size = width
         self.num_heavy_tokens_kv = check_key_count(num_heavy_tokens_kv)
-        self.num_heavy_tokens_q = num_heavy_tokens_q
-        if num_heavy_tokens_q is not None:
-            if token_count("num_heavy_tokens_q", num_heavy_tokens_q, width) == width:
-                self.num_heavy_tokens_q = None
-        elif multiply_queries_by_score:
-            raise ValueError(
-                "multiply_queries_by_score: needs num_heavy_tokens_q, every token is a query"
-            )
+        self.num_heavy_tokens_q = check_query_count(
+            num_heavy_tokens_q, width, multiply_queries_by_score
+        )
         routes_queries = self.num_heavy_tokens_q is not None
 
-        # the light branch, the routers, the heavy branch
+        # the light branch
         self.light_attn = CausalWindowAttention(dim, light_heads, light_dim_head, light, **factory)
+
+        # the routers
         straight = True if router_straight_through is None else router_straight_through
-        options = check_router_kwargs(router_kwargs, "give num_routed_kv instead")
-        if options.get("cell_size") is not None:
-            raise ValueError(
-                "router_kwargs['cell_size']: needs the whole sequence, which a causal router "
-                "cannot know"
-            )
         options = {"log_gradient": straight, **options}
         options |= {"straight_through": straight, "router": router, **factory}
         self.q_router = None
         if routes_queries:
             self.q_router = CausalRouter(dim, first_row=num_routed_kv, **options)
         self.kv_router = CausalRouter(dim, num_routing_tokens=num_routed_kv, **options)
+
+        # the heavy branch
         self.heavy_attn = PastKeysBranch(
             dim,
             heavy_heads,

@@ -7,6 +7,7 @@ from ..checks import (
     TokenCount,
     check_count,
     check_int,
+    check_router_kwargs,
     check_token_count,
     share_of,
     token_count,
@@ -35,6 +36,29 @@ def check_key_count(value) -> int | Tensor:
             f"module's number, got {value}"
         )
     return value if isinstance(value, Tensor) else check_int("num_heavy_tokens_kv", value)
+
+
+def check_query_count(value, width: int, multiply_queries_by_score: bool) -> TokenCount | None:
+    """``num_heavy_tokens_q`` of windows of ``width`` tokens; None: every token is a query."""
+    if value is None and multiply_queries_by_score:
+        raise ValueError(
+            "multiply_queries_by_score: needs num_heavy_tokens_q, every token is a query"
+        )
+    # a router that lets all pass would have parameters without a gradient
+    if value is None or token_count("num_heavy_tokens_q", value, width) == width:
+        return None
+    return value
+
+
+def check_causal_options(router_kwargs: dict | None) -> dict:
+    """``router_kwargs`` of a layer, free of what the layer sets and of what looks ahead."""
+    options = check_router_kwargs(router_kwargs, "give num_routed_kv instead")
+    if options.get("cell_size") is not None:
+        raise ValueError(
+            "router_kwargs['cell_size']: needs the whole sequence, which a causal router "
+            "cannot know"
+        )
+    return options
 
 
 def count_keys(value, own: int, batch: int) -> Count:
