@@ -23,6 +23,11 @@ def pass_straight(gates: Tensor, log_gradient: bool = False) -> Tensor:
     return 1 + only_gradient(log_gates(gates) if log_gradient else gates)
 
 
+def gate_budget(slots: int, ratio: float, num_tokens: int) -> float:
+    """The sum of the soft gates of a row: ``ratio`` times its slots, at most one a token."""
+    return min(slots * ratio, num_tokens)
+
+
 def cut_into_cells(
     logits: Tensor,
     k: float | Tensor,

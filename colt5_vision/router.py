@@ -19,7 +19,15 @@ from .checks import (
     filled_slots,
     token_count,
 )
-from .gates import cut_into_cells, join_cells, log_gates, only_gradient, pass_straight
+from .gates import (
+    cut_into_cells,
+    gate_budget,
+    join_cells,
+    log_gates,
+    only_gradient,
+    pass_straight,
+)
+from .init import init_weights
 from .mean_query import route_by_mean_query
 from .ops import coordinate_descent, route_topk, router_logits, soft_topk
 from .ops.autocast import without_autocast
@@ -142,6 +150,10 @@ class CoordinateDescentRouter(nn.Module):
         """Draw the routing tokens from N(0, 1)."""
         if self.routing_token is not None:
             nn.init.normal_(self.routing_token)
+
+    def init_weights(self) -> None:
+        """Draw all weights anew, as the constructor did."""
+        init_weights(self)
 
     def _check_gates(self, straight_through, log_gradient, n_iters, eps_init, eps_decay) -> None:
         if not isinstance(straight_through, bool):
@@ -314,7 +326,7 @@ class CoordinateDescentRouter(nn.Module):
             mask: (..., N), True = valid.
             grid_size: (H, W), for ``cell_size``: each cell has its share of the sum.
         """
-        budget = bound = min(slots * self.fetch_k_ratio, logits.shape[-1])
+        budget = bound = gate_budget(slots, self.fetch_k_ratio, logits.shape[-1])
         if filled is not None:  # as precise as a number is
             budget = filled.to(double_dtype(logits.device)) * self.fetch_k_ratio
             budget = budget.clamp_max(bound)

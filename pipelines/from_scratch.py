@@ -16,6 +16,7 @@ from colt5_vision.checks import (
     check_int,
     check_positive,
 )
+from colt5_vision.init import init_weights
 from colt5_vision.swap.config import RoutedAttentionConfig
 from colt5_vision.swap.site import EntranceHook, ExitHook, MarkHook, Scope
 from colt5_vision.swap.verb import Chosen, plan, routed_layers
@@ -115,6 +116,10 @@ class ConditionalRoutedAttentionBlock(nn.Module):
 
         self.dropout = nn.Dropout(dropout)
         self.scope: Scope | None = None
+
+    def init_weights(self) -> None:
+        """Draw all weights anew, as the constructor did."""
+        init_weights(self)
 
     def extra_repr(self) -> str:
         return (

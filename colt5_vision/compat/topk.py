@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_int, check_positive
-from ..gates import pass_straight
+from ..gates import gate_budget, pass_straight
 from ..ops import coordinate_descent, route_topk, soft_topk
 
 
@@ -91,7 +91,7 @@ def topk(
 
     # what makes the choice trainable: a soft top-k, passed straight through
     how = {"eps": eps, "mask": mask, "backend": {True: "auto", False: "eager", None: None}[fused]}
-    budget = min(k * coor_descent_k_ratio, x.shape[-1])
+    budget = gate_budget(k, coor_descent_k_ratio, x.shape[-1])
     if n_iters is None:
         soft = soft_topk(x, budget, **how)
     else:

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+import colt5_vision
+from colt5_vision import compat
 from colt5_vision.positions import axial_rotary, rotary, sincos_2d
 from tests.core.test_weights_through_modules import causal
 from tests.support.module_cases import CASES, every_module
@@ -42,6 +44,18 @@ def test_nothing_is_left_uninitialised_in_causal_attention():
     assert not any(parameter.isnan().any() for parameter in module.parameters())
 
 
+@pytest.mark.parametrize("library", [colt5_vision, compat])
+def test_a_router_draws_its_tokens_as_its_constructor_does(library):
+    def make():
+        return library.CoordinateDescentRouter(16, num_routing_tokens=3)
+
+    module = fresh(make)
+    torch.manual_seed(0)
+    module.init_weights()
+    torch.manual_seed(0)
+    assert torch.equal(module.routing_token, make().routing_token)
+
+
 @every_module
 def test_weights_are_drawn_as_the_constructor_draws_them(case):
     torch.manual_seed(0)
@@ -64,6 +78,10 @@ def test_init_weights_of_every_layer_is_public():
     for case in CASES.values():
         module = case.build()
         assert callable(getattr(module, "init_weights", None) or module.cross.init_weights)
+    for name in colt5_vision.__all__:
+        public = getattr(colt5_vision, name)
+        if isinstance(public, type) and issubclass(public, torch.nn.Module):
+            assert callable(public.init_weights), name
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])

@@ -101,6 +101,21 @@ def test_a_block_takes_any_map_and_every_parameter_gets_a_gradient(size, options
     assert dead(attention) == [] and x.grad.isfinite().all()
 
 
+@every_option
+def test_a_block_draws_its_weights_anew(options):
+    """Made on the meta device or of other weights, it is what the constructor would have made."""
+    attention = block(device="meta", **options).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.fill_(torch.nan)
+    attention.init_weights()
+    expected = block(**options)
+    for name, parameter in attention.named_parameters():
+        want = expected.get_parameter(name)
+        assert parameter.isfinite().all(), name
+        assert (parameter.std(correction=0) > 0) == (want.std(correction=0) > 0), name
+
+
 def test_with_every_key_in_one_softmax_it_is_the_attention_of_diffusers():
     plain = Attention(
         16,
