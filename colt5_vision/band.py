@@ -42,6 +42,7 @@ def band_attention(qkv: Tensor, reach: int, mask: Tensor | None) -> Tensor:
     seen = (ahead.abs() <= size) & valid.unsqueeze(2) | (ahead == 0)
     seen = seen.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
 
+    # attention of each block, and the blocks one after the other
     out = scaled_dot_product_attention(q, k, v, attn_mask=seen)
     out = out.transpose(1, 2).reshape(batch, blocks * size, heads * dim_head)
     # Linear would copy a slice; whether it is one is not for a graph of any length to know

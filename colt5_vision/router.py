@@ -140,6 +140,7 @@ class CoordinateDescentRouter(nn.Module):
             scale = math.sqrt(dim) if cosine_sim_scale is None else cosine_sim_scale
             self.cosine_sim_scale = check_positive("cosine_sim_scale", scale)
 
+        # the routing tokens, unless they come with a call
         self.routing_token = None
         if self.kind == "learned" and learned_routing_tokens:
             token = torch.empty(num_routing_tokens, dim, device=device, dtype=dtype)

@@ -88,6 +88,7 @@ class SoftmaxFusion(nn.Module):
         if self.rotary_emb:
             q, k, v = self._rotated(q, k, v, grid_size[1])
 
+        # every token asks
         window = {"grid_size": grid_size, "window_size": self.window_size, "key_mask": mask}
         if self.q_router is None:
             return self.to_out(merge_heads(routed_window_attention(q, k, v, **routed, **window)))

@@ -52,6 +52,9 @@ class SumFusion(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
+
+        # checks
         check_heads("heavy_heads", heads, "num_routed_kv", num_routed_kv)
         if not routes_queries and multiply_queries_by_score:
             raise ValueError(
@@ -59,7 +62,6 @@ class SumFusion(nn.Module):
             )
         if not routes_queries and use_null_q_tokens:
             raise ValueError("use_null_q_tokens: needs num_heavy_tokens_q, every token is a query")
-        factory = {"device": device, "dtype": dtype}
 
         # measured over maps (docs/notes/2026-11-22-needle.md): straight through, one "sum" in six
         # forgot what it knew; where queries are routed, too, soft gates may fail in a short one
@@ -70,6 +72,7 @@ class SumFusion(nn.Module):
         self.q_router = CoordinateDescentRouter(dim, **options) if routes_queries else None
         self.kv_router = CoordinateDescentRouter(dim, num_routing_tokens=num_routed_kv, **options)
 
+        # both branches, and what stands in for the heavy one
         self.light_attn = light
         self.heavy_attn = HeavyBranch(
             dim,

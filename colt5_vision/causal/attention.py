@@ -297,6 +297,7 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
         self, x: Tensor, mask: Tensor | None, count_q: Count | None, count_kv: Count, keep: bool
     ) -> tuple[Tensor, AutoregressiveCache | None]:
         """A sequence from its first token on."""
+        # every token to its window and the one before
         light, light_kv = self.light_attn(x, mask)
 
         # windows, the last filled up; a cache is for the window of the next token; the second
@@ -340,6 +341,7 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
         def per_window(part: Tensor | None) -> Tensor | None:
             return None if part is None else part.transpose(1, 2).flatten(0, 1)
 
+        # where tokens and counts are whole, one window before fills every slot
         every_slot_full = mask is None and count_kv.filled is None and count_kv.slots <= width
         heavy = self._heavy(
             tokens.unflatten(1, (windows, width))[:, 1:].flatten(0, 1),
@@ -351,15 +353,19 @@ class ConditionalRoutedAutoregressiveAttention(ScheduledLayer):
             rows(query_gates),
             count_q and count_q.slots,
         )
+
+        # both branches; nothing heavy in the first window
         heavy = heavy.unflatten(0, (batch, windows - 1)).flatten(1, 2)
         out = light + pad(heavy, (0, 0, width, 0))[:, :length].to(light.dtype)
         if not keep:
             return out, None
 
-        # what the next token needs
+        # what the next token needs: of both branches, of the window before, of its own so far
         window = length // width  # of the next token
         begin, row, number = window * width, max(window - 1, 0), min(count_kv.slots, window * width)
         first = self.light_attn.first_seen(length)
+
+        # copies, or the cache would keep the whole sequence
         cache = AutoregressiveCache(
             position=length,
             light=light_kv[:, :, first:].clone(),

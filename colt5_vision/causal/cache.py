@@ -75,6 +75,7 @@ class AutoregressiveCache:
 def check_cache(cache, module, batch: int, counts: tuple) -> None:
     """``cache`` fits the module and a batch of that many samples; ``counts`` given with the call
     are none."""
+    # what came
     if not isinstance(cache, AutoregressiveCache):
         raise TypeError(
             "cache: expected an AutoregressiveCache, as the module returns, got "
@@ -113,6 +114,7 @@ def rolled_over(
 ) -> AutoregressiveCache:
     """The window in progress is full: its tokens become candidates for keys, its logits the next
     threshold."""
+    # the candidates: keys routed so far, then the window's
     logits = torch.cat([cache.routed_logits, cache.pending_logits], 2)
     valid = cache.pending_valid.unsqueeze(1).expand(cache.pending_logits.shape)
     valid = torch.cat([cache.routed_valid, valid], 2)

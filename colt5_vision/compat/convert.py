@@ -71,6 +71,8 @@ def convert_colt5_attention_state_dict(
         raise TypeError(
             f"state_dict: expected a mapping of names to tensors, got {type(state_dict).__name__}"
         )
+
+    # names here and there
     wanted = module.state_dict()
     name_there = {name: _name_there(name, module) for name in wanted}
     left, converted, missing = dict(state_dict), {}, []
@@ -95,6 +97,7 @@ def convert_colt5_attention_state_dict(
         if left.pop(there, None) is None and needed:
             missing.append(there)
 
+    # all that is wrong, at once
     problems = _shapes_that_differ(converted, wanted)
     if missing:
         problems.append(f"no entry for {', '.join(missing)}")

@@ -85,12 +85,14 @@ class ConditionalRoutedViT(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
+
+        # checks
         check_switches(router_use_triton=router_use_triton, flash_attn=flash_attn)
         self.image_size, self.patch_size = _check_sizes(image_size, patch_size)
         self.channels = check_int("channels", channels)
         if check_int("dim", dim) % 4:
             raise ValueError(f"dim: expected a multiple of 4, got {dim}")
-        factory = {"device": device, "dtype": dtype}
 
         # patches
         patch_dim = channels * self.patch_size[0] * self.patch_size[1]
@@ -100,7 +102,7 @@ class ConditionalRoutedViT(nn.Module):
             nn.LayerNorm(dim, **factory),
         )
 
-        # layers
+        # what attention and feed-forward have in common
         shared = {
             "router_straight_through": router_straight_through,
             "router": router,
@@ -108,6 +110,8 @@ class ConditionalRoutedViT(nn.Module):
             "channel_first": False,
             **factory,
         }
+
+        # layers
         self.layers = nn.ModuleList()
         for _ in range(check_int("depth", depth)):
             attention = ConditionalRoutedImageAttention(
@@ -122,6 +126,7 @@ class ConditionalRoutedViT(nn.Module):
                 heavy_heads=attn_heavy_heads,
                 **shared,
             )
+
             feed_forward = ConditionalRoutedFeedForward(
                 dim,
                 num_heavy_tokens=ff_num_heavy_tokens,

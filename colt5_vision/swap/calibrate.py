@@ -251,15 +251,18 @@ def calibrate_routing(
     settings = _check_settings(settings, min_tokens)
     route_attention(model, settings[0], min_tokens=min_tokens)
 
-    # every layer on every input
+    # the model as it is, to be put back
     modes = {m: m.training for whole in wholes for m in whole.modules()}
     try:
+        # what a checkpoint must agree with
         layers = routed_layers(model)
         about = {"format": [1, _HELD_OUT], "model": [type(model).__name__, *layers]}
         about["repeats"] = repeats
         first = next((p.device.type for whole in wholes for p in whole.parameters()), "cpu")
         about["device"] = [first, torch.get_num_threads()]
         about["settings"] = [str(config) for config in settings]
+
+        # every layer on every input
         trials = _Trials(settings, repeats, _Findings(checkpoint, about))
         for layer in layers.values():
             layer.teacher = trials
@@ -272,6 +275,8 @@ def calibrate_routing(
         unroute_attention(model)
         for module, mode in modes.items():
             module.training = mode
+
+    # the best setting of each
     found = {
         name: trials.best(name, settings, tolerance, min_speedup)
         for name in layers
@@ -287,6 +292,8 @@ def calibrate_routing(
     report = RoutedAttentionReport({}, {}, {})
     if gain:
         report = apply(plan(model, config, by_layer=by_layer, must_route=False))
+
+    # what was found, and why layers were left
     slow = f"no setting within an error of {tolerance:g} was {min_speedup:g} times as fast"
     for name in layers:
         if name not in gain:

@@ -86,6 +86,8 @@ def arrange(
     if q.ndim != 4 or k.shape[:1] != q.shape[:1] or v.shape[-1] != q.shape[-1]:
         shapes = [tuple(x.shape) for x in (q, k, v)]
         return f"queries, keys and values of shapes {shapes} are no self-attention"
+
+    # the map among the keys, and which of the tokens ask
     sides = other_tokens(site, place, k.shape[2])
     if sides is None:
         return f"{k.shape[2]} keys are not a map of {_named(site)} and its other tokens"
@@ -131,6 +133,7 @@ def arrange(
         key_mask = None if key_mask is None else _ordered(key_mask, site.order, others)
         rows = None if rows is None else _ordered(rows, site.order, others)
 
+    # what a router may read, before heads of keys are repeated for those of queries
     features = k[:, :, others:].transpose(1, 2).flatten(2)
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))

@@ -47,15 +47,19 @@ class ScheduleRule:
     num_heavy_tokens_q: TokenCount | None = None
 
     def __post_init__(self):
-        # when it holds
+        # when it holds: at which sizes
         for name in ("min_tokens", "max_tokens"):
             if getattr(self, name) is not None:
                 count = check_int(f"schedule: {name}", getattr(self, name), minimum=0)
                 object.__setattr__(self, name, count)
+
+        # at which timesteps
         for name in ("min_timestep", "max_timestep"):
             if getattr(self, name) is not None:
                 number = _check_number(f"schedule: {name}", getattr(self, name))
                 object.__setattr__(self, name, number)
+
+        # from low to high
         for unit in ("tokens", "timestep"):
             low, high = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
             if low is not None and high is not None and low > high:

@@ -128,6 +128,7 @@ class Teacher:
         squares = values.square().sum(-1).unsqueeze(2) + o.square().sum(-1, keepdim=True)
         distance = (squares - 2 * o @ values.mT).clamp_min(0)
 
+        # of keys outside the query's window alone
         window = window_of_token(grid_size, window_size, q.device)
         outside = window[rows].unsqueeze(-1) != window
         loss = p.square() * distance * outside
@@ -199,6 +200,8 @@ def distill_routers(
         check_int(name, value)
     check_int("seed", seed, minimum=0)
     check_positive("lr", lr)
+
+    # which layers
     layers = {
         n: one for n, one in routed_layers(model).items() if one.attention.router == "learned"
     }
@@ -208,16 +211,19 @@ def distill_routers(
             "route_attention(router='learned')"
         )
 
-    # what is trained, how, and what a checkpoint must agree with
+    # what is trained, and what a checkpoint must agree with
     routers = nn.ModuleDict({name.replace(".", "/"): one.attention for name, one in layers.items()})
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "num_queries": num_queries, "seed": seed}
     for name, one in layers.items():
         settings[name] = repr(one.attention) + json.dumps(one.config.to_dict(), sort_keys=True)
+
+    # how
     optimizer = torch.optim.Adam(routers.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history: list[dict[str, float]] = []
     rank = distributed.get_rank() if _several() else 0
 
+    # all of it, to go on from
     def save() -> None:
         if checkpoint is not None and rank == 0:
             state = {"routers": routers, "optimizer": optimizer, "schedule": schedule}
@@ -231,6 +237,8 @@ def distill_routers(
     model.eval().requires_grad_(False)
     for layer in layers.values():
         layer.teacher = teacher
+
+    # training, from where a checkpoint left off
     bar = tqdm(total=steps, desc="distil routers", disable=not progress or rank > 0)
     try:
         if checkpoint is not None and Path(checkpoint).exists():
@@ -238,18 +246,24 @@ def distill_routers(
             bar.update(len(history))
         _start_alike(routers)
         batches = _repeat(inputs, skip=len(history))
+
         while len(history) < steps:
+            # every layer's error and its gradients; the queries drawn are those of the step and the
+            # process, so that resuming changes nothing
             optimizer.zero_grad(set_to_none=True)
             teacher.errors.clear()
-            # of the step and the process: resuming changes nothing
             teacher.generator.manual_seed(seed + 1_000_003 * len(history) + 7_919 * rank)
             with torch.no_grad():
                 run_batch(model, next(batches))
             ratios = _ratios(teacher, layers, len(history))
+
+            # a step of all routers
             _average_gradients(routers)
             optimizer.step()
             schedule.step()
             history.append(ratios)
+
+            # what is shown, and saved
             bar.update()
             error = sum(ratios.values()) / len(ratios)
             bar.set_postfix(error_vs_sampled=f"{error:.3f}")
@@ -259,6 +273,7 @@ def distill_routers(
         save()
         raise
     finally:
+        # the model as it was
         bar.close()
         for layer in layers.values():
             layer.teacher = None
@@ -326,6 +341,7 @@ def _repeat(batches: Iterable, skip: int):
 def _resume(
     path: Path, settings: dict, routers: nn.Module, optimizer, schedule, history: list
 ) -> None:
+    # what a file of these routers holds
     try:
         state = torch.load(path, weights_only=True)
         saved, own, before = state["routers"], routers.state_dict(), state["settings"]
@@ -351,6 +367,7 @@ def _resume(
                 f"{name}: expected that of the checkpoint {path}, {before.get(name)}, got {value}"
             )
 
+    # go on from there
     routers.load_state_dict(saved)
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])

@@ -154,6 +154,7 @@ class GroupedAttention(nn.Module):
         if self.recorder is not None:
             self.recorder(keys.flatten(1), log_weights.flatten(1), tuple(grid_size))
 
+        # attention of the groups, and what is missing by their probes
         out = grouped_attention(
             q,
             k,

@@ -63,9 +63,8 @@ def probe(
     Source: optimal allocation (Neyman 1934), to a ratio of sums.
     """
     prefix, length = num_prefix_tokens, k.shape[2]
-    wide = wide_dtype(q)
+    tokens, wide = length - prefix, wide_dtype(q)
     lowest, tiny = torch.finfo(wide).min, torch.finfo(wide).tiny
-    tokens = length - prefix
 
     # queries spread over the map, and what lies beyond their windows
     curve = morton_order(*grid_size, q.device) if curve is None else curve
@@ -76,19 +75,20 @@ def probe(
     at = rows + prefix
     every = torch.arange(length, device=q.device).view(1, 1, 1, 1, -1)
 
-    # their attention, and what each key has in it
+    # sums over the probes
     squared = torch.zeros(*k.shape[:2], tokens, dtype=wide, device=q.device)
     outs, valids = [], []
     with without_autocast(q.device.type):
         query = q[:, :, at].to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
         valid = torch.ones(q.shape[0], 1, count, 1, dtype=torch.bool, device=q.device)
         key, value = k.to(wide).contiguous().mT, v.to(wide)
-        if (
-            key_mask is not None
-        ):  # a masked token asks for nothing and gives nothing, whatever stands in it
+        # a masked token asks for nothing and gives nothing, whatever stands in it
+        if key_mask is not None:
             valid = key_mask[:, None, at, None]
             query = query.masked_fill(~valid, 0)
             value = value.masked_fill(~key_mask[:, None, :, None], 0)
+
+        # their attention, a few at a time, and what each key has in it
         for start in range(0, count, _CHUNK):
             part = slice(start, start + _CHUNK)
             logits, sees = query[:, :, part] @ key, valid[:, :, part]
@@ -99,10 +99,13 @@ def probe(
             if key_mask is not None or pair_bias is not None:
                 logits = logits.clamp_min(lowest)  # a row of -inf would give NaN
                 sees = sees & (logits.amax(-1, keepdim=True) > lowest / 2)
+
             attention = logits.softmax(-1)
             outs.append(attention @ value)
             valids.append(sees)
             squared = squared + attention[..., prefix:].square().mul_(beyond[part] & sees).sum(2)
+
+        # times the distance of its value from their mean
         value, weight = value[:, :, prefix:], squared.sqrt().unsqueeze(2)
         mean = weight @ value / weight.sum(-1, keepdim=True).clamp_min(tiny)
         square = over_heads(squared * (value - mean).square_().sum(-1), group)

@@ -97,7 +97,7 @@ class RoutedLayer:
 
     def route(self, layer: nn.Module, now: Pass, call: Call) -> Tensor | str:
         """The routed attention of a call, or why it stays exact."""
-        # what cannot be routed, or is not asked for
+        # what cannot be routed
         site = now.site
         if site is None:
             return now.reason
@@ -105,11 +105,15 @@ class RoutedLayer:
             return "dropout of attention weights"
         if call.is_causal:
             return "causal attention"
+
+        # what is not asked for
         where = (call.query.device.type, call.query.dtype)
         least = self.least.get(where, self.least[None])
         settings = self.config.settings(site.tokens, now.rules, least)
         if isinstance(settings, str):
             return settings
+
+        # what this router cannot take
         bias = self._own_bias(layer, site, call)
         how = arrange(call, site, self.spec.place, self.spec.masks, bias)
         if isinstance(how, str):

@@ -183,6 +183,8 @@ class SampledAttention(nn.Module):
         prefix = num_prefix_tokens
         grid_size = check_grid("grid_size", grid_size, q.shape[2] - prefix)
         key_mask = checked_mask(key_mask, q, prefix)
+
+        # this call's settings, else the module's
         window = self.window_size if window_size is None else window_size
         window = window_of_grid(check_window("window_size", window), grid_size)
         kv_count = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
@@ -214,7 +216,7 @@ class SampledAttention(nn.Module):
         }
         probes = self.probe(q, k, v, curve=curve, group=group, **call) if self.samples else None
 
-        # routed keys, and attention over window and routed keys
+        # routed keys
         routed = self.route(
             q,
             k,
@@ -231,6 +233,8 @@ class SampledAttention(nn.Module):
         )
         if self.recorder is not None and routed is not None:
             self._record(routed, volume, whole_grid)
+
+        # attention over window and routed keys
         if routed is None or q_count is None:
             out = self._attend_all(q, k, v, routed, probes, call)
         else:

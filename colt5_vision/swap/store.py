@@ -38,6 +38,7 @@ def save_routing(model: Any, directory: str | os.PathLike) -> None:
     """
     from safetensors.torch import save
 
+    # what is routed, and which layers differ from the first
     directory = _directory(directory)
     routed = routed_layers(model)
     if not routed:
@@ -56,6 +57,9 @@ def save_routing(model: Any, directory: str | os.PathLike) -> None:
     weights = save(tensors)
     digest = hashlib.sha256(weights).hexdigest()
     file = _WEIGHTS.format(digest[:16])
+    save_atomically(directory / file, lambda part: part.write_bytes(weights))
+
+    # then the JSON
     about = {
         "format": 2,
         "config": first,
@@ -63,9 +67,10 @@ def save_routing(model: Any, directory: str | os.PathLike) -> None:
         "layers": list(routed),
         "weights": {"file": file, "sha256": digest},
     }
-    save_atomically(directory / file, lambda part: part.write_bytes(weights))
     text = json.dumps(about, indent=1) + "\n"
     save_atomically(directory / _CONFIG, lambda part: part.write_text(text))
+
+    # what was there before
     for old in directory.glob(_WEIGHTS.format("*")):
         if old.name != file:
             old.unlink()
@@ -106,6 +111,8 @@ def load_routing(
         planned = plan(model, config, **how, must_route=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"directory: {directory} does not fit {kind}: {error}") from error
+
+    # its layers and its tensors are those of the file
     if list(planned.chosen) != about["layers"]:
         differ = sorted(set(planned.chosen) ^ set(about["layers"]))
         raise ValueError(
@@ -120,9 +127,10 @@ def load_routing(
             f"directory: {len(wrong)} tensors in {directory} do not fit {kind}, first {key!r}: "
             f"expected {own.get(key, 'none')}, got {found.get(key, 'none')}"
         )
+
+    # the routers, then the model; nothing can fail from here on
     for name, part in planned.attention.items():
         part.load_state_dict({key: tensors[f"{name}.{key}"] for key in part.state_dict()})
-
     if before:
         unroute_attention(model)
     return apply(planned)

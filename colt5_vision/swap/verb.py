@@ -146,6 +146,7 @@ def plan(
         by_layer: configurations of single layers by name, in place of ``config``; its schedule.
         must_route: raise if no layer would be routed at ``sample_size``.
     """
+    # which layers, each with its configuration
     parts = _parts(model, _check_size(sample_size))
     layers = _layers(parts)
     exact = _left(parts)
@@ -158,20 +159,27 @@ def plan(
     # which of them are routed at the sample size
     tokens, expected = {}, {}
     for name, one in chosen.items():
+        # with which settings, or why not
         count, own, channels = one.spec.tokens, configs[name], one.spec.key_channels
         place, every = _place(one), own.least_tokens(channels)
         least = every.get(place, every[None])
         settings = {} if count is None else own.settings(count, least=least)
+
+        # how much faster
         if count is not None:
             held = {} if isinstance(settings, str) else settings
             held = {key: value for key, value in held.items() if value is not None}
             as_held = dataclasses.replace(own, schedule=(), **held)
             expected[name] = as_held.expected_speedup(count, channels, place)
+
+        # one that a rule may route at some timesteps counts as routed
         if isinstance(settings, str) and not (own.needs_timestep and count >= least[0]):
             gain = f": {expected[name]:.3g}" if settings == TOO_LITTLE_GAIN else ""
             exact[name] = f"{count} tokens: {settings}{gain}"
         else:
             tokens[name] = count
+
+    # none of them
     if must_route and not tokens:
         reasons = _counted([exact[name] for name in chosen])
         bar = f"min_tokens is {config.min_tokens}"
@@ -183,6 +191,7 @@ def plan(
             f"inputs tell sample_size=(H, W), {bar}"
         )
 
+    # the routed attention of each, and what tells the timestep
     attention = {name: _attention(name, one, configs[name]) for name, one in chosen.items()}
     clocks = {}
     if config.needs_timestep:
@@ -199,6 +208,7 @@ def apply(planned: Plan) -> RoutedAttentionReport:
     for model, clock in planned.clocks.items():
         put_hook(model, _CLOCK, clock)
 
+    # layer by layer
     scopes: dict[nn.Module, Scope] = {}
     routed = {}
     for name, one in planned.chosen.items():

@@ -39,6 +39,7 @@ def fold_volume(
         window: (frames, height, width); at the far borders windows are what is left of them.
     """
     window = tuple(min(w, n) for w, n in zip(window, grid))
+
     # the axis that becomes columns needs no filling: take the one that saves most
     free = 2
     for axis in (1, 0):
@@ -69,6 +70,7 @@ def fold_volume(
     row = (row + x % window[first]) * window[second] + y % window[second]
     place = (row * grid[free] + spot[free]).expand(grid).flatten()
 
+    # as a map; which places are filled matters only if some are not
     rows = counts[0] * counts[1] * window[first] * window[second]
     everywhere = rows * grid[free] == math.prod(grid)
     return Volume(

@@ -169,6 +169,8 @@ def _checked_groups(
                 f"{name}: expected shape (1 or {batch}, R, G, {slots}) with R that divides "
                 f"{heads} heads, got {tuple(x.shape)}"
             )
+
+    # keys and weights of every group
     if groups.shape[2] != keys.shape[2]:
         raise ValueError(
             f"key_indices: expected the {groups.shape[2]} groups of query_groups, got "
@@ -182,13 +184,15 @@ def _checked_groups(
                 f"{tuple(log_weights.shape)}"
             )
 
-    # routes, and each token once
+    # routes
     routes = max(groups.shape[1], keys.shape[1])
     if any(routes % x.shape[1] for x in (groups, keys)):
         raise ValueError(
             f"key_indices: expected routes that divide, or are divided by, those of query_groups, "
             f"{groups.shape[1]}, got {keys.shape[1]}"
         )
+
+    # each token once
     if has_values(groups) and groups.numel() > 0:
         token = torch.where(groups < 0, tokens, groups).flatten(2)
         count = torch.zeros(*token.shape[:2], tokens + 1, dtype=torch.int64, device=q.device)
@@ -196,6 +200,7 @@ def _checked_groups(
         if bool((count > 1).any()):
             raise ValueError("query_groups: expected each token in one group, got repeated ones")
 
+    # all samples and all routes
     def whole(x: Tensor) -> Tensor:
         return x.expand(batch, -1, -1, -1).repeat_interleave(routes // x.shape[1], 1)
 

@@ -212,25 +212,32 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor
     batch, dim = q.shape[0], q.shape[-1]
     exact, wide = how.keys.shape[1], wide_dtype(q)
     biased = call.log_weights is not None or call.log_mass is not None
+
+    # what comes from the loss, by rows as queries and keys
     given = _rows(grad, out, routes=how.routes)
     lse_rows = torch.nn.functional.pad(lse, (0, 1), value=float("inf"))
     lse_rows = lse_rows.unflatten(1, (how.routes, -1)).transpose(2, 3).flatten(0, 2)
 
-    # of exact keys and values, by rows; of queries, pooled ones and biases, by groups
+    # sums: of exact keys and values by rows, of queries, pooled ones and biases by groups
     rows = torch.zeros(
         batch * how.routes * (q.shape[2] + 1), given.shape[1], 2 * dim, dtype=wide, device=q.device
     )
     by_group: list[list[Tensor]] = [[], [], [], []]
+
+    # the groups, a few at a time
     for part in _parts(call, how) if how.bias.numel() else ():
+        # what they were called with, and what came out
         index = how.queries[part.at]
         own = given[index.flatten()].unflatten(0, index.shape).transpose(1, 2).to(part.query.dtype)
+        own_lse = lse_rows[index.flatten()].unflatten(0, index.shape).transpose(1, 2)
         tensors = [own[..., :dim], part.query, part.key, part.value, own[..., dim:]]
         if biased:
             # one more feature, 1 in every query and 0 elsewhere, changes no logit, and its key
             # gradient is the bias's (eight of them, to keep the row alignment of the kernels)
             fill = (0.0, 1.0, 0.0, 0.0, 0.0)
             tensors = [torch.nn.functional.pad(x, (0, 8), value=y) for x, y in zip(tensors, fill)]
-        own_lse = lse_rows[index.flatten()].unflatten(0, index.shape).transpose(1, 2)
+
+        # their gradients; a key may be read by several groups
         dq, dk, dv = attend_backward(*tensors, own_lse.contiguous(), part.bias, scale)
         both = torch.cat([dk[:, :, :exact, :dim], dv[:, :, :exact, :dim]], -1).transpose(1, 2)
         rows.index_add_(0, how.keys[part.at].flatten(), both.flatten(0, 1).to(wide))
@@ -238,10 +245,12 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor
         for kept, x in zip(by_group, found):
             kept.append(x)
 
-    # from rows and groups back to tokens and heads
+    # keys and values, from rows back to tokens and heads
     rows = rows.unflatten(0, (batch, how.routes, q.shape[2] + 1))[:, :, :-1]
     rows = rows.transpose(2, 3).flatten(1, 2)  # (B, heads, P + N, 2 D)
     grad_k, grad_v = (x.clone() for x in rows.split(dim, -1))
+
+    # the others, from groups; 0 where there are none
     grad_q = torch.zeros_like(q[:, :, prefix:])
     further = (call.log_weights, call.pooled_keys, call.pooled_values, call.log_mass)
     grad_weights, grad_pk, grad_pv, grad_mass = (
@@ -257,13 +266,15 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor
                 _by_head(x, batch, how.routes) for x in (dk, dv, dbias[:, :, exact:])
             )
 
-    # the prefix, and what is masked
+    # the prefix, which reads everything
     if prefix:
         own_grad, own_q, own_out, own_lse = (x[:, :, :prefix] for x in (grad, q, out, lse))
         own = (own_grad, own_q, call.k, call.v, own_out, own_lse)
         dq, dk, dv = attend_backward(*own, how.prefix_bias, scale)
         grad_q = torch.cat([dq, grad_q], 2)
         grad_k, grad_v = grad_k + dk, grad_v + dv
+
+    # what is masked
     if call.key_mask is not None:
         off = ~call.key_mask[:, None, :, None]
         grad_k, grad_v = grad_k.masked_fill(off, 0), grad_v.masked_fill(off, 0)

@@ -28,6 +28,7 @@ def grouped_attention(
     if key_mask.shape[1] != length:
         key_mask = torch.nn.functional.pad(key_mask, (prefix, 0), value=True)
 
+    # groups, keys and weights of every head
     def by_head(x: Tensor) -> Tensor:
         return x.expand(batch, -1, -1, -1).repeat_interleave(heads // x.shape[1], 1)
 

@@ -60,6 +60,8 @@ def backward(
     """As ``eager.backward``; None for the null token's gradient if it is not asked for."""
     batch, num_tokens, dim = grad.shape
     slots = indices.shape[1]
+
+    # some slots and, if it can be, all channels a program
     block_c = min(triton.next_power_of_2(dim), 1024)
     block_k = min(32, max(1, TILE // block_c))
     programs = batch * triton.cdiv(slots, block_k)
@@ -69,6 +71,7 @@ def backward(
     grad_heavy, grad_gates = heavy.new_empty(heavy.shape), torch.empty_like(gates)
     partial = grad.new_empty(programs, dim, dtype=torch.float32) if with_null else None
 
+    # gradients of the routed rows
     backend.launch(
         join_backward_kernel,
         (programs,),
@@ -88,6 +91,8 @@ def backward(
         num_warps=8,
         **backend.no_spills(grad.device),
     )
+
+    # the null token stands in all other rows: the sum of all, less the routed ones
     if not with_null:
         return grad_heavy, grad_gates, None
     return grad_heavy, grad_gates, grad.sum((0, 1), dtype=torch.float32) + partial.sum(0)

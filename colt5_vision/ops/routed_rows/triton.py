@@ -102,4 +102,6 @@ def gather_normalize_backward(
             num_warps=8,
             **backend.no_spills(x.device),
         )
+
+    # the weight's, of all programs and routes
     return grad_x, partial.sum(0).to(weight.dtype) if with_weight else None

@@ -57,6 +57,7 @@ def _plan(
     def per_head(x: Tensor, dim: int) -> Tensor:
         return x if routes == 1 else x.repeat_interleave(heads // routes, dim)
 
+    # windows
     slots, inside = cell_slots(geo.height, geo.width, geo.window, query.device)
     slot = slot_of_token(geo.height, geo.width, geo.window, query.device)
     plan = _Plan(slots, inside, slot, None, None, None, None, None, None)
@@ -171,6 +172,7 @@ def _groups(
 ) -> Iterator[_Group]:
     """The routed part in calls, none with much more than ``_PAIRS`` gradients of keys or biases at
     once."""
+    # one bias for all
     if geo.weight_own_window:
         yield _Group((slice(None),), slice(None), 1, plan.routed_bias)
         return
@@ -236,20 +238,28 @@ def forward(
     batch = q.shape[0]
     plan = _plan(q, routed, log_weights, key_mask, geo)
     k, v = _blank_masked(k, v, key_mask)
+
+    # the window part; where every query has a bias of its window, the routed part is joined there
     by_window = plan.routed is not None and not geo.weight_own_window and query_indices is None
     near = _blank_removed(k, v, routed, log_weights, geo)
     query, key, value = (_windows(x, plan, geo) for x in (q, *near))
     out, lse = attend(query, key, value, plan.window_bias, geo.scale)
     if by_window:
         out, lse = _joined(out, lse, query, k, v, plan, geo, None)
+
+    # from windows to the tokens that ask
     out, lse = _raster(out, plan, batch), _raster(lse.unsqueeze(-1), plan, batch).squeeze(-1)
     if query_indices is not None:
         whole = Geometry(0, geo.height, geo.width, geo.window, geo.scale)
         out, lse = _queries(out, whole, query_indices), _queries(lse, whole, query_indices)
+
+    # the routed part, else
     if plan.routed is not None and not by_window:
         out, lse = _joined(
             out, lse, _queries(q, geo, query_indices), k, v, plan, geo, query_indices
         )
+
+    # the prefix, which reads everything
     if geo.prefix:
         prefix_out, prefix_lse = attend(q[:, :, : geo.prefix], k, v, plan.prefix_bias, geo.scale)
         out, lse = torch.cat([prefix_out, out], 2), torch.cat([prefix_lse, lse], 2)
@@ -297,75 +307,50 @@ def backward(
     with_log_weights: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and (if given and asked for) log_weights."""
-    batch, heads = q.shape[:2]
+    batch, heads, _, dim = q.shape
     grad = grad.contiguous()
     plan = _plan(q, routed, log_weights, key_mask, geo)
     k, v = _blank_masked(k, v, key_mask)
-    own = (grad[:, :, geo.prefix :], out[:, :, geo.prefix :], lse[:, :, geo.prefix :])
-
-    # window part; with query_indices all other tokens, and always the slots outside the map, are
-    # switched off
-    full = own
+    wide = None  # places of the queries among the tokens, (B, heads, Q, D)
     if query_indices is not None:
-        index = query_indices.unsqueeze(1).expand(-1, heads, -1)
-        wide = index.unsqueeze(-1).expand(*index.shape, q.shape[-1])
-        shape = (batch, heads, geo.tokens)
-        full = (
-            grad.new_zeros(*shape, q.shape[-1]).scatter_(2, wide, own[0]),
-            out.new_zeros(*shape, q.shape[-1]).scatter_(2, wide, own[1]),
-            lse.new_full(shape, float("inf")).scatter_(2, index, own[2]),
-        )
-    whole = Geometry(0, geo.height, geo.width, geo.window, geo.scale)
-    g, o, l = (_windows(x, plan, whole) for x in (full[0], full[1], full[2].unsqueeze(-1)))
-    l = l.squeeze(-1).unflatten(0, (batch, plan.slots.shape[0]))
-    l = l.masked_fill(~plan.inside.unsqueeze(1), float("inf")).flatten(0, 1)
-    in_windows = (g, o, l)
+        wide = query_indices[:, None, :, None].expand(-1, heads, -1, dim)
+
+    # gradient, output and logsumexp of the map's queries, and of the windows' slots
+    own = (grad[:, :, geo.prefix :], out[:, :, geo.prefix :], lse[:, :, geo.prefix :])
+    in_windows = g, o, l = _in_windows(own, wide, plan, geo)
+
+    # the window part
     near = _blank_removed(k, v, routed, log_weights, geo)
     parts = attend_backward(
         g, *(_windows(x, plan, geo) for x in (q, *near)), o, l, plan.window_bias, geo.scale
     )
     grad_q, grad_k, grad_v = (_raster(x, plan, batch) for x in parts)
 
+    # the routed part, window by window or by queries
     with_log_weights = with_log_weights and log_weights is not None
     grad_log_weights = torch.zeros_like(log_weights) if with_log_weights else None
     prefix_k = prefix_v = None
     if plan.routed is not None:
         by_window = not geo.weight_own_window and query_indices is None
         query = _windows(q, plan, geo) if by_window else _queries(q, geo, query_indices)
-        keys, values = _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
-        g, o, l = in_windows if by_window else own
+        given = in_windows if by_window else own
+        dq, dk, dv, dlog = _joined_backward(
+            *given, query, k, v, plan, geo, query_indices, with_log_weights
+        )
         if with_log_weights:
-            # one more feature, 1 in every query and 0 elsewhere, changes no logit, and its key
-            # gradient is the bias's (eight of them, to keep the row alignment of the CUDA kernels)
-            query = torch.nn.functional.pad(query, (0, 8), value=1.0)
-            keys, values, g, o = (torch.nn.functional.pad(x, (0, 8)) for x in (keys, values, g, o))
-        dq, dk, dv = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
-        for group in _groups(query, keys, plan, geo, query_indices):
-            at = group.rows
-            pair = (_spread(keys, group), _spread(values, group))
-            part = attend_backward(g[at], query[at], *pair, o[at], l[at], group.bias, geo.scale)
-            dq[at] = part[0]
-            for total, each in ((dk, part[1]), (dv, part[2])):
-                total[group.keys] += each if group.spread == 1 else each.sum(0, keepdim=True)
-        if with_log_weights:
-            dlog = dk[:, :, geo.prefix :, -1].unflatten(1, (routed.shape[1], -1)).sum(2) / geo.scale
+            dlog = dlog.unflatten(1, (routed.shape[1], -1)).sum(2) / geo.scale
             grad_log_weights = dlog.to(log_weights.dtype)
-            dq, dk, dv = (x[..., : q.shape[-1]] for x in (dq, dk, dv))
+
+        # its rows go where they were read
         if by_window:
             dq = _raster(dq, plan, batch)
-        if query_indices is not None:
-            grad_q.scatter_add_(2, wide, dq)
-        else:
-            grad_q = grad_q + dq
-        index = (plan.routed - geo.prefix).expand(-1, -1, -1, q.shape[-1])
-        prefix_k, grad_k = (
-            dk[:, :, : geo.prefix],
-            grad_k.scatter_add(2, index, dk[:, :, geo.prefix :]),
-        )
-        prefix_v, grad_v = (
-            dv[:, :, : geo.prefix],
-            grad_v.scatter_add(2, index, dv[:, :, geo.prefix :]),
-        )
+        grad_q = grad_q + dq if wide is None else grad_q.scatter_add_(2, wide, dq)
+        index = (plan.routed - geo.prefix).expand(-1, -1, -1, dim)
+        prefix_k, prefix_v = dk[:, :, : geo.prefix], dv[:, :, : geo.prefix]
+        grad_k = grad_k.scatter_add(2, index, dk[:, :, geo.prefix :])
+        grad_v = grad_v.scatter_add(2, index, dv[:, :, geo.prefix :])
+
+    # the prefix, which reads everything
     if geo.prefix:
         rows = slice(0, geo.prefix)
         query, bias = q[:, :, rows], plan.prefix_bias
@@ -376,3 +361,71 @@ def backward(
         grad_k = torch.cat([prefix_k, grad_k], 2) + dk
         grad_v = torch.cat([prefix_v, grad_v], 2) + dv
     return grad_q, grad_k, grad_v, grad_log_weights
+
+
+def _in_windows(
+    own: tuple[Tensor, Tensor, Tensor], wide: Tensor | None, plan: _Plan, geo: Geometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients, outputs and logsumexps of the queries as rows of windows.
+
+    Switched off, by a logsumexp of +inf, are slots outside the map, and tokens that do not ask:
+    all but those at ``wide`` (B, heads, Q, D), unless it is None.
+    """
+    grad, out, lse = own
+    batch, heads, dim = grad.shape[0], grad.shape[1], grad.shape[-1]
+
+    # every token of the map
+    if wide is not None:
+        shape = (batch, heads, geo.tokens)
+        grad = grad.new_zeros(*shape, dim).scatter_(2, wide, grad)
+        out = out.new_zeros(*shape, dim).scatter_(2, wide, out)
+        lse = lse.new_full(shape, float("inf")).scatter_(2, wide[..., 0], lse)
+
+    # every slot of the windows
+    whole = Geometry(0, geo.height, geo.width, geo.window, geo.scale)
+    grad, out, lse = (_windows(x, plan, whole) for x in (grad, out, lse.unsqueeze(-1)))
+    lse = lse.squeeze(-1).unflatten(0, (batch, plan.slots.shape[0]))
+    lse = lse.masked_fill(~plan.inside.unsqueeze(1), float("inf")).flatten(0, 1)
+    return grad, out, lse
+
+
+def _joined_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: _Plan,
+    geo: Geometry,
+    query_indices: Tensor | None,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of the routed part: of the queries, and of the prefix and routed keys and values
+    (B, heads, P + K, D). The last is (B, heads, K), ``geo.scale`` times that of the routed keys'
+    bias; None if not asked for."""
+    dim = query.shape[-1]
+    keys, values = _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
+    if with_bias:
+        # one more feature, 1 in every query and 0 elsewhere, changes no logit, and its key
+        # gradient is the bias's (eight of them, to keep the row alignment of the CUDA kernels)
+        query = torch.nn.functional.pad(query, (0, 8), value=1.0)
+        keys, values, grad, out = (
+            torch.nn.functional.pad(x, (0, 8)) for x in (keys, values, grad, out)
+        )
+
+    # group by group; several may read the same keys
+    dq, dk, dv = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
+    for group in _groups(query, keys, plan, geo, query_indices):
+        at = group.rows
+        pair = (_spread(keys, group), _spread(values, group))
+        part = attend_backward(grad[at], query[at], *pair, out[at], lse[at], group.bias, geo.scale)
+        dq[at] = part[0]
+        for total, each in ((dk, part[1]), (dv, part[2])):
+            total[group.keys] += each if group.spread == 1 else each.sum(0, keepdim=True)
+
+    # the feature apart from the rest
+    if not with_bias:
+        return dq, dk, dv, None
+    dlog = dk[:, :, geo.prefix :, -1]
+    return dq[..., :dim], dk[..., :dim], dv[..., :dim], dlog

@@ -106,10 +106,13 @@ def gathered_attention(
     if log_weights is not None:
         weight = torch.nn.functional.pad(log_weights, (geo.prefix, 0))
         seen_valid = seen_valid & (weight > float("-inf"))
+
+    # what a window has beside them: its own keys, unless they are seen already
     free = free_keys(routed, key_mask, geo)  # (B, R, N)
     window_of = window_of_token(geo.height, geo.width, geo.window, q.device)
     seen_window = torch.nn.functional.pad(window_of[routed.clamp_min(0)], (geo.prefix, 0), value=-1)
 
+    # some windows, by the places of their tokens (groups, area) and whether these exist
     def windows(rows: Tensor, within: Tensor) -> Tensor:
         groups, area = rows.shape
 

@@ -85,5 +85,6 @@ def routed_window_attention(
     if query_indices is None:
         return out
 
+    # the queries asked for
     index = query_indices[:, None, :, None].expand(-1, heads, -1, v.shape[-1])
     return torch.cat([out[:, :, :prefix], out[:, :, prefix:].gather(2, index)], 2)

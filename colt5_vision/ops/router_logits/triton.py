@@ -140,11 +140,12 @@ def forward(x: Tensor, tokens: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     logits = tokens.new_empty(batch, routes, num_tokens)
     norm = tokens.new_empty(batch, num_tokens)
 
+    # at least 16 tokens a program: those of a channels-first map are neighbours in memory, 16 of
+    # them a sector
     block_c = min(triton.next_power_of_2(dim), 256)
-    # at least 16 tokens: those of a channels-first map are neighbours in memory, 16 of them a
-    # sector
     block_n = min(128, max(16, TILE // block_c))
 
+    # logits, and the norms for backward
     backend.launch(
         router_logits_kernel,
         (batch * triton.cdiv(num_tokens, block_n),),
@@ -186,9 +187,12 @@ def backward(
     block_c = min(triton.next_power_of_2(dim), 64)
     block_n = 64
     blocks = triton.cdiv(num_tokens, block_n)
+
+    # what is written; of the routing tokens each block's part
     grad_x = torch.empty_like(x) if with_x else None
     partial = tokens.new_empty(batch, blocks, routes, dim) if with_tokens else None
 
+    # both gradients from one reading of x
     backend.launch(
         router_logits_backward_kernel,
         (batch * blocks * triton.cdiv(dim, block_c),),
@@ -213,4 +217,6 @@ def backward(
         num_warps=8,
         **backend.no_spills(x.device),
     )
+
+    # the parts of all blocks, and of all samples where they share the routing tokens
     return grad_x, partial.sum((1,) if tokens.ndim == 3 else (0, 1)) if with_tokens else None

@@ -166,6 +166,27 @@ def _head_size(name: str, k, n: int, expected: str = "a number") -> int:
     return min(k if isinstance(k, torch.SymInt) else math.ceil(k), n)
 
 
+def _check_row_counts(k: Tensor, shape: torch.Size, n: int, max_k: float | None) -> int:
+    """The head size of rows of ``n`` scores with a ``k`` each, a number or of ``shape``."""
+    # every k
+    if k.ndim > 0 and k.shape != shape:
+        raise ValueError(
+            f"k: expected a number or a tensor of shape {tuple(shape)}, got {tuple(k.shape)}"
+        )
+    if k.dtype == torch.bool or k.is_complex():
+        raise TypeError(f"k: expected a real number or tensor, got {k.dtype}")
+    if has_values(k) and not bool((k > 0).all()):
+        raise ValueError(f"k: expected every entry > 0, got {k.detach().tolist()}")
+
+    # their bound
+    if max_k is None:
+        return n
+    head = _head_size("max_k", max_k, n)
+    if has_values(k) and not bool((k <= max_k).all()):
+        raise ValueError(f"k: expected every entry <= max_k = {max_k}, got {k.detach().tolist()}")
+    return head
+
+
 def checked_rows(
     scores: Tensor, k, mask: Tensor | None, max_k: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -175,6 +196,7 @@ def checked_rows(
     The head holds the ceil(k) largest entries of every row: ceil(k) of a number, ceil(max_k) of a
         tensor, at most n.
     """
+    # checks
     check_float_tensor("scores", scores)
     if scores.ndim < 1 or scores.shape[-1] < 1:
         raise ValueError(f"scores: expected shape (..., n) with n >= 1, got {tuple(scores.shape)}")
@@ -192,22 +214,8 @@ def checked_rows(
 
     # k of each row, and how many entries may be capped
     if isinstance(k, Tensor):
-        if k.ndim > 0 and k.shape != shape[:-1]:
-            raise ValueError(
-                f"k: expected a number or a tensor of shape {tuple(shape[:-1])}, got "
-                f"{tuple(k.shape)}"
-            )
-        if k.dtype == torch.bool or k.is_complex():
-            raise TypeError(f"k: expected a real number or tensor, got {k.dtype}")
-        if has_values(k) and not bool((k > 0).all()):
-            raise ValueError(f"k: expected every entry > 0, got {k.detach().tolist()}")
-        k_rows, head = k.to(device=scores.device, dtype=dtype).expand(shape[:-1]).unsqueeze(-1), n
-        if max_k is not None:
-            head = _head_size("max_k", max_k, n)
-            if has_values(k) and not bool((k <= max_k).all()):
-                raise ValueError(
-                    f"k: expected every entry <= max_k = {max_k}, got {k.detach().tolist()}"
-                )
+        head = _check_row_counts(k, shape[:-1], n, max_k)
+        k_rows = k.to(device=scores.device, dtype=dtype).expand(shape[:-1]).unsqueeze(-1)
     elif max_k is not None:
         raise ValueError(f"max_k: only used with a tensor k, got the number k = {k!r}")
     else:

@@ -172,6 +172,7 @@ def coordinate_descent_backward(
     )
     above = (scores.shape[-1] - below.cumsum(-1)[:, :-1]).gather(-1, order.argsort(-1))
 
+    # q_t, by its logarithm, and with it g_t
     eps = torch.tensor(schedule[1:-1], dtype=wide, device=scores.device)
     log_q = above.log() + (a[:, 1:] - a[:, :-1]) / eps - log_k
     # log of g_t / g_T for t = 1..T
@@ -179,6 +180,7 @@ def coordinate_descent_backward(
     weights = torch.tensor(schedule[:-1], dtype=wide, device=scores.device)
     grad_k = (log_g.exp() * weights).sum(-1, keepdim=True).to(k.dtype) * grad_last / k
 
+    # what reaches the scores, iterations of one eps at a time
     through = torch.zeros_like(scores)
     for value in dict.fromkeys(schedule[1:-1]):
         group = [t for t, e in enumerate(schedule[1:-1]) if e == value]
@@ -186,10 +188,13 @@ def coordinate_descent_backward(
         log_w = (
             log_g[:, [t + 1 for t in group]] + a[:, [t + 1 for t in group]] / value - log_k
         ).gather(-1, rank)
+
         # a score belongs to every iteration whose bound is not below it: a suffix sum over the
         # sorted bounds
         log_w = log_w.flip(-1).logcumsumexp(-1).flip(-1) + bound / value
         end = torch.full_like(log_w[:, :1], float("-inf"))
+
+        # each score's sum, at its slot
         slot = (
             slots
             if len(group) == steps.shape[-1]
