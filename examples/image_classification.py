@@ -301,6 +301,7 @@ class Run:
 
 
 def train(args) -> None:
+    # where
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
         raise UserError(f"--device: {args.device} is not available here")
     try:
@@ -310,6 +311,8 @@ def train(args) -> None:
     except ValueError as error:  # a precision that the device does not have
         raise UserError(f"--amp: {error}") from error
     set_seed(args.seed)
+
+    # start, or go on
     output, main = Path(args.output), accelerator.is_main_process
     if main:
         make_folder(output)
@@ -324,6 +327,7 @@ def train(args) -> None:
         (output / "settings.json").write_text(json.dumps(run.settings(), indent=1) + "\n")
     accelerator.wait_for_everyone()
 
+    # train
     with stop_request() as stop:
         if len(run.history) >= args.epochs:  # resumed when all was done
             run.judge()
@@ -337,15 +341,21 @@ def train(args) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
+
+    # the data and the model
     add("--data", help="a folder of images, one sub-folder a class (or train/ and val/ of such)")
     add("--skip-broken", action="store_true", help="read all files first, leave out broken ones")
     add("--model", default="colt5_vit_nano_patch8_192", help="any timm model")
     add("--pretrained", action="store_true", help="start from timm's weights (needs the hub)")
     add("--img-size", type=int, default=192, help="side in pixels")
+
+    # training
     add("--epochs", type=int, default=7, help="in all, those of a resumed run too")
     add("--batch-size", type=int, default=16, help="of each process")
     add("--lr", type=float, help="highest learning rate; 4e-3, with --pretrained 4e-4")
     add("--weight-decay", type=float, default=0.02, help="of AdamW")
+
+    # the run
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train")
     add("--amp", choices=("no", "bf16", "fp16"), default="no", help="half precision")
     add("--workers", type=int, default=0, help="data loading processes")
@@ -354,6 +364,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", help="folder; runs/digits, or runs/NAME of --data")
     add("--resume", action="store_true", help="go on from the checkpoint in --output")
 
+    # checks
     args = parser.parse_args(argv)
     at_least_one(parser, args, "img_size", "epochs", "batch_size", "limit")
     args.lr = (4e-4 if args.pretrained else 4e-3) if args.lr is None else args.lr
@@ -361,6 +372,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--lr: expected a number above 0, got {args.lr}")
     if args.workers < 0:
         parser.error(f"--workers: expected at least 0, got {args.workers}")
+
+    # where results go
     name = "digits" if args.data is None else Path(args.data).resolve().name
     args.output = args.output or f"runs/{name}"
     return args

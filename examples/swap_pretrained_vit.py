@@ -155,6 +155,7 @@ def _added_memory(cache: Path, photo: Path, size: int, share: float | None) -> f
 
 def timing(model: nn.Module, photo: Path, size: int, args) -> dict[str, float]:
     """Whole model and one attention (routing included), full against routed, in turns."""
+    # the attention of the middle layer, caught on its way
     x, caught = open_photo(photo, size), {}
 
     class Catch(ReplaceAttention):
@@ -167,6 +168,8 @@ def timing(model: nn.Module, photo: Path, size: int, args) -> dict[str, float]:
         features(model, x)
     middle = len(caught) // 2
     q, k, v = caught[middle]
+
+    # the same, routed
     grid = (x.shape[-2] // PATCH, x.shape[-1] // PATCH)
     with Routed(model, "sampled", args.share):
         routing = routed_layers(model)[f"blocks.{middle}.attn"].attention
@@ -175,6 +178,7 @@ def timing(model: nn.Module, photo: Path, size: int, args) -> dict[str, float]:
         with Routed(model, "sampled", args.share):
             features(model, x)
 
+    # seconds of one attention, then of the model, and the model's memory
     with torch.inference_mode():
         calls = {
             "attention": lambda: scaled_dot_product_attention(q, k, v),
@@ -240,6 +244,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    # photographs and weights
     photos = find_photos(args.images)
     make_folder(args.output)
     try:
@@ -251,6 +256,7 @@ def run(args: argparse.Namespace) -> None:
     cosines: dict[str, dict[str, float]] = {}
     times: dict[int, dict[str, float]] = {}
     for size in tqdm(args.sizes, desc="sizes"):
+        # outputs against full attention
         for photo in tqdm(photos, desc=f"{size} px", leave=False):
             x = open_photo(photo, size)
             variants = compare(model, x, args, trained)
@@ -261,6 +267,8 @@ def run(args: argparse.Namespace) -> None:
             }
             for name, cell in here.items():
                 cosines.setdefault(name, {})[f"{photo.stem}, {size} px"] = cell
+
+            # a picture of the first photograph
             if photo == photos[0]:
                 shown = {
                     name: patches
@@ -269,6 +277,8 @@ def run(args: argparse.Namespace) -> None:
                 }
                 maps = {name: saliency(decoder, patches, x) for name, patches in shown.items()}
                 picture(args.output / f"saliency_{size}.png", x, maps, here)
+
+        # times, and what is known so far
         if args.timing:
             times[size] = timing(model, photos[0], size, args)
         report(args, cosines, times, trained)
@@ -282,7 +292,7 @@ def report(args, cosines: dict, times: dict, trained: dict | None) -> None:
         "run on a GPU"
     )
 
-    # cosines
+    # what is shown
     columns = list(next(iter(cosines.values())))
     keys = f"1/{1 / args.share:g}"
     lines = ["# Routed attention in a pretrained DINOv2 ViT-S/14", "", machine, ""]
@@ -293,6 +303,8 @@ def report(args, cosines: dict, times: dict, trained: dict | None) -> None:
         ),
         "",
     ]
+
+    # cosines, the draws by their mean and their worst
     draws = [cosines[f"draw {i}"] for i in range(DRAWS)]
     cosines = {name: row for name, row in cosines.items() if not name.startswith("draw")}
     ours = "sampled"
@@ -306,17 +318,14 @@ def report(args, cosines: dict, times: dict, trained: dict | None) -> None:
         ["attention", *columns],
         [[name, *(f"{row[c]:.4f}" for c in columns)] for name, row in cosines.items()],
     )
-
     if trained is not None:
         lines += ["", f"Distilled: {trained['note']}."]
 
     # times
     if times:
-        lines += [
-            "",
-            (f"sampled, keys {keys}, against full SDPA, median seconds, routing included."),
-            "",
-        ]
+        about = f"sampled, keys {keys}, against full SDPA, median seconds, routing included."
+        lines += ["", about, ""]
+
         rows = []
         for size, t in times.items():
             row = [f"{size} px, {(size // PATCH) ** 2} tokens"]
@@ -327,17 +336,13 @@ def report(args, cosines: dict, times: dict, trained: dict | None) -> None:
                     f"{t[part] / t[part + ', routed']:.1f}x",
                 ]
             rows.append([*row, f"{t['model, MiB']:.0f}", f"{t['model, routed, MiB']:.0f}"])
-        head = [
-            "image",
-            "one attention, full",
-            "routed",
-            "speed-up",
-            "model, full",
-            "routed",
-            "speed-up",
-        ]
+
+        head = ["image"]
+        for part in ("one attention", "model"):
+            head += [f"{part}, full", "routed", "speed-up"]
         lines += table([*head, "a forward adds MiB, full", "routed"], rows)
 
+    # for people, and for programs
     (args.output / "results.md").write_text("\n".join(lines) + "\n")
     record = {
         "machine": machine,

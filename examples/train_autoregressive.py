@@ -78,15 +78,18 @@ class PixelModel(nn.Module):
     def __init__(self, size: int, dim: int, depth: int, keys: int, queries: float, routed: bool):
         super().__init__()
         self.size, self.routed = size, routed
+
+        # a symbol, and its place
         self.symbol = nn.Embedding(LEVELS + 10, dim)
         self.row, self.column = nn.Embedding(size + 1, dim), nn.Embedding(size, dim)
+
+        # layers; the one without a heavy branch keeps the light branch of the other
         heads = {
             "light_heads": 4,
             "light_dim_head": dim // 4,
             "heavy_heads": 4,
             "heavy_dim_head": dim // 4,
         }
-
         layers = []
         for _ in range(depth):
             attention = ConditionalRoutedAutoregressiveAttention(
@@ -98,18 +101,17 @@ class PixelModel(nn.Module):
                 rotary_emb=True,
                 **heads,
             )
+            attention = attention if routed else attention.light_attn
+
             feed_forward = [
                 nn.RMSNorm(dim),
                 nn.Linear(dim, 4 * dim),
                 nn.GELU(),
                 nn.Linear(4 * dim, dim),
             ]
-            layers.append(
-                nn.ModuleList(
-                    [attention if routed else attention.light_attn, nn.Sequential(*feed_forward)]
-                )
-            )
+            layers.append(nn.ModuleList([attention, nn.Sequential(*feed_forward)]))
 
+        # logits, and fresh embeddings
         self.layers, self.norm = nn.ModuleList(layers), nn.RMSNorm(dim)
         self.head = nn.Linear(dim, LEVELS)
         for embedding in (self.symbol, self.row, self.column):
@@ -280,6 +282,7 @@ class Run:
 
 
 def train(args) -> None:
+    # where
     if args.device == "auto":
         args.device = (
             torch.accelerator.current_accelerator().type
@@ -308,11 +311,15 @@ def train(args) -> None:
                 if stop.is_set():
                     run.save(output / "checkpoint.pt")
                     raise KeyboardInterrupt
+
+            # how good it is
             seconds = time.perf_counter() - start
             trained = dict(zip(MODELS, np.mean(run.losses[epoch * run.steps :], 0).tolist()))
             run.history.append(
                 {"epoch": epoch + 1, "seconds": seconds, "train": trained, "held_out": run.judge()}
             )
+
+            # what is kept, shown and told
             run.save(output / "checkpoint.pt")
             run.draw(output / "samples.png")
             report(run, output)
@@ -321,6 +328,7 @@ def train(args) -> None:
             )
             print(f"epoch {epoch + 1}: held-out bits per pixel: {told}; {seconds:.0f} s")
 
+    # at the end, what the cache saves
     report(run, output, line := speed(run))
     print(
         f"{line}\nwrote {output}/: checkpoint.pt, metrics.jsonl, results.md, curve.png, samples.png"
@@ -332,12 +340,14 @@ def report(run: Run, output: Path, line: str = "") -> None:
     last, size = run.history[-1]["held_out"], run.args.size
     (output / "metrics.jsonl").write_text("".join(json.dumps(h) + "\n" for h in run.history))
 
-    # tables
+    # the models
     parameters = {
         name: sum(p.numel() for p in model.parameters()) for name, model in run.models.items()
     }
     rows = [[name, "-", f"{bits:.3f}"] for name, bits in run.controls().items()]
     rows += [[name, f"{parameters[name]:,}", f"{last[name]:.3f}"] for name in reversed(MODELS)]
+
+    # their epochs
     epochs = [
         [
             h["epoch"],
@@ -347,6 +357,8 @@ def report(run: Run, output: Path, line: str = "") -> None:
         for h in run.history
     ]
     columns = [f"{name}: {part}" for name in MODELS for part in ("train", "held out")]
+
+    # both tables
     text = [
         "# Digits pixel by pixel\n",
         f"{size} x {size} pixels of {LEVELS} greys, held-out digits.\n",
@@ -369,6 +381,8 @@ def report(run: Run, output: Path, line: str = "") -> None:
             color=color,
             label=f"{name}, held out",
         )
+
+    # what a model must beat
     axis.axhline(
         run.controls()["counts at each pixel"],
         color="0.5",
@@ -401,17 +415,23 @@ def speed(run: Run) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+
+    # the data
     parser.add_argument("--epochs", type=int, help="6, with --quick 2")
     parser.add_argument("--limit", type=int, help="use only so many digits")
     parser.add_argument(
         "--size", type=int, choices=(7, 14, 28), default=14, help="side of the pictures"
     )
+
+    # the model
     parser.add_argument("--dim", type=int, default=64, help="width of the model, a multiple of 8")
     parser.add_argument("--depth", type=int, default=3, help="layers")
     parser.add_argument("--keys", type=int, default=28, help="routed keys of each token")
     parser.add_argument(
         "--queries", type=float, default=0.5, help="share of each row that queries them"
     )
+
+    # the run
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -424,12 +444,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help="7 x 7 pixels, a tiny model, two epochs of few digits"
     )
 
+    # what --quick stands for
     args = parser.parse_args(argv)
     if args.quick:
         args.size, args.dim, args.depth, args.keys, args.batch_size = 7, 16, 2, 7, 8
         args.limit = args.limit or 24
     if args.epochs is None:
         args.epochs = 2 if args.quick else 6
+
+    # checks
     at_least_one(parser, args, "epochs", "limit", "dim", "depth", "keys", "batch_size")
     if args.dim % 8:
         parser.error(f"--dim: expected a multiple of 8, got {args.dim}")

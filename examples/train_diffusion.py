@@ -259,6 +259,7 @@ class Run:
 
 
 def train(args) -> None:
+    # where
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
         raise UserError(f"--device: {args.device} is not available here")
     # without a word from us, processes that share no accelerator would not find each other
@@ -282,12 +283,15 @@ def train(args) -> None:
         while (epoch := len(run.history)) < args.epochs:
             start, done = time.perf_counter(), len(run.losses) - epoch * run.steps
             steps, desc = range(done, run.steps), f"epoch {epoch + 1}/{args.epochs}"
+
             for step in (bar := tqdm(steps, desc, run.steps, initial=done, disable=not main)):
                 stopped = run.step(epoch, step, stop.is_set())
                 bar.set_postfix(loss=f"{np.mean(run.losses[-50:]):.3f}", refresh=False)
                 if stopped:
                     run.save(output / "checkpoint.pt")
                     raise KeyboardInterrupt
+
+            # how good it is, and how fast
             seconds = time.perf_counter() - start
             images = (run.steps - done) * args.batch_size * run.processes
             loss = float(np.mean(run.losses[epoch * run.steps :]))
@@ -305,10 +309,13 @@ def train(args) -> None:
                     f"epoch {epoch + 1}: loss {loss:.4f}, held out "
                     f"{figures['held_out_loss']:.4f}, {seconds:.0f} s"
                 )
+
+            # what is kept and shown
             run.history.append(figures)
             run.save(output / "checkpoint.pt")
             report(run, output)
 
+    # at the end, what routing saves
     if main:
         report(run, output, line := compare(run))
         print(
@@ -380,6 +387,8 @@ def compare(run: Run) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+
+    # the data, and training
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--limit", type=int, help="use only so many digits")
     parser.add_argument(
@@ -387,6 +396,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, default=16, help="of each process")
     parser.add_argument("--lr", type=float, default=1.5e-3)
+
+    # the model
     parser.add_argument(
         "--keys",
         type=count_or_share,
@@ -397,6 +408,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--window", type=int, default=8, help="side of the light branch's windows in tokens"
     )
     parser.add_argument("--fusion", choices=("sum", "softmax"), default="sum")
+
+    # the run
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--amp", choices=("no", "bf16"), default="no")
     parser.add_argument("--seed", type=int, default=0)
@@ -405,6 +418,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="go on from the checkpoint in --output"
     )
 
+    # checks
     args = parser.parse_args(argv)
     at_least_one(parser, args, "epochs", "limit", "batch_size", "window")
     if args.size < 32 or args.size % 8:

@@ -150,6 +150,7 @@ class Colt5Block(nn.Module):
         )
         ff_routing = {"router": "grid"} if routes_all(num_heavy_ff_tokens) else learned
 
+        # attention, both branches of the same heads
         self.attn = ConditionalRoutedImageAttention(
             dim,
             num_heavy_tokens_q=num_heavy_tokens_q,
@@ -164,6 +165,8 @@ class Colt5Block(nn.Module):
             **routing,
             **factory,
         )
+
+        # feed-forward
         self.mlp = ConditionalRoutedFeedForward(
             dim,
             num_heavy_tokens=num_heavy_ff_tokens,

@@ -132,6 +132,8 @@ class Colt5Pyramid(RoutedBackbone):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+
+        # what differs from stage to stage
         stages, stride = len(depths), 4
         varying = {
             "dim": _per_stage("embed_dims", embed_dims, stages),
@@ -143,10 +145,17 @@ class Colt5Pyramid(RoutedBackbone):
                 drop_path_rate, list(depths), stagewise=True
             ),
         }
+
+        # what timm asks of a model
         dims = varying["dim"]
         self.img_size = check_pair("img_size", img_size, minimum=stride)
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
+        self.feature_info = [
+            {"module": f"stages.{i}", "num_chs": dim, "reduction": stride * 2**i}
+            for i, dim in enumerate(dims)
+        ]
 
+        # stages
         levels = nn.Sequential(
             *(
                 Colt5Stage(
@@ -163,10 +172,6 @@ class Colt5Pyramid(RoutedBackbone):
                 for i in range(stages)
             )
         )
-        self.feature_info = [
-            {"module": f"stages.{i}", "num_chs": dim, "reduction": stride * 2**i}
-            for i, dim in enumerate(dims)
-        ]
 
         # in the order of the data
         schedule = CarriedSchedule(levels, routing_schedule, device=device)

@@ -81,10 +81,17 @@ class Colt5VisionTransformer(RoutedBackbone):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+
+        # what timm asks of a model
         self.patch_size = check_int("patch_size", patch_size)
         self.img_size = check_pair("img_size", img_size, minimum=patch_size)
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, embed_dim
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size}
+            for i in range(depth)
+        ]
 
+        # blocks
         blocks = nn.Sequential(
             *(
                 Colt5Block(
@@ -106,10 +113,6 @@ class Colt5VisionTransformer(RoutedBackbone):
                 for rate in calculate_drop_path_rates(drop_path_rate, depth)
             )
         )
-        self.feature_info = [
-            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size}
-            for i in range(depth)
-        ]
 
         # in the order of the data
         schedule = CarriedSchedule(blocks, routing_schedule, device=device)

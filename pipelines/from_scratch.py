@@ -85,6 +85,7 @@ class ConditionalRoutedAttentionBlock(nn.Module):
         **attention,
     ):
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
         check_int("dim", dim)
         check_int("heads", heads)
         check_int("dim_head", dim_head)
@@ -92,7 +93,6 @@ class ConditionalRoutedAttentionBlock(nn.Module):
         # as the block that it stands in for
         self.residual_connection = residual_connection
         self.rescale_output_factor = check_positive("rescale_output_factor", rescale_output_factor)
-        factory = {"device": device, "dtype": dtype}
         self.group_norm = None
         if norm_num_groups is not None:
             if dim % check_int("norm_num_groups", norm_num_groups):

@@ -52,6 +52,7 @@ def _tensors(wheel: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def _vit_state(named: dict[str, Tensor], factors: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's state dict of ``vit_small_patch14_dinov2``."""
+    # around the blocks
     embed = "backbone.embeddings."
     state = {
         "cls_token": named[embed + "cls_token"],
@@ -64,27 +65,24 @@ def _vit_state(named: dict[str, Tensor], factors: dict[str, Tensor]) -> dict[str
 
     # a block each
     for i in range(12):
-        source, factor, target = (
-            f"backbone.encoder.layer.{i}.",
-            f"/backbone/encoder/layer.{i}/",
-            f"blocks.{i}.",
-        )
-        qkv = [
-            factors[f"{factor}attention/attention/{part}/MatMul"].T
-            for part in ("query", "key", "value")
-        ]
-        bias = [
-            named[f"{source}attention.attention.{part}.bias"] for part in ("query", "key", "value")
-        ]
-        state[target + "attn.qkv.weight"], state[target + "attn.qkv.bias"] = (
-            torch.cat(qkv),
-            torch.cat(bias),
-        )
+        source, target = f"backbone.encoder.layer.{i}.", f"blocks.{i}."
+        factor = f"/backbone/encoder/layer.{i}/"
+
+        # attention: timm has queries, keys and values in one Linear
+        parts = ("query", "key", "value")
+        qkv = [factors[f"{factor}attention/attention/{part}/MatMul"].T for part in parts]
+        bias = [named[f"{source}attention.attention.{part}.bias"] for part in parts]
+        state[target + "attn.qkv.weight"] = torch.cat(qkv)
+        state[target + "attn.qkv.bias"] = torch.cat(bias)
         state[target + "attn.proj.weight"] = factors[f"{factor}attention/output/dense/MatMul"].T
         state[target + "attn.proj.bias"] = named[f"{source}attention.output.dense.bias"]
+
+        # feed-forward
         for layer in ("fc1", "fc2"):
             state[f"{target}mlp.{layer}.weight"] = factors[f"{factor}mlp/{layer}/MatMul"].T
             state[f"{target}mlp.{layer}.bias"] = named[f"{source}mlp.{layer}.bias"]
+
+        # norms and scales
         for norm in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"):
             state[target + norm] = named[source + norm]
         for scale in "12":

