@@ -131,6 +131,8 @@ def study(args: argparse.Namespace) -> None:
             continue
         groups, first = by_variant(records, list(ABLATIONS)), records[0]
         summary, runs = summarize(groups), [run for group in groups.values() for run in group]
+
+        # the record, and the same for people
         whole = {
             "machine": machine(),
             **{name: first[name] for name in SETTINGS if name != "widest"},
@@ -143,6 +145,7 @@ def study(args: argparse.Namespace) -> None:
             *accuracy_table(summary, first["tokens"]),
         ]
         text += ["", "## Gates\n", "Normal logits, 8 rows, float32, on the CPU.\n", *lines, ""]
+
         save_atomically(
             stem.with_suffix(".json"),
             lambda part, whole=whole: part.write_text(json.dumps(whole, indent=1) + "\n"),

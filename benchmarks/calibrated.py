@@ -52,6 +52,7 @@ def study(model: nn.Module, photos: dict[str, Tensor], tolerances: list[float], 
     """Rows of the table, and what was chosen."""
     first = next(iter(photos.values()))
 
+    # what is measured: errors of all photographs, the time of one, full attention around it
     def outputs() -> list[Tensor]:
         return [dinov2.features(model, x) for x in photos.values()]
 
@@ -68,10 +69,13 @@ def study(model: nn.Module, photos: dict[str, Tensor], tolerances: list[float], 
         return report
 
     with torch.inference_mode():
+        # one setting for all layers
         full, rows, chosen = outputs(), [], []
         for name, how in ROUTED.items():
             one = {"window_size": 14, "min_speedup": 0} | how
             measured(name, lambda one=one: route_attention(model, **one))
+
+        # a setting for each
         for tolerance in tolerances:
             name = f"calibrated, tolerance {tolerance:g}"
             report = measured(

@@ -87,7 +87,6 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[64, 128], help="of the latents")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
-
     args = parser.parse_args()
 
     # measure

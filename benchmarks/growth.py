@@ -138,11 +138,14 @@ def million() -> dict:
 
 
 def markdown(rows: list[dict]) -> str:
+    # about the run
     about = rows[-1]["machine"]
     lines = ["# Growth with the map", "", "`python -m benchmarks.growth --million`."]
     lines += ["Not run on a GPU.", ""]
     lines += [f"- cpu: {about['cpu']}, {about['threads']} threads", f"- torch: {about['torch']}"]
     lines += [f"- date: {about['date']}", "", HOW, ""]
+
+    # exponents
     some = [row for row in rows if row["part"] != "million"]
     sides = sorted({int(side) for row in some for side in row["values"]})
     cells = [
@@ -158,6 +161,8 @@ def markdown(rows: list[dict]) -> str:
     ]
     head = ["part", "pass", "unit", *(f"{side}²" for side in sides), "exponent", "verdict"]
     lines += table(head, cells)
+
+    # a million tokens
     for row in rows:
         if row["part"] == "million":
             text = (

@@ -92,6 +92,8 @@ def run(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> dic
     """Train one variant; its record. For a process of its own: memory is measured."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(seed)
+
+    # the task, the model, and how it is trained
     task, tokens = NeedleTask(args.canvas, seed), (args.canvas // CELL) ** 2
     model = SquareReader(variant, tokens)
     schedule = None if args.start else variant.schedule(model, tokens, args.widest)
@@ -99,6 +101,7 @@ def run(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> dic
     peak = PEAK_RATE / 3 if args.start else PEAK_RATE
     every, curve, losses, keys, seconds = max(1, args.steps // args.points), [], [], [], []
 
+    # a step, and a first one to measure
     def train(step: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, peak, floor=0.01)
@@ -120,6 +123,7 @@ def run(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> dic
             variant.schedule(twin, tokens, args.widest).step(0.0)
         loss_of(twin, task.train(0, BATCH)).backward()
 
+    # the start
     if schedule is not None:
         schedule.step(0.0)  # takes a turn, as in all runs so far
     memory = added_memory(first_step)  # before anything larger has run
@@ -128,6 +132,8 @@ def run(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> dic
             torch.load(weights_of(name, seed, args.start, args), weights_only=True)
         )
         curve.append((0, judge(model, task, args.held_out // 5)[0], 0.0))
+
+    # training, judged on the way and at the end
     for step in (bar := tqdm(range(args.steps), f"{name}, seed {seed}", mininterval=5)):
         train(step)
         if (step + 1) % every == 0:
@@ -142,6 +148,8 @@ def run(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> dic
             weights_of(name, seed, args.canvas, args),
             lambda part: torch.save(model.state_dict(), part),
         )
+
+    # the record: settings, then what was found
     return {
         "variant": name,
         "seed": seed,
@@ -242,6 +250,8 @@ def study(args: argparse.Namespace) -> None:
 
 def parser_of(description: str, variants: dict[str, Variant]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=Help)
+
+    # what is trained, and for how long
     parser.add_argument(
         "--variants", nargs="+", choices=variants, default=list(variants), metavar="VARIANT"
     )

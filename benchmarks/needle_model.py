@@ -117,6 +117,8 @@ class SquareReader(nn.Module):
 
     def __init__(self, variant: Variant, tokens: int):
         super().__init__()
+
+        # the stem; a token sees 31 pixels
         widths, layers = (1, *STEM, DIM), []
         for i in range(3):
             layers += [
@@ -124,16 +126,12 @@ class SquareReader(nn.Module):
                 nn.BatchNorm2d(widths[i + 1]),
                 nn.GELU(),
             ]
-        layers += [
-            nn.Conv2d(DIM, DIM, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(DIM),
-        ]  # a token sees 31 pixels
+        layers += [nn.Conv2d(DIM, DIM, 3, 1, 1, bias=False), nn.BatchNorm2d(DIM)]
         self.stem, self.stem_norm = nn.Sequential(*layers), nn.RMSNorm(DIM, eps=1e-6)
 
         # layers
         self.routed = variant.router is not None
         self.attentions = nn.ModuleList(variant.build(tokens) for _ in range(DEPTH))
-
         self.feed_forwards = nn.ModuleList(
             nn.Sequential(
                 nn.RMSNorm(DIM, eps=1e-6),
@@ -143,11 +141,12 @@ class SquareReader(nn.Module):
             )
             for _ in range(DEPTH)
         )
+
+        # torch's start at a third of the variance that keeps a signal's
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
-                layer.weight.data.mul_(
-                    3**0.5
-                )  # torch's start at a third of the variance that keeps a signal's
+                layer.weight.data.mul_(3**0.5)
+
         # At first a square has heard little of the digit beside what it is, a square. In an earlier
         # form of this model, normalised token by token, neither full attention nor either fusion
         # learned anything in 600 steps; over the batch what all squares share falls away.

@@ -25,24 +25,26 @@ def summarize(groups: dict[str, list[dict]]) -> list[dict]:
     seeds of both."""
     summary, first = [], {r["seed"]: r["accuracy"] for r in next(iter(groups.values()))}
     for name, group in groups.items():
+        # accuracies, and what they gain on the first variant
         scores = [r["accuracy"] for r in group]
         gains = [100 * (r["accuracy"] - first[r["seed"]]) for r in group if r["seed"] in first]
 
+        spread = statistics.stdev(scores) if len(scores) > 1 else None
+        error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
+        routed = group[0]["reach"] is not None
+
+        # beside what they cost
         summary.append(
             {
                 "variant": name,
                 "keys": group[0]["keys"],
                 "mean_keys": group[0]["mean_keys"],
                 "mean": statistics.mean(scores),
-                "spread": statistics.stdev(scores) if len(scores) > 1 else None,
+                "spread": spread,
                 "gain": statistics.mean(gains) if gains else None,
-                "gain_error": statistics.stdev(gains) / len(gains) ** 0.5
-                if len(gains) > 1
-                else None,
+                "gain_error": error,
                 "seeds": {r["seed"]: r["accuracy"] for r in group},
-                "reach": None
-                if group[0]["reach"] is None
-                else statistics.mean(r["reach"] for r in group),
+                "reach": statistics.mean(r["reach"] for r in group) if routed else None,
                 "seconds": statistics.median(r["seconds"] for r in group),
                 "seconds_per_step_at_last": statistics.median(
                     r["seconds_per_step_at_last"] for r in group
@@ -168,6 +170,7 @@ def draw(groups: dict[str, list[dict]], path: Path) -> None:
 def draw_scale(folder: Path) -> Path:
     """``needle_scale_cpu.png``: of each canvas studied, accuracy against CPU seconds and against
     memory."""
+    # the studies that there are
     studies = [
         path
         for canvas in ("", "_384", "_768")
@@ -180,6 +183,7 @@ def draw_scale(folder: Path) -> Path:
     for column, path in zip(axes.T, studies):
         study = json.loads(path.read_text())
         for name, group in by_variant(study["runs"], list(VARIANTS)).items():
+            # a curve for its training, a point for each run
             line = line_of(name)
             curve = torch.tensor([r["curve"] for r in group]).mean(0)
             column[0].plot(curve[:, 2], curve[:, 1], **line)
@@ -192,6 +196,8 @@ def draw_scale(folder: Path) -> Path:
                 alpha=0.5 if line.get("lw") == 1.0 else 1.0,
                 marker={"--": "s", ":": "x"}.get(line["ls"], "o"),
             )
+
+        # axes
         column[0].set(
             xlabel="CPU seconds, training",
             title=f"canvas {study['canvas']}, {study['steps']} steps",

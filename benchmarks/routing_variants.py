@@ -128,6 +128,7 @@ class Variant(SampledAttention):
     def choose(
         self, q: Tensor, k: Tensor, v: Tensor, *, grid_size, num_prefix_tokens: int, scale=None
     ) -> Chosen:
+        # how many, the probes among them where they count
         recipe, prefix, heads = self.recipe, num_prefix_tokens, q.shape[1]
         tokens = grid_size[0] * grid_size[1]
         count = self.num_heavy_tokens_kv
@@ -140,6 +141,8 @@ class Variant(SampledAttention):
         window = window_of_token(*grid_size, self.window_size, q.device)
         probe = _Probe(q, k, recipe.probes, grid_size, window, prefix, scale)
         squared = probe.importance(v[:, :, prefix:], v, recipe)
+
+        # of each route, as a share
         routes = recipe.routes or heads
         while heads % routes:  # a network of fewer heads
             routes -= 1
@@ -148,19 +151,11 @@ class Variant(SampledAttention):
         share = (1 - recipe.uniform) * importance / importance.sum(
             -1, keepdim=True
         ) + recipe.uniform / tokens
+
+        # with pooled keys for the others
         if recipe.pool is not None:
-            return _pooled(
-                recipe,
-                share,
-                count,
-                probe,
-                k,
-                v,
-                grid_size,
-                self.window_size,
-                prefix,
-                self.generator,
-            )
+            where = (grid_size, self.window_size, prefix)
+            return _pooled(recipe, share, count, probe, k, v, *where, self.generator)
 
         # a sample along an order
         gates = soft_topk(share.log(), count)
@@ -283,9 +278,8 @@ def _pooled(recipe, share, count, probe, k, v, grid_size, window_size, prefix, g
     key, value = k[0, :, prefix:], v[0, :, prefix:]
 
     # which tokens are taken, and the cell of each other
-    if (
-        recipe.pool == "runs"
-    ):  # neighbours on a curve through each window, until their importance adds up to one key's
+    if recipe.pool == "runs":
+        # neighbours on a curve through each window, until their importance adds up to one key's
         sides = [-(-side // w) for side, w in zip(grid_size, window_size, strict=True)]
         gates = soft_topk(share.log(), count - sides[0] * sides[1])[0]
         certain = gates > 1 - 1e-6
@@ -297,6 +291,8 @@ def _pooled(recipe, share, count, probe, k, v, grid_size, window_size, prefix, g
             1, along.expand(heads, -1), pad(new, (1, 0)).cumsum(-1)
         )
         cells = int(cell.max()) + 1
+
+        # those that are certain, as they are
         top = [row.nonzero().flatten() for row in certain]
         slots = max(1, *(len(row) for row in top))
         indices = torch.stack([pad(row, (0, slots - len(row)), value=-1) for row in top])[None]
@@ -304,12 +300,15 @@ def _pooled(recipe, share, count, probe, k, v, grid_size, window_size, prefix, g
         pooled = ~certain
         average = (probe.p[0, :, :, prefix:] * probe.beyond).sum(1) + 1e-9
     else:
+        # cells of one size
         side = tuple(-(-w // recipe.cell) for w in window_size)
         index, _ = cell_slots(*grid_size, side, k.device)
         cells = index.shape[0]
         cell = window_of_token(*grid_size, side, k.device).expand(heads, -1)
         slots = max(1, count - cells)
         average = torch.ones(heads, tokens)
+
+        # the top keys as they are, or a sample of the upper half
         if recipe.pool == "rest":
             indices = share.topk(slots, -1).indices
             weights = torch.zeros(1, heads, slots)
@@ -322,6 +321,8 @@ def _pooled(recipe, share, count, probe, k, v, grid_size, window_size, prefix, g
             )
             weights = -gates.gather(-1, indices).clamp_min(1e-30).log()
             pooled = ~upper[0]
+
+    # sums over the cells
     cell = torch.where(pooled, cell, cells)
 
     def total(x: Tensor) -> Tensor:
@@ -333,14 +334,15 @@ def _pooled(recipe, share, count, probe, k, v, grid_size, window_size, prefix, g
     size, weight = total(torch.ones(heads, tokens)), total(average).clamp_min(1e-30).unsqueeze(1)
     mean_key, mean_value = (total(x.mT * average.unsqueeze(1)) / weight for x in (key, value))
     log_weight = size.log()
-    if (
-        recipe.second_order
-    ):  # half the variance of the logits within the cell, on average over the probes
+    if recipe.second_order:
+        # half the variance of the logits within the cell, on average over the probes
         logits = probe.logits[0, :, :, prefix:]
         first, second = (
             total(x) / size.clamp_min(1).unsqueeze(1) for x in (logits, logits.square())
         )
         log_weight = log_weight + (second - first.square()).clamp(0, 8).mean(1) / 2
+
+    # the window of each cell
     own = torch.zeros(heads, cells + 1, dtype=torch.int64).scatter_(
         1, cell, window.expand(heads, -1)
     )[:, :cells]
@@ -365,6 +367,8 @@ def attend_windows(
     )
     at = indices.clamp_min(0)
     gather = (at + prefix).unsqueeze(-1).expand(-1, -1, q.shape[-1])
+
+    # of keys, values, weights, and windows that do not need them
     far = [
         (
             k[0].gather(1, gather),

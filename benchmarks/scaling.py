@@ -355,6 +355,7 @@ def memory_table() -> str:
 
 def step_table() -> str:
     """One step on 8 and 64 GPUs."""
+    # the columns
     head = [
         "model",
         "GPUs",

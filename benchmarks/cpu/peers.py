@@ -37,13 +37,14 @@ def sorted_projection(scores: Tensor, k: float, *, eps: float = 1.0) -> Tensor:
     # the piece of the sum, linear in the threshold, on which it is k
     with torch.no_grad():
         rising = s.sort(-1).values
-        below = torch.nn.functional.pad(
-            rising.cumsum(-1, dtype=torch.float64), (1, 0)
-        )  # in float32 k would be lost
+        # in float32 k would be lost
+        below = torch.nn.functional.pad(rising.cumsum(-1, dtype=torch.float64), (1, 0))
         points = torch.cat([rising, rising - 1], -1).sort(-1).values
         at_most, at_most_1 = (
             torch.searchsorted(rising, points + shift, right=True) for shift in (0, 1)
         )
+
+        # the sum at every breakpoint
         between = at_most_1 - at_most
         sums = (
             below.gather(-1, at_most_1)
@@ -52,6 +53,7 @@ def sorted_projection(scores: Tensor, k: float, *, eps: float = 1.0) -> Tensor:
             + s.shape[-1]
             - at_most_1
         )
+
         # the last breakpoint whose sum is still k or more: between it and the next one no entry
         # changes sides
         last = ((sums >= k).sum(-1, keepdim=True) - 1).clamp_min(0)

@@ -18,6 +18,7 @@ def _curves(axis, rows: list[dict], what: str, value, label: str) -> None:
             found = value(row["variants"][name])
             if found:
                 points.append((int(row["case"].split("x")[0]) ** 2, found))
+
         # a layer of ours, the same with another number of keys, and its routing have one color
         color = colors.setdefault(
             name.removeprefix("routing of ").removesuffix(", keys 1/16"), f"C{len(colors)}"

@@ -167,10 +167,13 @@ def shares(call: Callable, area: int) -> dict[str, float]:
     Args:
         area: tokens of a window, by which calls of SDPA are told apart.
     """
+    # a call, watched
     recorder = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
     with named(), recorder as found, record_function("whole"):
         call()
     events = found.events()
+
+    # the time of each step; an event is of the step around it, one of backward of its forward's
     tops = sorted((e for e in events if e.cpu_parent is None), key=lambda e: e.time_range.start)
     times: Counter[str] = Counter()
     forward: dict[int, str] = {}  # of a node of autograd, by its number, the step of its forward
@@ -189,6 +192,7 @@ def shares(call: Callable, area: int) -> dict[str, float]:
         for child in sorted(event.cpu_children, key=lambda e: e.time_range.start):
             walk(child, step)
 
+    # as shares
     for event in tops:
         walk(event, "rest")
     whole = sum(times.values())
@@ -301,6 +305,7 @@ def measure(one: Part, rate: dict[str, float], budget: float) -> list[dict]:
 
 def markdown(rows: list[dict]) -> str:
     """The table."""
+    # about the run
     about = rows[-1]["machine"]
     lines = ["# Where the time goes on a CPU", ""]
     lines += ["`python -m benchmarks.cpu --profile`, sizes one after the other. Not run on a GPU."]
@@ -310,6 +315,8 @@ def markdown(rows: list[dict]) -> str:
         f"- torch: {about['torch']}",
     ]
     lines += [f"- date: {about['date']}", "", HOW]
+
+    # a table a part
     for name in dict.fromkeys(row["part"] for row in rows):
         some = [row for row in rows if row["part"] == name]
         size = Map(**some[0]["size"])

@@ -126,7 +126,9 @@ def _group(rows: list[dict]) -> list[str]:
             for r in row["ratios"]
             if r["kind"] == SPEED
         }
+
         for name, entry in row["variants"].items():
+            # time and memory
             cells = [
                 row["case"],
                 row["pass"],
@@ -136,6 +138,8 @@ def _group(rows: list[dict]) -> list[str]:
             cells.append(
                 "–" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 2**20:.1f}"
             )
+
+            # what only some groups have
             if foretold:
                 cells.insert(4, "–" if not entry.get("predicted") else predicted(entry))
             if errors:

@@ -104,9 +104,12 @@ def _inferring(model: Callable, x: torch.Tensor) -> Callable:
 
 def targets(quick: bool) -> list[Target]:
     """All, or at small sizes to see that they run."""
+    # sizes
     size = Map(32, 2, 32, window=8) if quick else OPERATOR
     bound, small = bound_of(size), (16, 32) if quick else (64, 128)
     pixels = (224, 448) if quick else (1022, 1526)
+
+    # the operator, as a share of its bound
     goals = [
         ("operator", "operator", FORWARD, 0.88),
         ("operator", "operator", BACKWARD, 0.80),
@@ -121,9 +124,13 @@ def targets(quick: bool) -> list[Target]:
         )
         for name, kind, what, share in goals
     ]
+
+    # a layer, against a peer
     for what in PASSES:
         name = f"layer, softmax, to ToDo at equal keys, 128², {what}"
         found.append(Target(name, 0.75, lambda what=what: todo(what)))
+
+    # pretrained layers and models, against full attention
     for side, least in zip(small, (4.0, 7.5)):
         name = f"attn1 of Stable Diffusion 1.5, {side}² latents"
         found.append(Target(name, least, lambda side=side: diffusion(side)))

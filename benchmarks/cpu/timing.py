@@ -55,9 +55,12 @@ class Timer:
             cost[name] = seconds
             kept.append(seconds)
 
+        # to warm up
         for name in calls:
             times[name] = []
             turn(name, [])
+
+        # round by round, as many as the time allows
         slow = (until - time.monotonic()) / 20
         for done in range(self.most):
             now = list(times)

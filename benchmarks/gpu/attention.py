@@ -106,6 +106,7 @@ def partitioned(size: Map) -> Callable:
 def attention(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
     mine = kernels(device)
     for size in sizes.maps:
+        # ours and the peers
         x, grad, routed = inputs(size, device, sizes.dtype)
         functions = {
             f"ours, {mine}": ours(size, routed),
@@ -134,6 +135,7 @@ def attention(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict
                 calls[second][what],
                 timer,
             )
+
             found = timer.compare(
                 {name: lambda call=call[what]: call for name, call in calls.items()}
             )
@@ -188,6 +190,7 @@ def flex_windows(size: Map, routed: Tensor, sizes: Sizes) -> tuple[Callable, Cal
     """FlexAttention at its best: tokens put in window order and routed keys gathered behind them,
     so that blocks of the mask are dense. Putting in order and back is timed with it, as its user
     would pay for it."""
+    # which keys of a window are routed, and stand behind already
     tokens, area = size.tokens, size.window**2
     is_routed = torch.zeros(size.batch, 1, tokens, 1, dtype=torch.bool, device=routed.device)
     is_routed = is_routed.scatter(2, routed[:, None, :, None], True)
@@ -198,6 +201,7 @@ def flex_windows(size: Map, routed: Tensor, sizes: Sizes) -> tuple[Callable, Cal
     def mask_mod(b, h, q, kv):
         return (kv >= tokens) | ((q // area == kv // area) & ~hidden[b, kv])
 
+    # attention in that order
     compiled = _flex(sizes)
     index = routed[:, None, :, None].expand(-1, size.heads, -1, size.head_dim)
     count = size.side // size.window
@@ -297,6 +301,7 @@ def dense_layer(layer: SoftmaxFusion, attend: Callable | None = None) -> Callabl
 
 
 def layer(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
+    # layers, and the dense one of the same weights
     mine, size = kernels(device), sizes.maps[0]
     torch.manual_seed(0)
     layers = {
@@ -307,6 +312,7 @@ def layer(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
     dense, router = layers["softmax"].attend, layers["softmax"].attend.kv_router
     shared = tuple(p for name, p in dense.named_parameters() if "router" not in name)
 
+    # the routing alone, with its gradient
     def log_weights(x):
         routing = router(
             x.flatten(1, 2), num_tokens=1 / size.share, grid_size=(size.side, size.side)
@@ -314,6 +320,8 @@ def layer(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
         return routing.log_weights
 
     grad_log_weights = torch.randn_like(on(mine, log_weights)(x).detach())
+
+    # calls of all
     calls = {
         f"layer, fusion {name}": both(f, [x], grad, tuple(f.parameters()), mine)
         for name, f in layers.items()
@@ -322,6 +330,8 @@ def layer(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
     calls["routing alone"] = both(
         log_weights, [x], grad_log_weights, tuple(router.parameters()), mine
     )
+
+    # the layers against the dense one, the routing against the layer
     for what in PASSES:
         found = timer.compare({name: lambda call=call[what]: call for name, call in calls.items()})
         for name in ("softmax", "sum"):

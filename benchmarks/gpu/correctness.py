@@ -229,6 +229,8 @@ def compiled(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]
     counter = CompileCounterWithBackend(sizes.compile_backend)
     torch.compiler.reset()
     torch.manual_seed(0)
+
+    # gradients of the compiled layer against the layer's, at all sizes
     name = "torch.compile(fullgraph, dynamic) of ConditionalRoutedImageAttention"
 
     def compare() -> tuple[float, int]:
@@ -243,11 +245,11 @@ def compiled(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]
                 forward_backward(f, [image], grad, parameters)() for f in (fast, layer)
             )
             worst = max(worst, relative_error(found, expected))
-            counts.append(
-                counter.frame_count
-            )  # a first compilation may start anew, so that it counts twice
+            # a first compilation may start anew, so that it counts twice
+            counts.append(counter.frame_count)
         return worst, counts[-1] - counts[0]
 
+    # what came of it
     result, why = attempt(on(kernels(device), compare))
     if why is not None:
         yield check(name, False, why)

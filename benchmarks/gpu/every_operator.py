@@ -51,10 +51,13 @@ def _gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 def _grouped_call(x: list[Tensor], mask: Tensor) -> Callable[[], list[Tensor]]:
     """Of 63 tokens behind 3 others: 8 groups, the last with an empty place; their own keys, and 2
     pooled ones."""
+    # groups and their keys
     batch, heads, _, head_dim = x[0].shape
     token = torch.arange(64, device=mask.device)
     groups = torch.where(token < 63, token, -1).view(1, 1, 8, 8).expand(batch, -1, -1, -1)
     keys = torch.rand(batch, 1, 8, 63, device=mask.device).topk(5).indices
+
+    # weights and pooled keys, which get gradients
     weights, mass = (
         torch.randn(shape, device=mask.device, requires_grad=True)
         for shape in (keys.shape, (batch, heads, 8, 2))
@@ -84,11 +87,12 @@ def _grouped_call(x: list[Tensor], mask: Tensor) -> Callable[[], list[Tensor]]:
 def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], list[Tensor]]]:
     """Calls that return every output and gradient."""
     torch.manual_seed(0)
+
+    # gates and selection
     scores = torch.randn(3, 77, device=device, requires_grad=True)
     wide = torch.randn(2, 5003, device=device, requires_grad=True)
     valid = torch.rand(3, 77, device=device) > 0.3
     some = torch.tensor([3.5, 9.0, 1.25], device=device, requires_grad=True)
-
     found = {
         "soft_topk": lambda: _gradients(soft_topk(scores, 5.5, eps=0.3, mask=valid), [scores]),
         "soft_topk, wide": lambda: _gradients(soft_topk(wide, 301), [wide]),
@@ -105,6 +109,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], li
         "route_topk": lambda: list(route_topk(scores, 13, mask=valid)),
         "route_topk, wide": lambda: list(route_topk(wide, 601)),
     }
+
+    # attention
     for head_dim in (40, 64):
         x, routed, weights, options = _attention_case(device, dtype, head_dim)
         queries = torch.rand(2, 63, device=device).topk(17).indices
@@ -126,6 +132,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], li
             window_attention(*x, **options), x
         )
         found[f"grouped_attention, {head_dim}"] = _grouped_call(x, mask=options["key_mask"])
+
+    # what touches the tokens around it
     tokens = torch.randn(2, 63, 24, device=device, dtype=dtype, requires_grad=True)
     chosen = torch.rand(2, 2, 63, device=device).topk(11).indices
     routing, weight = (
@@ -136,6 +144,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], li
         torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
         for shape in ((2, 11, 24), (2, 11), (24,))
     ]
+
     found["router_logits"] = lambda: _gradients(router_logits(tokens, routing), [tokens, routing])
     found["gather_normalize"] = lambda: _gradients(
         gather_normalize(tokens, chosen, weight), [tokens, weight]
@@ -145,6 +154,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], li
         join(tokens, parts[0], Routing(chosen[:, 0], parts[1], parts[1], filled), parts[2]),
         [tokens, *parts],
     )
+
+    # layers
     image = torch.randn(2, 7, 9, 24, device=device, dtype=dtype, requires_grad=True)
     settings = {"channel_first": False, "device": device, "dtype": dtype}
     width = {

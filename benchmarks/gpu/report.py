@@ -33,18 +33,22 @@ def _first_line(command: list[str]) -> str:
 
 def machine(device: torch.device, commit: str | None) -> dict:
     """Of a CUDA or ROCm device."""
+    # what is installed
     try:
         import triton
 
         triton_version = triton.__version__
     except ImportError:
         triton_version = "not installed"
+
+    # the device and the code
     properties = torch.cuda.get_device_properties(device)
     if commit is None:
         commit = _first_line(["git", "rev-parse", "HEAD"])
         commit += (
             " with changes" if _first_line(["git", "status", "--porcelain"]) != "unknown" else ""
         )
+
     return {
         "device": properties.name,
         "driver": _first_line(
@@ -175,10 +179,26 @@ def line(record: dict) -> str:
     return text + (f" | {record['reason']}" if record["reason"] else "")
 
 
-def markdown(report: dict) -> str:
-    def cells(*values) -> list[str]:
-        return [str(value).replace("|", "\\|").replace("\n", " ") for value in values]
+def _cells(*values) -> list[str]:
+    return [str(value).replace("|", "\\|").replace("\n", " ") for value in values]
 
+
+def _timed(record: dict) -> tuple[str, ...]:
+    """What the table of its step shows of a timing."""
+    mine, theirs = record["ours_timing"], record["peer_timing"]
+    ratio = "–" if record["ratio"] is None else f"{record['ratio']:.3g}x"
+    note = record["reason"]
+    if not note and "bytes_per_s" in record:
+        note = f"{record['bytes_per_s'] / 1e12:.2f} TB/s"
+
+    ours = (record["ours"], _milliseconds(mine))
+    peer = (record["peer"] or "–", _milliseconds(theirs))
+    further = (_memory(mine), _memory(theirs), _speed(mine), _speed(theirs))
+    return record["name"], record["what"], *ours, *peer, ratio, *further, note or ""
+
+
+def markdown(report: dict) -> str:
+    # about the run
     about, records = report["machine"], report["records"]
     lines = [f"# {about['device']}", "", f"`{report['command']}`, {report['seconds']:.0f} s.", ""]
     lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in about.items()]
@@ -192,12 +212,12 @@ def markdown(report: dict) -> str:
         measured = (
             "–" if target["measured"] is None else f"{target['measured']:.3g} {target['unit']}"
         )
-        judged.append(cells(target["name"], limit, measured, verdicts[target["met"]]))
+        judged.append(_cells(target["name"], limit, measured, verdicts[target["met"]]))
     lines += table(["target", "limit", "measured", "verdict"], judged)
 
     # whether it is right
     checks = [
-        cells(r["step"], r["name"], r["verdict"], r["detail"])
+        _cells(r["step"], r["name"], r["verdict"], r["detail"])
         for r in records
         if r["kind"] == "check"
     ]
@@ -210,6 +230,7 @@ def markdown(report: dict) -> str:
         "of a call; TFLOP/s: of "
         "the pairs that are attended to; ratio: peer over ours. Raw figures are in the JSON file."
     )
+
     header = [
         "what",
         "pass",
@@ -224,32 +245,9 @@ def markdown(report: dict) -> str:
         "peer",
         "note",
     ]
-    for step in dict.fromkeys(r["step"] for r in records if r["kind"] == "timing"):
-        timed = []
-        for r in records:
-            if r["kind"] != "timing" or r["step"] != step:
-                continue
-            mine, theirs = r["ours_timing"], r["peer_timing"]
-            ratio = "–" if r["ratio"] is None else f"{r['ratio']:.3g}x"
-            note = r["reason"] or (
-                f"{r['bytes_per_s'] / 1e12:.2f} TB/s" if "bytes_per_s" in r else ""
-            )
-            timed.append(
-                cells(
-                    r["name"],
-                    r["what"],
-                    r["ours"],
-                    _milliseconds(mine),
-                    r["peer"] or "–",
-                    _milliseconds(theirs),
-                    ratio,
-                    _memory(mine),
-                    _memory(theirs),
-                    _speed(mine),
-                    _speed(theirs),
-                    note,
-                )
-            )
+    timings = [r for r in records if r["kind"] == "timing"]
+    for step in dict.fromkeys(r["step"] for r in timings):
+        timed = [_cells(*_timed(r)) for r in timings if r["step"] == step]
         lines += ["", f"### {step}", "", *table(header, timed)]
     return "\n".join(lines) + "\n"
 

@@ -52,6 +52,8 @@ def gates(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
         torch.manual_seed(0)
         scores, grad = (torch.randn(count, n, device=device) for _ in range(2))
         k = max(1, n // 16)
+
+        # ours, by kernels and in plain torch
         operators = {"soft_topk": lambda s, k=k: soft_topk(s, k)}
         for steps in (20, 50):
             operators[f"coordinate_descent, {steps} iterations"] = lambda s, k=k, steps=steps: (
@@ -61,11 +63,15 @@ def gates(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
         for name, operator in operators.items():
             for backend, label in ((mine, name), ("eager", f"{name}, plain torch")):
                 calls[label] = both(operator, [scores], grad, backend=backend)
+
         for what in PASSES:
+            # they agree
             for name in operators:
                 label = f"{name}, {count} x {n}, {what}: {mine} = plain torch"
                 plain = calls[f"{name}, plain torch"][what]
                 yield agreement(label, calls[name][what], plain, timer, tolerance=1e-3)
+
+            # beside the predecessor's
             makers = {name: lambda call=call[what]: call for name, call in calls.items()}
             for steps in (20, 50):
 
@@ -74,6 +80,8 @@ def gates(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
 
                 makers[f"colt5_attention's kernel, {steps} iterations"] = make
             found = timer.compare(makers)
+
+            # the times
             label = f"gates, {count} x {n}, k = {k}"
             for peer in (
                 "soft_topk, plain torch",
@@ -101,10 +109,12 @@ def same_selection(n: int, k: int, mine: str, scores: torch.Tensor) -> dict:
 
 def selection(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
     mine = kernels(device)
+    # many sizes
     for n in sizes.selection:
         torch.manual_seed(0)
         scores, k = torch.randn(1, n, device=device), max(1, min(n // 16, sizes.most_selected))
         yield same_selection(n, k, mine, scores)
+
         calls = {
             f"route_topk, {mine}": on(mine, lambda s, k=k: route_topk(s, k)),
             "route_topk, plain torch": on("eager", lambda s, k=k: route_topk(s, k)),
@@ -115,6 +125,7 @@ def selection(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict
         )
         yield from rows(f"selection, n = {n}, k = {k}", PASSES[0], found, f"route_topk, {mine}")
 
+    # one that is over before it can be timed
     n, k = sizes.latency, max(1, sizes.latency // 16)
     scores = torch.randn(1, n, device=device)
     ours = forward(lambda s: route_topk(s, k), [scores])
@@ -125,6 +136,7 @@ def selection(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict
         "torch.topk, launched": lambda: peer,
         "torch.topk, graph replayed": lambda: timer.capture(peer)[0],
     }
+
     # logits come fresh from the router, so the L2 stays as it is; many in a row, for one is too
     # short to time
     with using(mine):  # once and for all: a call takes no longer than setting it
@@ -146,6 +158,7 @@ def router(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
     torch.manual_seed(0)
     tokens, dim, count = size.tokens, size.heads * size.head_dim, max(1, size.tokens // size.share)
 
+    # tokens and their gradients
     def random(*shape: int, dtype: torch.dtype = sizes.dtype) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
@@ -157,6 +170,8 @@ def router(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
     )
     gate, indices = random(1, count), torch.rand(1, tokens, device=device).topk(count).indices
     filled, grad = torch.ones_like(indices, dtype=torch.bool), random(1, tokens, dim)
+
+    # the operators
     cases = {
         "router_logits": (router_logits, [x, token], random(1, 1, tokens, dtype=torch.float32)),
         "gather_normalize": (
@@ -170,6 +185,8 @@ def router(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
             grad,
         ),
     }
+
+    # ours agree, then the times
     for name, (function, inputs, gradient) in cases.items():
         label = f"{name}, (1, {tokens}, {dim}), {count} routed"
         ours, plain = (

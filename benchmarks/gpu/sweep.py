@@ -38,6 +38,7 @@ def sweep(
     device: torch.device, sizes: Sizes, timer: Timer, maps: tuple[Map, ...] = MAPS
 ) -> Iterator[dict]:
     """One kind of kernel at a time, the others as they ship; the best is told per head width."""
+    # the library chooses a configuration by a function, which is replaced
     mine = kernels(device)
     try:
         from colt5_vision.ops.routed_window_attention import triton as launches
@@ -46,10 +47,12 @@ def sweep(
     except (ImportError, AttributeError) as error:
         yield check("sweep", None, f"no hook for launch configurations: {reason(error)}")
         return
+
     for size in maps:
         x, grad, routed = inputs(size, device, sizes.dtype)
         calls = both(ours(size, routed), x, grad, backend=mine)
         for kind, what in KINDS.items():
+            # as it ships, and with every other configuration
             base, call = "as shipped", calls[what]
             expected = call()
             makers = {base: lambda call=call: call}
@@ -71,6 +74,8 @@ def sweep(
 
                 makers[", ".join(f"{key} {value}" for key, value in chosen.items())] = make
             found = timer.compare(makers)
+
+            # all of them, and the best
             label = f"{kind}, head_dim {size.head_dim}"
             for name in makers:
                 # a configuration that does not fit is no failure of the library

@@ -106,6 +106,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+    # what is compared
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD"
     )
@@ -114,10 +116,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", nargs="+", type=int, help="single attentions; default: all")
     parser.add_argument("--networks", nargs="+", choices=("DINOv2", "UNet"), default=None)
     parser.add_argument("--steps", nargs="+", choices=("layers", "whole"), default=None)
+
+    # on which inputs
     parser.add_argument("--vit-size", type=int, default=1036, help="pixels, a multiple of 14")
     parser.add_argument("--unet-size", type=int, default=256, help="pixels, a multiple of 16")
     parser.add_argument("--images", nargs="*", default=[], help="photos or folders of photos")
     parser.add_argument("--noises", nargs="+", type=int, default=[91, 92], help="seeds")
+
+    # how to run
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--output", help="folder, default benchmarks/results, with --quick runs/rivals"
@@ -127,6 +133,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small maps, a few layers")
     args = parser.parse_args(argv)
 
+    # checks
     for density in args.densities:
         if not 0 < density <= 1:
             parser.error(f"--densities: expected shares in (0, 1], got {density}")
@@ -135,6 +142,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             option = name.replace("_", "-")
             parser.error(f"--{option}: expected a multiple of {step}, got {getattr(args, name)}")
     at_least_one(parser, args, "draws", "threads")
+
+    # what was not given
     args.networks = args.networks or ["DINOv2", "UNet"]
     args.steps = args.steps or ["layers", "whole"]
     args.photos = find_photos(args.images) if args.images else default_photos()

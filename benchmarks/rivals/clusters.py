@@ -36,18 +36,20 @@ def svg_ear(
     As many clusters of queries as there are tiles, ``cells`` times as many of keys. The error is
     that of the mean query's output: our reading, its code was not at hand.
     """
+    # clusters
     groups = len(layer.tiles)
     count = min(cells * groups, layer.tokens)
     query_of = k_means(layer.queries, groups, iterations, draw)
     key_of = k_means(layer.keys, count, iterations, draw + 1)
 
-    # clusters: sizes, means
+    # their sizes and means
     query_size, key_size = _sizes(query_of, groups), _sizes(key_of, count)
     one = key_size.clamp_min(1).unsqueeze(-1)
     mean_query = group_sums(layer.queries, query_of, groups)
     mean_query = mean_query / query_size.clamp_min(1).unsqueeze(-1) * layer.scale
     mean_key, mean_value = (group_sums(x, key_of, count) / one for x in (layer.keys, layer.values))
 
+    # which clusters of keys are exact for which of queries
     chosen = []
     for head in range(layer.heads):
         error = _errors(layer, head, key_of[head], mean_query[head], mean_key[head])

@@ -107,15 +107,18 @@ def _draw(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    # a column for each network and size, a row for each cost
     places = sorted({(row["network"], row["size"]) for row in rows if row["layer"] is None})
     if not places:
         return
     size = (5 * len(places), 10)
     figure, axes = plt.subplots(2, len(places), figsize=size, layout="constrained", squeeze=False)
     methods = list(dict.fromkeys(row["method"] for row in rows))
+
     for column, place in enumerate(places):
         own = [row for row in rows if (row["network"], row["size"]) == place]
         for axis, (name, cost) in zip(axes[:, column], _COSTS.items()):
+            # a line for each method
             for number, method in enumerate(methods):
                 points = _points([row for row in own if row["method"] == method], cost)
                 ours = method.startswith("ours")
@@ -124,10 +127,14 @@ def _draw(rows: list[dict], path: Path) -> None:
                 axis.plot(
                     *zip(*points) if points else ([], []), markersize=13 if ours else 6, **look
                 )
+
+            # axes
             axis.set(title=f"{place[0]}, {place[1]} px", xlabel=name, xscale="log", yscale="log")
             axis.set_xticks(ticks := [10, 20, 50, 100, 200, 500], map(str, ticks))
             axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3)
+
+    # names
     for axis in axes[:, 0]:
         axis.set_ylabel("relative error of the whole network")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)

@@ -155,6 +155,7 @@ def study(args: argparse.Namespace) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     rows = Rows(stem.with_suffix(".jsonl"), KEY, args.resume)
 
+    # an input, by every way to attend
     def measure(task: str, size: int, name: str, begin: Callable) -> None:
         """The rows of an input that are not there yet."""
         of = {"task": task, "size": size, "input": name}
@@ -165,6 +166,7 @@ def study(args: argparse.Namespace) -> None:
             rows.add(of | {"method": way} | row(way))
         report.write(rows.rows, stem)
 
+    # all inputs of every task
     try:
         if {"segments", "views"} & set(args.tasks):
             pictures = Pictures(args.cache, args.vit_size, args.photos, args.mosaics)
@@ -188,6 +190,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+    # what is compared
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--vit-size", type=int, default=1036, help="pixels, a multiple of 14")
@@ -195,6 +199,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", nargs="*", default=[], help="photos or folders of photos")
     parser.add_argument("--mosaics", type=int, default=2, help="to test on; twice to learn from")
     parser.add_argument("--noises", nargs="+", type=int, default=list(range(8)), help="seeds")
+
+    # how to run
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--output", help="folder, default benchmarks/results, with --quick runs/tasks"
@@ -204,12 +210,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a small map, one of each")
     args = parser.parse_args(argv)
 
+    # checks
     least = 37 * dinov2.PATCH  # a tenth of the keys are a window of 8, 64 probes and a few more
     if args.vit_size < least or args.vit_size % dinov2.PATCH:
         parser.error(f"--vit-size: expected a multiple of 14 from {least} on, got {args.vit_size}")
     if args.unet_size < 256 or args.unet_size % 16:
         parser.error(f"--unet-size: expected a multiple of 16 from 256 on, got {args.unet_size}")
     at_least_one(parser, args, "mosaics", "threads")
+
+    # what was not given
     args.photos = find_photos(args.images) if args.images else default_photos()
     if args.quick:
         args.vit_size, args.unet_size = min(args.vit_size, 770), min(args.unet_size, 256)
