@@ -49,7 +49,8 @@ class QueriedRoutingTokens(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Source tokens x (B, N, C), masked ones 0, and their mask (B, N) -> (B, R, C)."""
-        tokens = self.tokens.expand(x.shape[0], -1, -1)
+        # a copy: torch's FlopCounterMode stumbles over a view of a parameter without gradients
+        tokens = self.tokens.repeat(x.shape[0], 1, 1)
         key_mask = None if mask is None else mask.unsqueeze(1)
         return tokens + self.attn(tokens, None, None, context=x, key_mask=key_mask)
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._torch_internals import is_exporting
 from ..checks import TokenCount, check_token_count, token_count
 from ..ops import grouped_attention
 from ..ops.attention_checks import check_qkv, checked_mask, checked_scale
@@ -132,6 +133,11 @@ class GroupedAttention(nn.Module):
                 raise ValueError(f"{name}: expected None with router='grouped', got {value!r}")
         prefix = num_prefix_tokens
         grid_size = check_grid("grid_size", grid_size, q.shape[2] - prefix)
+        if is_exporting() and any(isinstance(side, torch.SymInt) for side in grid_size):
+            raise ValueError(
+                "grid_size: torch.export holds router='grouped' of one size alone, expected fixed "
+                "height and width, or router='sampled'"
+            )
         key_mask = checked_mask(key_mask, q, prefix)
         window = self.window_size if window_size is None else window_size
         window = window_of_grid(check_window("window_size", window), grid_size)

@@ -357,6 +357,17 @@ def test_exports_for_any_size(router):
             close(program(at(CASES["vit"], size)), model(at(CASES["vit"], size)))
 
 
+def test_grouped_exports_for_one_size_alone():
+    """Of open ones the exporter did not come to an end."""
+    model, auto = routed(shallow(CASES["vit"]), router="grouped"), torch.export.Dim.AUTO
+    x = at(CASES["vit"], (9, 11))
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: auto},)).module()
+        close(program(x[:1]), model(x[:1]))
+        with pytest.raises(ValueError, match="expected fixed height and width"):
+            torch.export.export(model, (x,), dynamic_shapes=({2: auto, 3: auto},))
+
+
 def test_two_embeddings_before_the_blocks_are_not_mixed_up():
     case = CASES["vit"]
     model = routed(build(case))
