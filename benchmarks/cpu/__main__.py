@@ -19,7 +19,7 @@ from benchmarks.gpu.measure import Map
 from . import fit, plots, profile, report
 from .attention import Attention
 from .cases import Case
-from .gates import Gates
+from .gates import Gates, Sharp
 from .layers import Growth, Layer, fixed
 from .selection import Selection
 from .timing import Timer
@@ -28,6 +28,7 @@ from .timing import Timer
 FULL: tuple[Case, ...] = (
     Gates((12, 18)),
     Gates((12, 18), eps=0.1),
+    Sharp((4, 6)),
     Selection((2,)),
     Selection((3,), rows=1, n=512**2, k=512**2 // 16),
     Attention((8, 14), Map(64, 6, 64)),

@@ -71,3 +71,27 @@ class Gates(Case):
         """Largest |sum of gates - k| / k of a row: a peer that has not converged is fast at
         something else."""
         return float((call().double().sum(-1) - self.k).abs().max() / self.k)
+
+
+@dataclass(frozen=True)
+class Sharp(Gates):
+    """``soft_topk`` of scores with a deviation of 8, the sharper the harder."""
+
+    deviation: float = 8.0
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.n}, k = {self.k}, deviation {self.deviation:g}"
+
+    def makers(self):
+        scores, grad = self._inputs()
+        scores = [self.deviation * x for x in scores]
+        return {
+            f"soft_topk, eps {eps:g}": lambda eps=eps: both(
+                lambda s: soft_topk(s, self.k, eps=eps), scores, grad
+            )
+            for eps in (1.0, 0.1, 0.03)
+        }
+
+    def ratios(self):
+        first, *sharper = self.makers()
+        return [(SPEED, name, first) for name in sharper]
