@@ -89,7 +89,7 @@ def assert_sums(gates, k):
         (111, "searched"),
         (577, "searched"),
         (111, "sorted"),
-        (577, "sorted"),
+        (300, "sorted"),
     ],
     indirect=["way"],
 )
@@ -105,13 +105,20 @@ SORTED = ["sort_kernel", "splitter_kernel", "sorted_gates_kernel"]
 SEARCHED = ["search_kernel"] * 8 + ["gates_kernel"]
 
 
-@pytest.mark.parametrize(("longest", "names"), [(20_011, SORTED), (20_010, SEARCHED)])
-def test_a_long_row(randn, launches, monkeypatch, longest, names):
-    monkeypatch.setattr(triton, "SORTED_ROW", longest)
-    assert triton.WHOLE_ROW < 20_011
-    gates = compare(soft_topk, randn(1, 20_011), 2501.0, randn(1, 20_011, seed=1), eps=0.03)
-    assert_sums(gates, 2501.0)
+@pytest.mark.parametrize(("n", "names"), [(3001, SORTED), (20_011, SEARCHED)])
+def test_a_long_row(randn, launches, monkeypatch, n, names):
+    monkeypatch.setattr(triton, "WHOLE_ROW", 2048)
+    monkeypatch.setattr(triton, "SORTED_ROW", 3001)
+    gates = compare(soft_topk, randn(1, n), n / 8, randn(1, n, seed=1), eps=0.03)
+    assert_sums(gates, n / 8)
     assert launches == names + GRADIENT
+
+
+@pytest.mark.usefixtures("own_sort")
+def test_a_row_sorted_by_triton(randn, monkeypatch):
+    for name, size in {"WHOLE_ROW": 8, "SORTED_CHUNK": 16, "SORTED_GROUP": 4}.items():
+        monkeypatch.setattr(triton, name, size)
+    assert_sums(compare(soft_topk, randn(1, 40), 5.0, randn(1, 40, seed=1), eps=0.1), 5.0)
 
 
 def test_any_length_takes_a_bounded_number_of_programs():
