@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import attention, correctness, every_operator, measure, report, routing, sweep
+from benchmarks.gpu.offline import recorded
 from colt5_vision.ops import backend
 from tests.support.gpu_steps import CpuTimer, failures, run
-from tests.support.offline import recorded
 
 pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="launches are kept, not made")
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
+from benchmarks.gpu.offline import recorded
 from colt5_vision import ConditionalRoutedFeedForward, ConditionalRoutedImageAttention
 from colt5_vision.ops import backend
 from colt5_vision.ops.join import triton as branches
@@ -26,7 +27,6 @@ from colt5_vision.ops.routed_window_attention.geometry import Geometry
 from colt5_vision.ops.router_logits import triton as router
 from colt5_vision.ops.soft_topk import triton as gates
 from colt5_vision.ops.soft_topk import triton_descent as descent
-from tests.support.offline import recorded
 
 pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="launches are kept, not made")
 

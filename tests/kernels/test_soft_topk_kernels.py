@@ -14,11 +14,30 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture
-def several_programs(monkeypatch):
-    """Rows from 33 entries on are spread over up to five programs."""
-    monkeypatch.setattr(triton, "WHOLE_ROW", 32)
-    monkeypatch.setattr(triton, "CHUNK", 32)
-    monkeypatch.setattr(triton, "MOST_PROGRAMS", 5)
+def way(request, monkeypatch):
+    """How rows from 33 entries on are spread over several programs: ``"searched"``, up to five of
+    them, ``"sorted"``, chunks of 64 in groups of 8, or "" for not at all."""
+    if request.param:
+        monkeypatch.setattr(triton, "WHOLE_ROW", 32)
+        monkeypatch.setattr(triton, "CHUNK", 32)
+        monkeypatch.setattr(triton, "MOST_PROGRAMS", 5)
+        monkeypatch.setattr(triton, "SORTED_ROW", 0 if request.param == "searched" else 4096)
+        monkeypatch.setattr(triton, "SORTED_CHUNK", 64)
+        monkeypatch.setattr(triton, "SORTED_GROUP", 8)
+    return request.param
+
+
+searched = pytest.mark.parametrize("way", ["searched"], indirect=True)
+spread = pytest.mark.parametrize("way", ["searched", "sorted"], indirect=True)
+spread_operators = pytest.mark.parametrize(
+    ("function", "way"),
+    [
+        (soft_topk, "searched"),
+        (soft_topk, "sorted"),
+        (coordinate_descent, "searched"),
+    ],
+    indirect=["way"],
+)
 
 
 def with_gradients(function, scores, k, grad, wide=False, **options):
@@ -61,26 +80,45 @@ def assert_sums(gates, k):
 
 @pytest.mark.parametrize("eps", [0.003, 0.03, 0.1, 1.0])
 @pytest.mark.parametrize(
-    ("n", "spread"),
-    [(1, False), (63, False), (577, False), (2500, False), (111, True), (577, True)],
+    ("n", "way"),
+    [
+        (1, ""),
+        (63, ""),
+        (577, ""),
+        (2500, ""),
+        (111, "searched"),
+        (577, "searched"),
+        (111, "sorted"),
+        (300, "sorted"),
+    ],
+    indirect=["way"],
 )
-def test_lengths(randn, request, n, spread, eps):
-    if spread:
-        request.getfixturevalue("several_programs")
-        assert triton.split(n)[0] >= 4
+def test_lengths(randn, launches, n, way, eps):
     scores, k = randn(2, n), [max(n / 8, 0.5), 0.7 * n]
     assert_sums(compare(soft_topk, scores, k, randn(2, n, seed=1), eps=eps), k)
+    assert launches[0] == ("sort_kernel" if way == "sorted" else "search_kernel")
+    assert launches.count("search_kernel") == {"": 1, "searched": 8, "sorted": 0}[way]
 
 
-def test_a_long_row(randn, launches):
-    assert triton.split(20_011)[0] > 1
-    gates = compare(soft_topk, randn(1, 20_011), 2501.0, randn(1, 20_011, seed=1), eps=0.03)
-    assert_sums(gates, 2501.0)
-    assert launches == ["search_kernel"] * 8 + [
-        "gates_kernel",
-        "gradient_sums_kernel",
-        "gradient_kernel",
-    ]
+GRADIENT = ["gradient_sums_kernel", "gradient_kernel"]
+SORTED = ["sort_kernel", "splitter_kernel", "sorted_gates_kernel"]
+SEARCHED = ["search_kernel"] * 8 + ["gates_kernel"]
+
+
+@pytest.mark.parametrize(("n", "names"), [(3001, SORTED), (20_011, SEARCHED)])
+def test_a_long_row(randn, launches, monkeypatch, n, names):
+    monkeypatch.setattr(triton, "WHOLE_ROW", 2048)
+    monkeypatch.setattr(triton, "SORTED_ROW", 3001)
+    gates = compare(soft_topk, randn(1, n), n / 8, randn(1, n, seed=1), eps=0.03)
+    assert_sums(gates, n / 8)
+    assert launches == names + GRADIENT
+
+
+@pytest.mark.usefixtures("own_sort")
+def test_a_row_sorted_by_triton(randn, monkeypatch):
+    for name, size in {"WHOLE_ROW": 8, "SORTED_CHUNK": 16, "SORTED_GROUP": 4}.items():
+        monkeypatch.setattr(triton, name, size)
+    assert_sums(compare(soft_topk, randn(1, 40), 5.0, randn(1, 40, seed=1), eps=0.1), 5.0)
 
 
 def test_any_length_takes_a_bounded_number_of_programs():
@@ -115,18 +153,26 @@ SHAPED = {
 
 @pytest.mark.parametrize("name", SHAPED)
 @pytest.mark.parametrize(
-    ("k", "eps", "spread"),
-    [(0.25, 0.1, False), (72, 0.003, True), (72.5, 1.0, False), (110.9, 0.03, False)],
+    ("k", "eps", "way"),
+    [
+        (0.25, 0.1, ""),
+        (72.5, 1.0, ""),
+        (110.9, 0.03, ""),
+        (72, 0.003, "searched"),
+        (0.25, 0.1, "sorted"),
+        (72, 0.003, "sorted"),
+        (110.9, 0.03, "sorted"),
+    ],
+    indirect=["way"],
 )
-def test_awkward_scores(randn, request, name, k, eps, spread):
-    if spread:
-        request.getfixturevalue("several_programs")
+@pytest.mark.usefixtures("way")
+def test_awkward_scores(randn, name, k, eps):
     scores = SHAPED[name](randn(2, 111, seed=3))
     assert_sums(compare(soft_topk, scores, k, randn(2, 111, seed=1), eps=eps), k)
 
 
-@pytest.mark.parametrize("function", [soft_topk, coordinate_descent])
-@pytest.mark.usefixtures("several_programs")
+@spread_operators
+@pytest.mark.usefixtures("way")
 def test_masks_and_k_per_row(randn, function):
     scores, mask = randn(3, 70), randn(3, 70, seed=2) > -0.3
     k, grad = [0.5, 7, 20.25], randn(3, 70, seed=1)
@@ -145,7 +191,8 @@ def test_masks_and_k_per_row(randn, function):
             assert torch.equal(one, all_rows[row])
 
 
-@pytest.mark.usefixtures("several_programs")
+@spread
+@pytest.mark.usefixtures("way")
 def test_k_of_at_least_the_valid_entries_gives_ones(randn):
     scores, mask = randn(3, 60), torch.arange(60, device=randn(1).device).expand(3, 60) < 40
     gates, grad, _ = with_gradients(
@@ -154,8 +201,8 @@ def test_k_of_at_least_the_valid_entries_gives_ones(randn):
     assert torch.equal(gates, mask.float()) and (grad == 0).all()
 
 
-@pytest.mark.parametrize("function", [soft_topk, coordinate_descent])
-@pytest.mark.usefixtures("several_programs")
+@spread_operators
+@pytest.mark.usefixtures("way")
 def test_a_wholly_masked_row(randn, function):
     options = {} if function is soft_topk else {"n_iters": 5}
     scores, mask = randn(3, 50), torch.ones(3, 50, dtype=torch.bool, device=randn(1).device)
@@ -167,9 +214,9 @@ def test_a_wholly_masked_row(randn, function):
     assert grad.isfinite().all() and grad_k.isfinite().all()
 
 
-@pytest.mark.parametrize("function", [soft_topk, coordinate_descent])
+@spread_operators
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-@pytest.mark.usefixtures("several_programs")
+@pytest.mark.usefixtures("way")
 def test_a_bad_row_leaves_the_others_unharmed(randn, function, bad):
     options = {} if function is soft_topk else {"n_iters": 5}
     scores, grad = randn(3, 50), randn(3, 50, seed=1)
@@ -195,8 +242,8 @@ def test_dtypes_layouts_and_a_batch_of_0(randn, function):
     assert function(scores.reshape(1, 3, 40), 5).shape == (1, 3, 40)
 
 
-@pytest.mark.parametrize("function", [soft_topk, coordinate_descent])
-@pytest.mark.usefixtures("several_programs")
+@spread_operators
+@pytest.mark.usefixtures("way")
 def test_two_runs_are_equal(randn, function):
     options = {} if function is soft_topk else {"n_iters": 8}
     first, second = (
@@ -231,7 +278,8 @@ def test_coordinate_descent(randn, schedule, n):
 
 # a launch an iteration: 50 of them would be slow in the interpreter, and no other than 20
 @pytest.mark.parametrize("schedule", [how for how in SCHEDULES if how["n_iters"] <= 20])
-@pytest.mark.usefixtures("several_programs")
+@searched
+@pytest.mark.usefixtures("way")
 def test_coordinate_descent_by_several_programs(randn, schedule):
     compare(
         coordinate_descent,

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from benchmarks.gpu.offline import SHARED_LIMIT, check, compiled, recorded
 from colt5_vision.ops import backend
 from colt5_vision.ops.routed_window_attention import triton as kernels
 from colt5_vision.ops.routed_window_attention.geometry import Geometry
-from tests.support.offline import SHARED_LIMIT, check, compiled, recorded
 
 pytestmark = pytest.mark.skipif(
     backend.INTERPRETED, reason="compiles, where TRITON_INTERPRET=1 interprets"

@@ -13,10 +13,10 @@ if backend.INTERPRETED:
         allow_module_level=True,
     )
 
+from benchmarks.gpu.offline import TARGETS, check, recorded
 from colt5_vision.ops.join import triton as join_kernels
 from colt5_vision.ops.routed_rows import triton as rows_kernels
 from colt5_vision.ops.router_logits import triton as logits_kernels
-from tests.support.offline import TARGETS, check, recorded
 
 CASES = [
     (torch.bfloat16, 768, 2, True),

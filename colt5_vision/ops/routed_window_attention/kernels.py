@@ -2,17 +2,21 @@
 
 A query tile lies within one window. It walks the keys of that window and then those that every
 query sees, the prefix tokens and the routed keys, in one online softmax; a routed key in the
-query's own window is skipped the second time. Both stand in *lists* of positions and biases, a few
-bytes a token, that :func:`list_kernel` and :func:`window_kernel` write. q, k and v are read in
-place: nothing is copied or padded. Their strides come in units of ALIGN elements, so that the
-compiler sees that rows can be read 16 bytes at a time; by itself it looks for strides of 16, which
-heads of 40 have not.
+query's own window is skipped the second time. Keys of a window are read in place, by index: nothing
+is copied or padded. Those that every query sees are gathered once (:func:`gather_kernel`) and
+padded, so that the long loop over them needs no index and no mask. Which they are stands in *lists*
+of positions and biases, a few bytes a token, that :func:`list_kernel` and :func:`window_kernel`
+write. Strides of q, k and v come in units of ALIGN elements, so that the compiler sees that rows
+can be read 16 bytes at a time; by itself it looks for strides of 16, which heads of 40 have not.
 
-Lists, one row for each sample and route, both parts side by side, (B * R, N + P + K):
-    keys: position in [0, P + N) as int32, or ``~position`` for one that must not be read. First all
-        N tokens in window order (the windows one after the other, each in raster order), then
-        prefix tokens and routed keys.
-    biases: what is added to the logits, in base 2.
+Lists, one row for each sample and route:
+    keys: (B * R, N) position in [0, P + N) as int32, or ``~position`` for one that must not be
+        read. All tokens in window order: the windows one after the other, each in raster order.
+    biases: (B * R, N), what is added to their logits, in base 2; there if log weights hold there.
+    list_keys, list_biases: (B * R, S) the same of prefix tokens and routed keys, S their number
+        rounded up to PAD. The bias of one that must not be read is -inf.
+    list_window: (B * R, S) the window where they stand.
+    list_k, list_v: (B, heads, S, D) their rows; zeros for one that must not be read.
 """
 
 import triton
@@ -20,6 +24,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+PAD = tl.constexpr(128)  # a multiple of every BLOCK_N
 NO_WINDOW = tl.constexpr(-1)  # the "window" of a prefix token as a key
 PREFIX_QUERY = tl.constexpr(-2)  # and as a query: equal to no key's
 
@@ -131,40 +136,51 @@ def load_queries(query_rows, query_positions, at, valid, SUBSET: tl.constexpr):
 
 
 @triton.jit
-def load_keys(
-    first,
-    own_start,
-    own_count,
-    window,
-    keys,
-    biases,
-    list_window,
-    tokens,
-    listed,
-    BLOCK: tl.constexpr,
-):
-    """A block of the keys of a window and, from the next block on, of those that every query sees.
-
-    Returns:
-        position, whether the window's queries see it, bias in base 2.
-    """
-    own_end = tl.cdiv(own_count, BLOCK) * BLOCK
-    own = first < own_end
-    at = tl.where(own, first, first - own_end) + tl.arange(0, BLOCK)
-    inside = at < tl.where(own, own_count, listed)
-    entry = tl.where(own, own_start, tokens) + at
-    key = tl.load(keys + entry, mask=inside, other=-1)
-    of = tl.load(list_window + at, mask=at < tl.where(own, 0, listed), other=NO_WINDOW)
-    bias = tl.load(biases + entry, mask=inside, other=0.0)
-    # a weight of 0 would not stop a NaN: a removed key is not read
-    return key, (key >= 0) & (of != window) & (bias != float("-inf")), bias
+def padded(listed):
+    """Length of a row of list_keys and its like."""
+    return tl.cdiv(listed, PAD) * PAD
 
 
 @triton.jit
-def softmax_step(q, k, v, bias, seen, m, total, acc, scale2):
-    """Take keys and values (S, D) into an online softmax in base 2."""
+def load_window_keys(
+    first, start, count, keys, biases, OWN_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A block of the keys of a window: position, bias in base 2, which is -inf for one that must
+    not be read."""
+    at = first + tl.arange(0, BLOCK)
+    key = tl.load(keys + start + at, mask=at < count, other=-1)
+    if OWN_BIAS:
+        bias = tl.load(biases + start + at, mask=at < count, other=0.0)
+        return key, tl.where(key >= 0, bias, float("-inf"))
+    else:
+        return key, tl.where(key >= 0, 0.0, float("-inf"))
+
+
+@triton.jit
+def load_list_biases(first, window, list_biases, list_window, BLOCK: tl.constexpr):
+    """Biases of a block of the keys that every query sees; -inf for one in this window, which has
+    been seen there."""
+    at = first + tl.arange(0, BLOCK)
+    bias = tl.load(list_biases + at)
+    return tl.where(tl.load(list_window + at) == window, float("-inf"), bias)
+
+
+@triton.jit
+def load_list_rows(rows, first, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of list_k or list_v: (BLOCK, BLOCK_D). No mask of keys, by far the most that such a
+    load costs."""
+    d = tl.arange(0, BLOCK_D)
+    at = rows + first * HEAD_DIM + (tl.arange(0, BLOCK)[:, None] * HEAD_DIM + d[None, :])
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=d[None, :] < HEAD_DIM, other=0.0)
+
+
+@triton.jit
+def softmax_step(q, k, v, bias, m, total, acc, scale2):
+    """Take keys and values (S, D) into an online softmax in base 2; a bias of -inf leaves out."""
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 + bias[None, :]
-    logits = tl.where(seen[None, :], logits, float("-inf"))
     highest = tl.maximum(m, tl.max(logits, 1))
     origin = tl.where(highest == float("-inf"), 0.0, highest)  # no key so far: no NaN
     weights = tl.exp2(logits - origin[:, None])
@@ -176,7 +192,7 @@ def softmax_step(q, k, v, bias, seen, m, total, acc, scale2):
 
 @triton.jit(do_not_specialize=SIZES)
 def list_kernel(
-    routed, log_weights, key_mask, keys, biases, list_window, own_slot,
+    routed, log_weights, key_mask, list_keys, list_biases, list_window, own_slot,
     tokens, height, width, window_height, window_width, columns, prefix, listed, num_routed, tiles,
     routes,
     HAS_WEIGHTS: tl.constexpr, HAS_MASK: tl.constexpr, MAP: tl.constexpr, BLOCK: tl.constexpr,
@@ -207,7 +223,7 @@ def list_kernel(
         mask = key_mask + (row // routes) * (prefix + tokens)
         valid &= tl.load(mask + key, mask=valid, other=0) != 0
 
-    # its bias, and the entry
+    # its bias, and the entry; beyond the list there are keys that must not be read
     bias = tl.zeros([BLOCK], tl.float32)
     if HAS_WEIGHTS:
         bias = (
@@ -215,16 +231,16 @@ def list_kernel(
             * LOG2E
         )
         valid &= bias != float("-inf")
-    inside = at < listed
-    entry = row * (tokens + listed) + tokens + at
-    tl.store(keys + entry, tl.where(valid, key, ~key), mask=inside)
-    tl.store(biases + entry, bias, mask=inside)
-    tl.store(list_window + row * listed + at, tl.where(image, window, NO_WINDOW), mask=inside)
+    inside = at < padded(listed)
+    entry = row * padded(listed) + at
+    tl.store(list_keys + entry, tl.where(valid, key, ~key), mask=inside)
+    tl.store(list_biases + entry, tl.where(valid, bias, float("-inf")), mask=inside)
+    tl.store(list_window + entry, tl.where(image, window, NO_WINDOW), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def window_kernel(
-    key_mask, keys, biases, own_slot, row_window,
+    key_mask, keys, biases, list_biases, own_slot, row_window,
     tokens, height, width, window_height, window_width, columns, prefix, listed, tiles, routes,
     HAS_MASK: tl.constexpr, OWN_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -241,29 +257,52 @@ def window_kernel(
     if HAS_MASK:
         mask = key_mask + (row // routes) * (prefix + tokens)
         key = tl.where(tl.load(mask + position, mask=image, other=0) != 0, position, ~position)
-    bias = tl.zeros([BLOCK], tl.float32)
-    if OWN_BIAS:
-        slot = tl.load(own_slot + row * tokens + place, mask=image, other=-1)
-        bias = tl.load(
-            biases + row * (tokens + listed) + tokens + prefix + slot, mask=slot >= 0, other=0.0
-        )
-    entry = row * (tokens + listed) + place
+    entry = row * tokens + place
     tl.store(keys + entry, key, mask=image)
-    tl.store(biases + entry, bias, mask=image)
+    if OWN_BIAS:
+        slot = tl.load(own_slot + entry, mask=image, other=-1)
+        of_slot = list_biases + row * padded(listed) + prefix + slot
+        tl.store(biases + entry, tl.load(of_slot, mask=slot >= 0, other=0.0), mask=image)
     once = position < tl.where(pid < tiles, prefix + tokens, 0)
     tl.store(row_window + position, tl.where(image, window, PREFIX_QUERY), mask=once)
 
 
 @triton.jit(do_not_specialize=SIZES)
+def gather_kernel(
+    k, v, list_keys, list_k, list_v,
+    k_batch, k_head, k_token, v_batch, v_head, v_token,
+    heads, share, listed, tiles,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys and values that every query sees, one after the other; BLOCK divides PAD."""
+    pid = tl.program_id(0)
+    tile, pair = pid % tiles, pid // tiles
+    b, h = pair // heads, pair % heads
+    at = tile * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(list_keys + (pair // share).to(tl.int64) * padded(listed) + at)
+
+    # rows there, and here
+    k = head_of(k, b, h, k_batch, k_head, ALIGN)
+    v = head_of(v, b, h, v_batch, v_head, ALIGN)
+    k_block = load_rows(k, key, key >= 0, k_token, HEAD_DIM, BLOCK_D, ALIGN)
+    v_block = load_rows(v, key, key >= 0, v_token, HEAD_DIM, BLOCK_D, ALIGN)
+    first = pair.to(tl.int64) * padded(listed) * HEAD_DIM
+    row: tl.constexpr = HEAD_DIM // ALIGN
+    store_rows(list_k + first, k_block, at, at >= 0, row, HEAD_DIM, BLOCK_D, ALIGN)
+    store_rows(list_v + first, v_block, at, at >= 0, row, HEAD_DIM, BLOCK_D, ALIGN)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    q, k, v, out, lse, keys, biases, list_window, query_rows, query_positions, starts,
+    q, k, v, out, lse, keys, biases, list_biases, list_window, list_k, list_v,
+    query_rows, query_positions, starts,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch,
     out_head, out_token,
     scale2, heads, share, query_share, query_row, tokens, height, width, window_height,
     window_width, columns, windows,
     listed, rows, tiles, tiles_per_window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, SUBSET: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    OWN_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Image queries, a tile of a window a program."""
     pid = tl.program_id(0)
@@ -289,25 +328,32 @@ def forward_kernel(
     # the lists of keys
     k = head_of(k, b, h, k_batch, k_head, ALIGN)
     v = head_of(v, b, h, v_batch, v_head, ALIGN)
-    route = (pair // share).to(
-        tl.int64
-    )  # heads of one route are neighbours, as are the routes of one sample
-    keys += route * (tokens + listed)
-    biases += route * (tokens + listed)
-    list_window += route * listed
+    # heads of one route are neighbours, as are the routes of one sample
+    route = (pair // share).to(tl.int64)
+    own, own_count = window_span(window, height, width, window_height, window_width, columns)
+    own += route * tokens
+    list_biases += route * padded(listed)
+    list_window += route * padded(listed)
+    list_k += pair.to(tl.int64) * padded(listed) * HEAD_DIM
+    list_v += pair.to(tl.int64) * padded(listed) * HEAD_DIM
 
-    # keys, a block at a time
+    # keys of the window, a block at a time
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    own, own_count = window_span(window, height, width, window_height, window_width, columns)
-    for first in range(0, tl.cdiv(own_count, BLOCK_N) * BLOCK_N + listed, BLOCK_N):
-        key, seen, bias = load_keys(
-            first, own, own_count, window, keys, biases, list_window, tokens, listed, BLOCK_N
-        )  # fmt: skip
+    for first in range(0, own_count, BLOCK_N):
+        key, bias = load_window_keys(first, own, own_count, keys, biases, OWN_BIAS, BLOCK_N)
+        seen = bias != float("-inf")  # a weight of 0 would not stop a NaN: the others are not read
         k_block = load_rows(k, key, seen, k_token, HEAD_DIM, BLOCK_D, ALIGN)
         v_block = load_rows(v, key, seen, v_token, HEAD_DIM, BLOCK_D, ALIGN)
-        m, total, acc = softmax_step(query, k_block, v_block, bias, seen, m, total, acc, scale2)
+        m, total, acc = softmax_step(query, k_block, v_block, bias, m, total, acc, scale2)
+
+    # then those that every query sees
+    for first in range(0, listed, BLOCK_N):
+        bias = load_list_biases(first, window, list_biases, list_window, BLOCK_N)
+        k_block = load_list_rows(list_k, first, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v_block = load_list_rows(list_v, first, HEAD_DIM, BLOCK_D, BLOCK_N)
+        m, total, acc = softmax_step(query, k_block, v_block, bias, m, total, acc, scale2)
 
     # the rows
     some = total > 0
@@ -355,7 +401,6 @@ def forward_prefix_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    none = tl.zeros([BLOCK_N], tl.float32)
     end = tl.minimum((split + 1) * per_split, prefix + tokens)
     for first in range(split * per_split, end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
@@ -367,7 +412,8 @@ def forward_prefix_kernel(
             )
         k_block = load_rows(k, key, seen, k_token, HEAD_DIM, BLOCK_D, ALIGN)
         v_block = load_rows(v, key, seen, v_token, HEAD_DIM, BLOCK_D, ALIGN)
-        m, total, acc = softmax_step(query, k_block, v_block, none, seen, m, total, acc, scale2)
+        bias = tl.where(seen, 0.0, float("-inf"))
+        m, total, acc = softmax_step(query, k_block, v_block, bias, m, total, acc, scale2)
 
     # write the part
     some = total > 0

@@ -15,9 +15,12 @@ from .kernels import (
     NO_WINDOW,
     SIZES,
     head_of,
-    load_keys,
+    load_list_biases,
+    load_list_rows,
     load_queries,
     load_rows,
+    load_window_keys,
+    padded,
     query_span,
     store_rows,
     window_span,
@@ -25,10 +28,11 @@ from .kernels import (
 
 
 @triton.jit
-def query_step(query, grad, k, v, bias, seen, lse2, delta, acc, scale2):
-    """Add to the gradient of the queries what keys and values (S, D) give; unscaled."""
+def query_step(query, grad, k, v, bias, lse2, delta, acc, scale2):
+    """Add to the gradient of the queries what keys and values (S, D) give; unscaled. A bias of
+    -inf leaves out."""
     logits = tl.dot(query, tl.trans(k), input_precision="ieee") * scale2 + bias[None, :]
-    weights = tl.where(seen[None, :], tl.exp2(logits - lse2[:, None]), 0.0)
+    weights = tl.exp2(logits - lse2[:, None])
     grad_logits = weights * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
     return tl.dot(grad_logits.to(k.dtype), k, acc, input_precision="ieee")
 
@@ -48,8 +52,8 @@ def key_step(query, grad, k, v, bias, seen, lse2, delta, grad_k, grad_v, grad_bi
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_query_kernel(
-    q, k, v, out, grad, lse, delta, grad_q, keys, biases, list_window, query_rows, query_positions,
-    starts,
+    q, k, v, out, grad, lse, delta, grad_q, keys, biases, list_biases, list_window, list_k, list_v,
+    query_rows, query_positions, starts,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch,
     out_head, out_token,
     grad_batch, grad_head, grad_token, grad_q_batch, grad_q_head, grad_q_token,
@@ -57,7 +61,7 @@ def backward_query_kernel(
     window_width, columns,
     windows, listed, rows, tiles, tiles_per_window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, SUBSET: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    OWN_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of image queries, and delta = grad · out of their rows."""
     pid = tl.program_id(0)
@@ -91,21 +95,30 @@ def backward_query_kernel(
     # the lists of keys
     k = head_of(k, b, h, k_batch, k_head, ALIGN)
     v = head_of(v, b, h, v_batch, v_head, ALIGN)
+    # heads of one route are neighbours, as are the routes of one sample
     route = (pair // share).to(tl.int64)
-    keys += route * (tokens + listed)
-    biases += route * (tokens + listed)
-    list_window += route * listed
-
-    # keys, a block at a time
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     own, own_count = window_span(window, height, width, window_height, window_width, columns)
-    for first in range(0, tl.cdiv(own_count, BLOCK_N) * BLOCK_N + listed, BLOCK_N):
-        key, seen, bias = load_keys(
-            first, own, own_count, window, keys, biases, list_window, tokens, listed, BLOCK_N
-        )  # fmt: skip
+    own += route * tokens
+    list_biases += route * padded(listed)
+    list_window += route * padded(listed)
+    list_k += pair.to(tl.int64) * padded(listed) * HEAD_DIM
+    list_v += pair.to(tl.int64) * padded(listed) * HEAD_DIM
+
+    # keys of the window, a block at a time
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, own_count, BLOCK_N):
+        key, bias = load_window_keys(first, own, own_count, keys, biases, OWN_BIAS, BLOCK_N)
+        seen = bias != float("-inf")  # a weight of 0 would not stop a NaN: the others are not read
         k_block = load_rows(k, key, seen, k_token, HEAD_DIM, BLOCK_D, ALIGN)
         v_block = load_rows(v, key, seen, v_token, HEAD_DIM, BLOCK_D, ALIGN)
-        acc = query_step(query, gradient, k_block, v_block, bias, seen, lse2, inner, acc, scale2)
+        acc = query_step(query, gradient, k_block, v_block, bias, lse2, inner, acc, scale2)
+
+    # then those that every query sees
+    for first in range(0, listed, BLOCK_N):
+        bias = load_list_biases(first, window, list_biases, list_window, BLOCK_N)
+        k_block = load_list_rows(list_k, first, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v_block = load_list_rows(list_v, first, HEAD_DIM, BLOCK_D, BLOCK_N)
+        acc = query_step(query, gradient, k_block, v_block, bias, lse2, inner, acc, scale2)
 
     # the rows
     grad_q = head_of(grad_q, b, h, grad_q_batch, grad_q_head, ALIGN)
@@ -147,7 +160,6 @@ def backward_prefix_kernel(
     k = head_of(k, b, h, k_batch, k_head, ALIGN)
     v = head_of(v, b, h, v_batch, v_head, ALIGN)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    none = tl.zeros([BLOCK_N], tl.float32)
     end = tl.minimum((split + 1) * per_split, prefix + tokens)
     for first in range(split * per_split, end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
@@ -159,7 +171,8 @@ def backward_prefix_kernel(
             )
         k_block = load_rows(k, key, seen, k_token, HEAD_DIM, BLOCK_D, ALIGN)
         v_block = load_rows(v, key, seen, v_token, HEAD_DIM, BLOCK_D, ALIGN)
-        acc = query_step(query, gradient, k_block, v_block, none, seen, lse2, inner, acc, scale2)
+        bias = tl.where(seen, 0.0, float("-inf"))
+        acc = query_step(query, gradient, k_block, v_block, bias, lse2, inner, acc, scale2)
 
     # write the part
     at = (split * (tl.num_programs(0) // (tiles * splits)) + pair).to(tl.int64) * prefix
@@ -170,8 +183,8 @@ def backward_prefix_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_list_kernel(
-    q, k, v, grad, lse, delta, part_k, part_v, part_bias, keys, biases, list_window, query_indices,
-    row_window,
+    q, k, v, grad, lse, delta, part_k, part_v, part_bias, list_keys, list_biases, list_window,
+    query_indices, row_window,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch,
     grad_head, grad_token,
     scale, scale2, heads, share, tokens, prefix, listed, rows, tiles, splits, per_split,
@@ -191,9 +204,10 @@ def backward_list_kernel(
     # keys
     entry = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = entry < listed
-    key = tl.load(keys + route * (tokens + listed) + tokens + entry, mask=inside, other=-1)
-    bias = tl.load(biases + route * (tokens + listed) + tokens + entry, mask=inside, other=0.0)
-    of = tl.load(list_window + route * listed + entry, mask=inside, other=NO_WINDOW)
+    at = route * padded(listed) + entry
+    key = tl.load(list_keys + at, mask=inside, other=-1)
+    bias = tl.load(list_biases + at, mask=inside, other=float("-inf"))
+    of = tl.load(list_window + at, mask=inside, other=NO_WINDOW)
     k_block = load_rows(
         head_of(k, b, h, k_batch, k_head, ALIGN), key, key >= 0, k_token, HEAD_DIM, BLOCK_D, ALIGN
     )
@@ -294,9 +308,11 @@ def backward_window_kernel(
     place = first_key + tl.arange(0, BLOCK_N)
     inside = place < own_count
     route = (pair // share).to(tl.int64)
-    entry = route * (tokens + listed) + own + place
+    entry = route * tokens + own + place
     key = tl.load(keys + entry, mask=inside, other=-1)
-    own_bias = tl.load(biases + entry, mask=inside, other=0.0)
+    own_bias = tl.zeros([BLOCK_N], tl.float32)
+    if OWN_BIAS:
+        own_bias = tl.load(biases + entry, mask=inside, other=0.0)
     k_block = load_rows(
         head_of(k, b, h, k_batch, k_head, ALIGN), key, key >= 0, k_token, HEAD_DIM, BLOCK_D, ALIGN
     )
@@ -353,7 +369,7 @@ def backward_window_kernel(
     # of a routed key, what came from beyond its window
     sum_k *= scale
     if HAS_ROUTED:
-        slot = tl.load(own_slot + route * tokens + own + place, mask=inside, other=-1)
+        slot = tl.load(own_slot + entry, mask=inside, other=-1)
         pairs = tl.num_programs(0) // tiles
         if not OWN_BIAS:
             sum_bias = tl.zeros([BLOCK_N], tl.float32)  # no weight was at work within the window

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from .. import backend
 from .geometry import Geometry
-from .kernels import forward_kernel, forward_prefix_kernel, list_kernel, window_kernel
+from .kernels import (
+    PAD,
+    forward_kernel,
+    forward_prefix_kernel,
+    gather_kernel,
+    list_kernel,
+    window_kernel,
+)
 from .kernels_backward import (
     backward_list_kernel,
     backward_prefix_kernel,
@@ -18,6 +25,7 @@ from .kernels_backward import (
 )
 
 _LIST_BLOCK = 256
+_GATHER_BLOCK = 64
 _PIECE = 512  # keys (or queries) of a program at least, where a long loop is split
 
 
@@ -144,18 +152,23 @@ class _Call:
     def __init__(
         self,
         q: Tensor,
+        k: Tensor,
+        v: Tensor,
         routed: Tensor,
         log_weights: Tensor | None,
         key_mask: Tensor | None,
         query_indices: Tensor | None,
         geo: Geometry,
-        tensors: tuple[Tensor, ...],
+        others: tuple[Tensor, ...] = (),
+        *,
         backward: bool,
     ):
         device = q.device
         self.geo = geo
         self.batch, self.heads, self.length, self.head_dim = q.shape
-        self.align = math.gcd(8, self.head_dim, *_strides(*tensors))  # 8 halves are 16 bytes
+        self.align = math.gcd(
+            8, self.head_dim, *_strides(q, k, v, *others)
+        )  # 8 halves are 16 bytes
         self.routes, self.num_routed = routed.shape[1:]
         self.pairs, self.share = self.batch * self.heads, self.heads // self.routes
         self.listed = geo.prefix + self.num_routed
@@ -166,10 +179,12 @@ class _Call:
         self.own_bias = log_weights is not None and geo.weight_own_window and self.num_routed > 0
 
         # the lists of keys and biases, see kernels.py
-        rows, entries = self.batch * self.routes, geo.tokens + self.listed
-        self.keys = torch.empty(rows, entries, dtype=torch.int32, device=device)
-        self.biases = torch.empty(rows, entries, dtype=torch.float32, device=device)
-        self.list_window = torch.empty(rows, self.listed, dtype=torch.int32, device=device)
+        rows, listed = self.batch * self.routes, triton.cdiv(self.listed, PAD.value) * PAD.value
+        self.keys = torch.empty(rows, geo.tokens, dtype=torch.int32, device=device)
+        self.biases = torch.empty(self.keys.shape, device=device) if self.own_bias else None
+        self.list_keys = torch.empty(rows, listed, dtype=torch.int32, device=device)
+        self.list_biases = torch.empty(rows, listed, dtype=torch.float32, device=device)
+        self.list_window = torch.empty_like(self.list_keys)
         self.row_window = torch.empty(self.length, dtype=torch.int32, device=device)
         self.own_slot = None
         if self.own_bias or (backward and self.num_routed):
@@ -187,25 +202,25 @@ class _Call:
         )
         flags = {"HAS_MASK": key_mask is not None, "BLOCK": _LIST_BLOCK}
         if self.listed:
-            tiles = triton.cdiv(self.listed, _LIST_BLOCK)
+            tiles = triton.cdiv(listed, _LIST_BLOCK)
             weights = None if log_weights is None else log_weights.contiguous()
             backend.launch(
                 list_kernel, (rows * tiles,), routed.contiguous(), weights, self.key_mask,
-                self.keys, self.biases,
-                self.list_window, self.own_slot, *grid, self.num_routed, tiles, self.routes,
+                self.list_keys, self.list_biases, self.list_window, self.own_slot, *grid,
+                self.num_routed, tiles, self.routes,
                 HAS_WEIGHTS=weights is not None, MAP=self.own_slot is not None, **flags,
             )  # fmt: skip
         tiles = triton.cdiv(self.length, _LIST_BLOCK)
         backend.launch(
-            window_kernel, (rows * tiles,), self.key_mask, self.keys, self.biases, self.own_slot,
-            self.row_window,
+            window_kernel, (rows * tiles,), self.key_mask, self.keys, self.biases,
+            self.list_biases, self.own_slot, self.row_window,
             *grid, tiles, self.routes, OWN_BIAS=self.own_bias, **flags,
         )  # fmt: skip
 
         # the lists of queries: of all tokens those of keys, else the chosen ones by window
         self.query_indices, self.starts = query_indices, None
         self.query_rows = self.query_positions = self.keys
-        self.query_share, self.query_row = self.share, entries
+        self.query_share, self.query_row = self.share, geo.tokens
         self.rows = self.length
         if query_indices is not None:
             self.query_indices = query_indices.contiguous()
@@ -220,6 +235,23 @@ class _Call:
             self.query_positions = (geo.prefix + query_indices.gather(-1, order)).to(torch.int32)
             self.query_share, self.query_row = self.heads, query_indices.shape[1]
             self.rows = geo.prefix + query_indices.shape[1]
+
+        # what every query sees, gathered: copied once, read by all windows
+        self.list_k, self.list_v = (
+            x.new_empty(self.batch, self.heads, listed, self.head_dim) for x in (k, v)
+        )
+        tiles = listed // _GATHER_BLOCK
+        backend.launch(
+            gather_kernel, (self.pairs * tiles,), k, v, self.list_keys, self.list_k, self.list_v,
+            *self.strides(k, v), self.heads, self.share, self.listed, tiles,
+            BLOCK=_GATHER_BLOCK, **self.flags(),
+        )  # fmt: skip
+
+    def lists(self) -> list[Tensor | None]:
+        """keys ... list_v, as the kernels over queries take them."""
+        return [
+            self.keys, self.biases, self.list_biases, self.list_window, self.list_k, self.list_v,
+        ]  # fmt: skip
 
     def queries(self) -> list[Tensor | None]:
         return [self.query_rows, self.query_positions, self.starts]
@@ -269,7 +301,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As ``eager.forward``."""
     q, k, v = (_dense_rows(x) for x in (q, k, v))
-    call = _Call(q, routed, log_weights, key_mask, query_indices, geo, (q, k, v), backward=False)
+    call = _Call(q, k, v, routed, log_weights, key_mask, query_indices, geo, backward=False)
     out = _head_last(q, call.rows)
     lse = torch.empty(call.batch, call.heads, call.rows, dtype=torch.float32, device=q.device)
     scale2 = geo.scale / math.log(2)
@@ -278,11 +310,9 @@ def forward(
     options = _options_for("forward", q, call.area, max(call.area, call.listed))
     tiles, per_window = call.tiles(options["BLOCK_M"])
     backend.launch(
-        forward_kernel, (call.pairs * tiles,), q, k, v, out, lse, call.keys, call.biases,
-        call.list_window,
+        forward_kernel, (call.pairs * tiles,), q, k, v, out, lse, *call.lists(),
         *call.queries(), *call.strides(q, k, v, out), scale2, *call.sizes(), tiles, per_window,
-        **call.flags("SUBSET"),
-        **options,
+        **call.flags("SUBSET", "OWN_BIAS"), **options,
     )  # fmt: skip
 
     # the prefix, its keys split over programs and joined by their logsumexps
@@ -327,7 +357,7 @@ def backward(
     grad, q, k, v, out = (_dense_rows(x) for x in (grad, q, k, v, out))
     lse = lse.contiguous()
     call = _Call(
-        q, routed, log_weights, key_mask, query_indices, geo, (q, k, v, out, grad), backward=True
+        q, k, v, routed, log_weights, key_mask, query_indices, geo, (out, grad), backward=True
     )
     batch, heads, length, head_dim = q.shape
     wide = {"dtype": torch.float32, "device": q.device}
@@ -342,10 +372,8 @@ def backward(
     tiles, per_window = call.tiles(options["BLOCK_M"])
     backend.launch(
         backward_query_kernel, (call.pairs * tiles,), q, k, v, out, grad, lse, delta, grad_q,
-        call.keys, call.biases,
-        call.list_window, *call.queries(), *call.strides(q, k, v, out, grad, grad_q), *scales,
-        *call.sizes(), tiles,
-        per_window, **call.flags("SUBSET"), **options,
+        *call.lists(), *call.queries(), *call.strides(q, k, v, out, grad, grad_q), *scales,
+        *call.sizes(), tiles, per_window, **call.flags("SUBSET", "OWN_BIAS"), **options,
     )  # fmt: skip
 
     # the prefix as queries
@@ -375,7 +403,8 @@ def backward(
         backend.launch(
             backward_list_kernel, (call.pairs * splits * tiles,), q, k, v, grad, lse, delta,
             part_k, part_v, part_bias,
-            call.keys, call.biases, call.list_window, call.query_indices, call.row_window,
+            call.list_keys, call.list_biases, call.list_window, call.query_indices,
+            call.row_window,
             *call.strides(q, k, v, grad), *scales, heads, call.share, geo.tokens, geo.prefix,
             call.listed, call.rows,
             tiles, splits, per_split, **call.flags("SUBSET"), **options,

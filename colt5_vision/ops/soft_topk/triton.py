@@ -9,6 +9,8 @@ inside the last bracket. A round evaluates 2**BITS candidates in one pass over t
 stores its part, and the launch that follows adds up the parts in every program, in one order.
 Counts are integers and mass is compared with k - count: nothing is ever subtracted from a sum of
     exponentials.
+
+A row of up to ``SORTED_ROW`` takes the three launches of ``kernels.py`` instead.
 """
 
 import math
@@ -20,9 +22,14 @@ from torch import Tensor
 
 from .. import backend
 from ..registration import laid_out_as
+from .kernels import room, score_of, sort_kernel, sorted_gates_kernel, splitter_kernel, store_gates
 
 WHOLE_ROW = 16384
 """Rows up to this length are solved by one program in one launch."""
+SORTED_ROW = 262_144
+"""Longer rows up to this length are sorted by chunks of SORTED_CHUNK in groups of SORTED_GROUP."""
+SORTED_CHUNK = 1024
+SORTED_GROUP = 32
 CHUNK = 1024
 """Entries a program takes of a longer row, at least."""
 MOST_PROGRAMS = 256
@@ -34,15 +41,6 @@ def split(n: int) -> tuple[int, int]:
     its rows give."""
     chunk = n if n <= WHOLE_ROW else CHUNK * triton.cdiv(n, CHUNK * MOST_PROGRAMS)
     return triton.cdiv(n, chunk), chunk
-
-
-@triton.jit
-def score_of(key):
-    """The float32 at a place in the order of floats, from the lowest finite one to inf: differences
-    are free of NaN."""
-    key = tl.minimum(tl.maximum(key, -0x7F7FFFFF), 0x7F800000)
-    magnitude = tl.abs(key).to(tl.int32).to(tl.float32, bitcast=True)
-    return tl.where(key < 0, -magnitude, magnitude)
 
 
 @triton.jit
@@ -64,12 +62,6 @@ def evaluate(scores, begin, end, candidates, scale, BITS: tl.constexpr, TILE: tl
         count += above.to(tl.int32)
         mass += tl.where(above, 0.0, tl.exp2((s - candidates[:, None]) * scale))
     return tl.sum(mass, 1), tl.sum(count, 1)
-
-
-@triton.jit
-def room(k, count):
-    """k - count; float64 keeps the count exact, and so the difference."""
-    return (k.to(tl.float64) - count.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
@@ -173,19 +165,11 @@ def gates_kernel(
     low, mass, count = narrowed(
         row_k, masses, counts, lows, row, rows, programs, level, BITS, GATHER
     )
-    v = score_of(low)
-    # v is the root up to one step of a float: what is left of it, and the rounding of the
-    # comparisons, is put right here
-    rest = tl.log2(mass / room(row_k, count))
     full = (row_k >= tl.load(num_valid + row)).to(tl.int32)  # the interpreter broadcasts no bool
-    known = (rest == rest).to(tl.int32)  # noqa: PLR0124  a NaN among the scores makes all gates NaN, as in plain torch
-    for first in range(begin, end, TILE):
-        at = first + tl.arange(0, TILE)
-        s = tl.load(scores + row * n + at, mask=at < end)
-        exponent = (s - v) * scale - rest
-        capped = full + ((s > v) | (exponent > 0)).to(tl.int32) * known
-        gate = tl.where(capped > 0, 1.0, tl.exp2(exponent))
-        tl.store(gates + row * n + at, gate, mask=at < end)
+    left = room(row_k, count)
+    store_gates(
+        scores + row * n, gates + row * n, begin, end, score_of(low), mass, left, full, scale, TILE
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "programs", "chunk"])
@@ -252,10 +236,49 @@ def gradient_kernel(
         )
 
 
-def forward(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float) -> Tensor:
-    """Gates as :func:`.eager.soft_topk_forward`. 2 launches for a short row, 9 for a long one;
-    none waits for the host."""
+def _scale(eps: float) -> float:
+    return min(max(math.log2(math.e) / eps, 1e-37), 1e37)  # a normal float32
+
+
+def _sorted_forward(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float) -> Tensor:
     rows, n = scores.shape
+    programs, groups = triton.cdiv(n, SORTED_CHUNK), SORTED_CHUNK // SORTED_GROUP
+    scores_, scale = scores.contiguous(), _scale(eps)
+    options = {"CHUNK": SORTED_CHUNK, "GROUP": SORTED_GROUP, **backend.no_spills(scores.device)}
+
+    # sorted chunks
+    ordered = torch.empty(rows, programs, SORTED_CHUNK, device=scores.device)
+    masses = torch.empty(rows, programs, groups, device=scores.device)
+    backend.launch(
+        sort_kernel, (rows * programs,), scores_, ordered, masses, n, programs, scale,
+        num_warps=4, **options,
+    )  # fmt: skip
+
+    # what each splitter cuts off, a few of them a program
+    splitters = min(8, groups)
+    splitter_mass = torch.empty_like(masses)
+    splitter_below = torch.empty_like(masses, dtype=torch.int32)
+    backend.launch(
+        splitter_kernel, (rows * programs * groups // splitters,), ordered, masses, splitter_mass,
+        splitter_below, programs, scale, SPLITTERS=splitters, CHUNKS=32, num_warps=8, **options,
+    )  # fmt: skip
+
+    # the gates
+    gates = torch.empty_like(scores_)
+    backend.launch(
+        sorted_gates_kernel, (rows * programs,), scores_, k.contiguous(), num_valid.contiguous(),
+        ordered, splitter_mass, splitter_below, gates, n, programs, scale,
+        CHUNKS=max(32, triton.next_power_of_2(programs)), num_warps=8, **options,
+    )  # fmt: skip
+    return laid_out_as(gates, scores)
+
+
+def forward(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float) -> Tensor:
+    """Gates as :func:`.eager.soft_topk_forward`. 2 launches for a short row, 3 for one of up to
+    ``SORTED_ROW``, 9 for a longer one; none waits for the host."""
+    rows, n = scores.shape
+    if WHOLE_ROW < n <= SORTED_ROW:
+        return _sorted_forward(scores, k, num_valid, eps)
     programs, chunk = split(n)
     whole = programs == 1
 
@@ -268,7 +291,7 @@ def forward(scores: Tensor, k: Tensor, num_valid: Tensor, eps: float) -> Tensor:
     masses = torch.empty(2, rows, 1 << bits, programs, device=scores.device)
     counts = torch.empty_like(masses, dtype=torch.int32)
     lows = torch.empty(rounds, rows, dtype=torch.int64, device=scores.device)
-    scale = min(max(math.log2(math.e) / eps, 1e-37), 1e37)  # a normal float32
+    scale = _scale(eps)
 
     # the level, some bits a launch
     grid, state = (rows * programs,), (masses, counts, lows)

@@ -112,7 +112,11 @@ def compiled(launch: Launch, architecture: int):
 
 def build(launch: Launch, architecture: int) -> Resources:
     """Compile a launch, and see what it needs."""
-    kernel = compiled(launch, architecture)
+    return resources(compiled(launch, architecture), launch, architecture)
+
+
+def resources(kernel, launch: Launch, architecture: int) -> Resources:
+    """What a compiled launch needs."""
     shared = kernel.metadata.shared
     if TARGETS[architecture].backend == "hip":
         text = kernel.asm["amdgcn"]
