@@ -10,9 +10,6 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
-SAMPLED = "sampled"
-OLD_NAME = "mean query + weighted tail"  # of ``router="sampled"``, in older files
-
 
 def table(name: str, first: str, which: int = 0) -> dict[str, list[str]]:
     """Cells of a table in a results file, by the first cell of each row, its head among them.
@@ -24,7 +21,6 @@ def table(name: str, first: str, which: int = 0) -> dict[str, list[str]]:
     found = []
     for part in re.split(r"\n\s*\n", (RESULTS / name).read_text()):
         lines = [line for line in part.splitlines() if line.startswith("|")]
-        lines = [line.replace(OLD_NAME, SAMPLED) for line in lines]
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         if rows and rows[0][0] == first:
             found.append({row[0]: row[1:] for row in (rows[0], *rows[2:])})
@@ -56,8 +52,8 @@ def cosines() -> list[str]:
         "`grid`": "grid, weighted",
         "ToDo, keys subsampled": "ToDo (keys subsampled)",
         "ToMe-style, keys merged": "ToMe-style (keys merged)",
-        "`sampled`": SAMPLED,
-        "`sampled`, 1/4 of the keys": f"{SAMPLED}, keys 1/4",
+        "`sampled`": "sampled",
+        "`sampled`, 1/4 of the keys": "sampled, keys 1/4",
     }
     return [line(ours, *(found[name][i] for i in columns)) for ours, name in names.items()]
 
@@ -65,7 +61,7 @@ def cosines() -> list[str]:
 def held_out() -> tuple[str, str]:
     """The same on four held-out photographs, 1/16 of the keys: mean and worst draw."""
     text = (RESULTS / "training_free_cpu.md").read_text()
-    return re.search(r"^\| 1/16 \| default \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE).groups()
+    return re.search(r"^\| 1/16 \| sampled \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE).groups()
 
 
 def errors() -> list[str]:
