@@ -8,7 +8,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, pad
 
-from ..checks import TokenCount, check_float_tensor, check_int, check_mask, check_pair
+from ..checks import (
+    TokenCount,
+    check_float_tensor,
+    check_int,
+    check_mask,
+    check_pair,
+    hint_at_converter,
+)
 from ..init import init_weights
 from ..positions import sincos_2d
 from .switches import check_switches
@@ -85,6 +92,7 @@ class ConditionalRoutedViT(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        self.register_load_state_dict_pre_hook(hint_at_converter)
         check_switches(router_use_triton=router_use_triton, flash_attn=flash_attn)
         self.image_size, self.patch_size = _check_sizes(image_size, patch_size)
         self.channels = check_int("channels", channels)
