@@ -44,7 +44,7 @@ from support.peers import ReplaceAttention
 from support.photos import find_photos, skimage_photo
 
 VIT_WINDOW, UNET_WINDOW, MIN_TOKENS = 14, 16, 512
-BEFORE, DEFAULT, UNCORRECTED = "previous default", "default", "default, not corrected"
+BEFORE, DEFAULT, UNCORRECTED = "first sampled", "sampled", "sampled, not corrected"
 _OLD = {"beyond": False, "value": "none", "correct": "none"}
 
 
@@ -56,7 +56,7 @@ def _old(**change) -> Recipe:
 VARIANTS: dict[str, str | Recipe] = {
     "window only": "window",
     "random, weighted": "random",
-    "mean query, top keys": "mean_query",
+    "mean_query": "mean_query",
     BEFORE: _old(),
     f"{BEFORE}, tail not stratified": _old(order="shuffled"),
     f"{BEFORE}, importance beyond the window": _old(beyond=True),

@@ -1,5 +1,6 @@
 """Tables and a picture of what ``benchmarks.training_free`` has measured so far."""
 
+import itertools
 import json
 import math
 import statistics
@@ -209,11 +210,12 @@ def _times(record, before: str) -> list[str]:
     return lines
 
 
-def _picture(record, path: Path) -> None:
+def _picture(record, path: Path, before: str, default: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     # at the largest size
     rows = list(record.where("vit"))
@@ -223,29 +225,30 @@ def _picture(record, path: Path) -> None:
         if at == size:
             found[name][1 / float(share.removeprefix("1/"))].append(1 - value)
 
-    # a line for each variant
-    figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    for name, points in found.items():
+    # a line a variant
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    for (name, points), marker in zip(found.items(), itertools.cycle("osDv^<>PXhd")):
         shares = sorted(points)
         means = [statistics.mean(points[share]) for share in shares]
-        axis.plot(
-            shares, means, marker="o", label=name, linewidth=2.5 if name.endswith("default") else 1
-        )
+        width = 3 if name in (before, default) else 1
+        axis.plot(shares, means, marker=marker, label=name, linewidth=width)
 
-    # axes
+    # what the axes say
     axis.set(
         xscale="log",
         yscale="log",
         xlabel="keys beyond the window, of all tokens",
-        ylabel="1 - cosine to full attention",
+        ylabel="1 - cosine to full attention (lower is better)",
     )
     ticks = sorted({share for points in found.values() for share in points})
     axis.set_xticks(ticks, [f"1/{1 / share:g}" for share in ticks], minor=False)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.set_title(
         f"DINOv2 ViT-S/14, {size} px, mean over held-out photographs and draws", fontsize=10
     )
-    axis.legend(fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=8)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -282,5 +285,5 @@ def write_report(record, output: Path, before: str, default: str) -> str:
     text = "\n".join(lines) + "\n"
     (output / "training_free_cpu.md").write_text(text)
     if any(record.where("vit")):
-        _picture(record, output / "training_free_cpu.png")
+        _picture(record, output / "training_free_cpu.png", before, default)
     return text

@@ -7,6 +7,7 @@ a compiled graph.
 
 import math
 import numbers
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,21 @@ TokenCount = int | float
 
 ROUTERS = ("learned", "sampled", "grouped", "mean_query", "random", "grid", "window")
 """Every kind of routing there is; a layer or a swap takes some of them."""
+
+
+_OF_COLT5_ATTENTION = (".gamma", ".null_kv")  # ends of names that nothing here has
+
+
+def hint_at_converter(module, state_dict, prefix, *_) -> None:
+    """A hook of ``load_state_dict``: beside torch's list of keys, what to do with weights of
+    colt5-attention."""
+    if any(n.startswith(prefix) and n.endswith(_OF_COLT5_ATTENTION) for n in state_dict):
+        warnings.warn(
+            f"{prefix.removesuffix('.') or 'state_dict'}: weights of colt5-attention, expected "
+            "those that colt5_vision.compat.convert_colt5_attention_state_dict(state_dict, model) "
+            "gives",
+            stacklevel=2,
+        )
 
 
 def check_router(router, allowed: tuple[str, ...]) -> str:

@@ -13,6 +13,7 @@ from .checks import (
     check_positive,
     check_router_kwargs,
     check_token_count,
+    hint_at_converter,
 )
 from .init import init_weights
 from .ops import join
@@ -70,6 +71,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        self.register_load_state_dict_pre_hook(hint_at_converter)
         factory = {"device": device, "dtype": dtype}
         self.dim = check_int("dim", dim)
         self.num_heavy_tokens = check_token_count("num_heavy_tokens", num_heavy_tokens)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .checks import TokenCount
+from .checks import TokenCount, hint_at_converter
 
 
 class Narrowing(NamedTuple):
@@ -36,6 +36,10 @@ class ScheduledLayer(nn.Module):
     key_factor: int = 1
     query_factor: int = 1
     narrowing: Narrowing = NARROW_SUM
+
+    def __init__(self):
+        super().__init__()
+        self.register_load_state_dict_pre_hook(hint_at_converter)
 
     def __getstate__(self) -> dict:
         transient = ("key_factor", "query_factor")

@@ -270,7 +270,7 @@ def _figure_class() -> type:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "colt5_vision.visualize needs matplotlib: pip install 'colt5-vision[viz]'"
+            "colt5_vision.visualize needs matplotlib: pip install matplotlib"
         ) from error
     return Figure
 

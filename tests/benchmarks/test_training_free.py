@@ -44,14 +44,14 @@ def test_a_variant_attends_and_is_full_attention_where_every_key_is_routed(name)
 def test_the_report_is_of_what_was_measured_and_goes_on(tmp_path):
     record = Record(tmp_path / "training_free_cpu.json", resume=False)
     record.notes["machine"] = "a machine"
-    cosines = {("1/16", "previous default"): (0.91, 0.95), ("1/16", "default"): (0.98, 0.99)}
+    cosines = {("1/16", "first sampled"): (0.91, 0.95), ("1/16", "sampled"): (0.98, 0.99)}
     for (share, name), values in cosines.items():
         for draw, value in enumerate(values):
             record.measure(lambda value=value: value, "vit", "china", 1036, name, share, draw)
-    text = write_report(record, tmp_path, "previous default", "default")
-    assert "| 1/16 | default | 0.9850 | 0.9800 | 2 | 0.9800 | 0.9850 |" in text
+    text = write_report(record, tmp_path, "first sampled", "sampled")
+    assert "| 1/16 | sampled | 0.9850 | 0.9800 | 2 | 0.9800 | 0.9850 |" in text
     assert (tmp_path / "training_free_cpu.md").read_text() == text
     assert (tmp_path / "training_free_cpu.png").stat().st_size > 1000
     again = Record(tmp_path / "training_free_cpu.json", resume=True)
-    again.measure(lambda: pytest.fail("measured twice"), "vit", "china", 1036, "default", "1/16", 0)
+    again.measure(lambda: pytest.fail("measured twice"), "vit", "china", 1036, "sampled", "1/16", 0)
     assert json.loads((tmp_path / "training_free_cpu.json").read_text())["rows"] == again.rows

@@ -1,6 +1,8 @@
 """convert.py: the predecessor's weights give the predecessor's outputs wherever it is right; where
 not, the fault."""
 
+import warnings
+
 import colt5_attention as predecessor
 import pytest
 import torch
@@ -144,6 +146,19 @@ def test_equal_outputs(kind, kwargs, library):
     if kwargs.get("num_heavy_tokens_q") != 99:
         other = normalizing(ours)(x)
         assert not torch.allclose(other, want, atol=1e-3), "the switch to raw logits did nothing"
+
+
+@pytest.mark.parametrize("kind, kwargs", CASES.values(), ids=CASES)
+def test_weights_that_were_not_converted_are_told_of_the_converter(kind, kwargs):
+    theirs, ours = (
+        nn.Sequential(getattr(library, kind)(DIM, **kwargs)) for library in (predecessor, compat)
+    )
+    told = "^0.*: weights of colt5-attention, expected those that .*convert_colt5_attention_state"
+    with pytest.warns(UserWarning, match=told), pytest.raises(RuntimeError, match="Missing key"):
+        ours.load_state_dict(theirs.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.load_state_dict(ours.state_dict() | {"other.gamma": torch.ones(1)}, strict=False)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ is disabled."""
 import copy
 import io
 import pickle
+import warnings
 
 import diffusers
 import pytest
@@ -350,6 +351,18 @@ def test_patterns_match_in_a_pipeline_without_its_prefix():
     }
     unroute_attention(pipe)
     assert route_attention(pipe, config(layers=["unet.up_blocks.*"])) == short
+
+
+def test_pixels_in_place_of_latents_are_told():
+    pipe = pipeline("sd15")  # made for latents of 16 x 16
+    with pytest.warns(
+        UserWarning, match=r"^sample_size: expected .* latents, \(16, 16\) by default"
+    ):
+        route_attention(pipe, config(), sample_size=16 * pipe.vae_scale_factor)
+    unroute_attention(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        route_attention(pipe, config(), sample_size=(16 * pipe.vae_scale_factor, 64))
 
 
 def test_a_controlnet_is_judged_by_the_size_of_the_unet_beside_it():

@@ -35,7 +35,7 @@ def test_every_page_is_linked_from_another():
     assert set(PAGES) <= linked
 
 
-@pytest.mark.parametrize("name", ["", ".models", ".ops", ".pipelines", ".visualize"])
+@pytest.mark.parametrize("name", ["", ".compat", ".models", ".ops", ".pipelines", ".visualize"])
 def test_every_public_name_is_in_the_reference(name):
     module = importlib.import_module(f"colt5_vision{name}")
     pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))

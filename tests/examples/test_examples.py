@@ -52,6 +52,7 @@ def test_train_and_resume_equals_one_go(tmp_path):
         assert (whole / name).stat().st_size > 0, name
     assert "epoch 1/2" in done.stderr  # the progress bar
     assert "32 images to train, 32 held out, 10 classes (0, 1, 2" in done.stdout
+    assert "; 36 tokens an image, 5 of them routed keys\n" in done.stdout  # an eighth
     assert "| is, seen as | 0 |" in (whole / "results.md").read_text()
 
     # the same run, asked to stop in its first epoch

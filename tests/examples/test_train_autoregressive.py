@@ -80,6 +80,7 @@ def test_an_interrupted_run_goes_on_as_if_it_were_not(example, tmp_path, monkeyp
 
 
 def test_training_learns_and_the_bits_are_those_of_the_pixels(example):
+    assert example.parse([*QUICK, "--epochs", "6"]).epochs == 6  # what is given stays
     args = example.parse([*QUICK, "--limit", "64"])
     run = example.Run(args)
     assert run.symbols[:, 0].min() >= example.LEVELS and run.symbols[:, 1:].max() < example.LEVELS

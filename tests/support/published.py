@@ -10,9 +10,6 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
-SAMPLED = "sampled"
-OLD_NAME = "mean query + weighted tail"  # of ``router="sampled"``, in older files
-
 
 def table(name: str, first: str, which: int = 0) -> dict[str, list[str]]:
     """Cells of a table in a results file, by the first cell of each row, its head among them.
@@ -24,7 +21,6 @@ def table(name: str, first: str, which: int = 0) -> dict[str, list[str]]:
     found = []
     for part in re.split(r"\n\s*\n", (RESULTS / name).read_text()):
         lines = [line for line in part.splitlines() if line.startswith("|")]
-        lines = [line.replace(OLD_NAME, SAMPLED) for line in lines]
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         if rows and rows[0][0] == first:
             found.append({row[0]: row[1:] for row in (rows[0], *rows[2:])})
@@ -56,8 +52,8 @@ def cosines() -> list[str]:
         "`grid`": "grid, weighted",
         "ToDo, keys subsampled": "ToDo (keys subsampled)",
         "ToMe-style, keys merged": "ToMe-style (keys merged)",
-        "`sampled`": SAMPLED,
-        "`sampled`, 1/4 of the keys": f"{SAMPLED}, keys 1/4",
+        "`sampled`": "sampled",
+        "`sampled`, 1/4 of the keys": "sampled, keys 1/4",
     }
     return [line(ours, *(found[name][i] for i in columns)) for ours, name in names.items()]
 
@@ -65,7 +61,7 @@ def cosines() -> list[str]:
 def held_out() -> tuple[str, str]:
     """The same on four held-out photographs, 1/16 of the keys: mean and worst draw."""
     text = (RESULTS / "training_free_cpu.md").read_text()
-    return re.search(r"^\| 1/16 \| default \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE).groups()
+    return re.search(r"^\| 1/16 \| sampled \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE).groups()
 
 
 def errors() -> list[str]:
@@ -105,17 +101,6 @@ def whole_networks() -> list[str]:
     ]
 
 
-def layers() -> list[str]:
-    """One layer over full attention, forward and with backward."""
-    found = []
-    for side in (64, 128, 256):
-        kinds = [
-            (what, f) for what in ("forward", "forward + backward") for f in ("softmax", "sum")
-        ]
-        found.append(line(f"{side}×{side}", *(layer(side, what, f) for what, f in kinds)))
-    return found
-
-
 def layer(side: int, what: str, fusion: str, other: str = "full SDPA") -> str:
     """How many times as fast as ``other`` a layer is."""
     case = {"group": "layers", "case": f"{side}x{side}, 1024 keys", "pass": what}
@@ -125,13 +110,52 @@ def layer(side: int, what: str, fusion: str, other: str = "full SDPA") -> str:
     return times(ratios[0]) if ratios else "not tried"
 
 
+DINOV2, UNET = 0, 2  # of the tables in rivals_cpu.md, 10 % of the keys
+
+
+def rival(network: int, method: str) -> tuple[str, str, str]:
+    """FLOPs of a method, and the errors of a whole network on two inputs."""
+    cells = table("rivals_cpu.md", "method", network)[method]
+    return cells[0].replace("%", " %"), plain(cells[5]), plain(cells[8])
+
+
+def plain(cell: str) -> str:
+    """A number without an exponent."""
+    return f"{float(cell):.5f}" if "e" in cell else cell or "not tried"
+
+
+def field() -> list[str]:
+    """The field and ours, 10 % of the keys: FLOPs, and errors of two whole networks."""
+    names = {
+        "`sampled`": "ours, sampled, window 14",
+        "`grouped`": "ours, grouped",
+        "SVG-EAR": "SVG-EAR, 2x clusters",
+        "SVG-EAR, fewer iterations": "SVG-EAR, 2x clusters, 2 iterations",
+        "PISA, order 0": "PISA 0",
+        "PISA, order 1": "PISA 1",
+        "ToDo": "ToDo",
+    }
+    return [line(ours, *rival(DINOV2, name), *rival(UNET, name)) for ours, name in names.items()]
+
+
+def best_rival(network: int, column: int) -> tuple[str, str]:
+    """Least error of the methods that take at most a fifth more FLOPs than ours, and whose."""
+    ours = float(rival(network, "ours, sampled, window 14")[0].split()[0])
+    found = []
+    for name in table("rivals_cpu.md", "method", network):
+        if name != "method" and not name.startswith("ours"):
+            flops, *errors = rival(network, name)
+            if errors[column] != "not tried" and float(flops.split()[0]) < 1.2 * ours:
+                found.append((float(errors[column]), errors[column], name))
+    return min(found)[1:]
+
+
 def needle() -> list[str]:
     """Accuracy of a task that needs the whole map."""
     names = {
         "full attention": "full",
         "`softmax`, learned": "softmax-learned-eighth",
         "`sum`, learned": "sum-learned-eighth",
-        "`softmax`, random": "softmax-random-eighth",
         "`sum`, random": "sum-random-eighth",
         "`softmax`, learned, few": "softmax-learned-few",
         "`sum`, learned, few": "sum-learned-few",
@@ -152,17 +176,20 @@ def needle() -> list[str]:
 
 
 def readme() -> list[str]:
-    """Rows of the README: what, with full attention, routed."""
+    """Rows of the README: what, compared with whom, the figure there, and routed."""
     networks = [row.strip("| ").split(" | ") for row in whole_networks()]
     (vit,) = (row for row in networks if row[1] == "1526")
-    unet = table("terrain_cpu.md", "attention")["routed, keys 1/16"][-1].split()[0]
+    ours = [rival(network, "ours, sampled, window 14")[1:] for network in (DINOV2, UNET)]
+    theirs, name = best_rival(DINOV2, 0)
+    theirs_unet, name_unet = best_rival(UNET, 1)
+    assert {name[:4], name_unet[:4]} == {"PISA"}
     found = {row["variant"]: row for row in record("needle_cpu.json")["summary"]}
     full, routed = (f"{found[name]['mean']:.3f}" for name in ("full", "sum-learned-eighth"))
     return [
-        line("DINOv2 ViT-S/14 at 1036 px: cosine of its features", "1", held_out()[0]),
-        line("The same network at 1526 px: seconds for an image", *vit[3:5]),
-        line("Consistency UNet at 512 px: relative error of its picture", "0", unet),
-        line("Trained from scratch, 72 of 576 keys: accuracy, six seeds", full, routed),
+        line("DINOv2 at 1036 px, features: relative error", "PISA", theirs, ours[0][0]),
+        line("UNet at 256 px, picture: relative error", "PISA", theirs_unet, ours[1][1]),
+        line("DINOv2 at 1526 px, an image: seconds", "full attention", *vit[3:5]),
+        line("A network trained from scratch: accuracy", "full attention", full, routed),
     ]
 
 
@@ -174,9 +201,13 @@ def claims() -> set[str]:
     memory = table("swap_cpu.md", "image")["1526 px, 11881 tokens"][-2:]
     distilled = table("terrain_cpu.md", "attention")["distilled, keys 1/16"]
     found = {*held_out(), *growth, *(f"{mib} MiB" for mib in memory)}
+    found |= {number for row in field() for number in row.split() if "." in number}
     found |= {cell.split()[0] for cell in distilled}
     found |= {row.strip("| ").split(" | ")[-1] for row in whole_networks()}
     found.add(layer(128, "forward", "softmax", "ToDo, subsampled to as many keys"))
+    found |= {
+        layer(side, "forward", fusion) for side in (128, 256) for fusion in ("softmax", "sum")
+    }
     found |= {f"{row['mean']:.3f}" for row in (*needle_768.values(), *needle_192.values())}
     found |= {f"{row['seconds_per_step_at_last']:.3g}" for row in needle_768.values()}
     found.add(record("cpu.json")["machine"]["torch"].rpartition(".")[0])
@@ -192,7 +223,7 @@ def numbers(prose: str) -> list[str]:
 
 def results() -> dict[str, list[str]]:
     """Rows of the tables in docs/results.md, by the question."""
-    made = (cosines, errors, whole_networks, layers, needle)
+    made = (cosines, errors, field, whole_networks, needle)
     return {function.__name__: function() for function in made}
 
 
