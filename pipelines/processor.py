@@ -10,6 +10,7 @@ from colt5_vision.swap.config import RoutedAttentionConfig
 from colt5_vision.swap.report import Calls
 from colt5_vision.swap.reroute import RerouteMode, RoutedLayer
 from colt5_vision.swap.site import Pass, Scope, Site, image_site
+from colt5_vision.swap.switches import Switches
 
 __all__ = ["RoutedAttnProcessor"]
 
@@ -61,7 +62,7 @@ class RoutedAttnProcessor:
         self.config, self.grid_size, self.place = config, grid_size, place
         self.exact = AttnProcessor2_0() if exact is None else exact
         spec = LayerSpec(place=place)
-        self.routed = RoutedLayer("attn", spec, config, config.attention(), Scope())
+        self.routed = RoutedLayer("attn", spec, config, config.attention(), Scope(), Switches())
 
     @property
     def calls(self) -> Calls:

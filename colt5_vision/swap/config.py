@@ -18,6 +18,9 @@ __all__ = ["RoutedAttentionConfig", "ScheduleRule"]
 TOO_SMALL = "fewer tokens than min_tokens"
 TOO_LITTLE_GAIN = "so few tokens that the expected speed-up is under min_speedup"
 BY_SCHEDULE = "the schedule says so"
+BESIDE_OTHERS = (
+    "so few tokens beside a text or other images that the expected speed-up is under min_speedup"
+)
 MIN_TOKENS = 1024  # where nothing tells what a layer is expected to gain
 
 
@@ -178,11 +181,14 @@ class RoutedAttentionConfig:
     def needs_timestep(self) -> bool:
         return any(rule.needs_timestep for rule in self.schedule)
 
-    def least_tokens(self, channels: int | None) -> dict[Place | None, tuple[int, str]]:
+    def least_tokens(
+        self, channels: int | None, others: int = 0
+    ) -> dict[Place | None, tuple[int, str]]:
         """From how many tokens on a layer is routed, and why smaller maps are not.
 
         Args:
             channels: heads times head_dim of the layer; None: unknown.
+            others: tokens beside the map in its sequence.
 
         Returns:
             By type of device and dtype, where costs are known; under None, elsewhere.
@@ -191,20 +197,25 @@ class RoutedAttentionConfig:
             return {None: (self.min_tokens or 0, TOO_SMALL)}
         found = {None: (MIN_TOKENS, TOO_SMALL)}
         for place, costs in self._costs(channels).items():
-            least = costs.least_tokens(self.min_speedup, channels, **self._how())
-            found[place] = (least, TOO_LITTLE_GAIN)
+            least = costs.least_tokens(self.min_speedup, channels, others=others, **self._how())
+            found[place] = (least, BESIDE_OTHERS if others else TOO_LITTLE_GAIN)
         return found
 
-    def expected_speedup(self, tokens: int, channels: int | None, place: Place) -> float | None:
+    def expected_speedup(
+        self, tokens: int, channels: int | None, place: Place, others: int = 0
+    ) -> float | None:
         """How many times as fast as full attention a layer is expected to be.
 
         Args:
             tokens: of its map.
             channels: as of :meth:`least_tokens`.
             place: type of device, and dtype. None is returned where no costs are known.
+            others: tokens beside the map in its sequence.
         """
         costs = self._costs(channels).get(place)
-        return None if costs is None else costs.speedup(tokens, channels, **self._how())
+        return (
+            None if costs is None else costs.speedup(tokens, channels, others=others, **self._how())
+        )
 
     def _costs(self, channels: int | None) -> dict[Place, Costs]:
         """What is known: nothing of routed queries."""

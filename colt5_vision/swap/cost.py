@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,8 @@ class Work(NamedTuple):
     batch: int = 1
 
 
-class Costs(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Costs:
     """Constants of a device and a dtype.
 
     Attributes:
@@ -88,6 +90,7 @@ class Costs(NamedTuple):
         router: str,
         window_size: int | tuple[int, ...],
         num_heavy_tokens_kv: TokenCount,
+        others: int = 0,
     ) -> float:
         """How many times as fast as full attention a routed layer is expected to be, in a forward
         of batch 1.
@@ -97,6 +100,8 @@ class Costs(NamedTuple):
             channels: heads times head_dim; heads are taken to be 64 wide.
             router, window_size, num_heavy_tokens_kv: see
                 :class:`~colt5_vision.RoutedAttentionConfig`.
+            others: tokens of a text or other images in its sequence: they see all and are seen by
+                all, routed or not.
         """
         sides = (window_size, window_size) if isinstance(window_size, int) else window_size
         sides = sides if len(sides) > 1 else 2 * sides
@@ -105,19 +110,25 @@ class Costs(NamedTuple):
             keys = token_count("num_heavy_tokens_kv", num_heavy_tokens_kv, tokens)
         work = Work(tokens, channels, math.prod(sides), keys, min(_HEAD_DIM, channels))
         # at the threads they were fitted with: no choice depends on how many there are today
-        kinds = (_KINDS.get(router, "operator"), "full")
-        routed, full = (self.seconds(kind, work, threads=self.threads) for kind in kinds)
-        return full / max(routed, 1e-12)
+        seconds = functools.partial(self.seconds, threads=self.threads)
+        routed, full = seconds(_KINDS.get(router, "operator"), work), seconds("full", work)
+        whole = seconds("full", work._replace(tokens=tokens + others))
+        return whole / max(routed + whole - full, 1e-12)
 
     def least_tokens(self, min_speedup: float, channels: int, **how) -> int:
         """From how many tokens on a layer is expected to gain ``min_speedup``; arguments as of
         :meth:`speedup`. At most 16,777,216, where it never does."""
-        low, high = 0, _LARGEST
-        while high - low > 1:
-            middle = (low + high) // 2
-            pays = self.speedup(middle, channels, **how) >= min_speedup
-            low, high = (low, middle) if pays else (middle, high)
-        return high
+        return _least_tokens(self, min_speedup, channels, tuple(how.items()))
+
+
+@functools.lru_cache(maxsize=4096)  # layers ask alike, each for several numbers of other tokens
+def _least_tokens(costs: Costs, min_speedup: float, channels: int, how: tuple) -> int:
+    low, high, how = 0, _LARGEST, dict(how)
+    while high - low > 1:
+        middle = (low + high) // 2
+        pays = costs.speedup(middle, channels, **how) >= min_speedup
+        low, high = (low, middle) if pays else (middle, high)
+    return high
 
 
 def _full(work: Work) -> dict[str, float]:

@@ -8,11 +8,22 @@ from typing import Any
 
 import torch
 
-from .config import BY_SCHEDULE, TOO_LITTLE_GAIN, TOO_SMALL
+from .config import BESIDE_OTHERS, BY_SCHEDULE, TOO_LITTLE_GAIN, TOO_SMALL
 
 NEVER_ROUTED = "is to be routed, and no call of it has been so far"
 _COUNTING = threading.Lock()
-_ASKED_FOR = (TOO_SMALL, TOO_LITTLE_GAIN, BY_SCHEDULE)
+_ASKED_FOR = (TOO_SMALL, TOO_LITTLE_GAIN, BESIDE_OTHERS, BY_SCHEDULE)
+
+
+class Warned:
+    """Of layers that were routed together: whether one of them has warned.
+
+    Args:
+        layers: how many they are.
+    """
+
+    def __init__(self, layers: int = 1):
+        self.layers, self.already = layers, False
 
 
 class Calls:
@@ -31,7 +42,7 @@ class Calls:
         self.routed = 0
         self.exact: Counter[str] = Counter()
         self.compiled = False
-        self.warned = False
+        self.warned = Warned()
 
     def count(self, reason: str | None) -> None:
         """A call: routed (None), or exact for a reason."""
@@ -53,14 +64,18 @@ class Calls:
             self.exact.clear()
 
     def warn_if_never_routed(self, name: str, reasons: list[str]) -> None:
-        """Say once that a layer's forward did not route, if none ever did and nobody asked for
-        that."""
+        """Say that a layer's forward did not route, if none of its forwards did, nobody asked for
+        that, and no layer routed with it has said so before."""
         unwanted = [reason for reason in reasons if reason not in _ASKED_FOR]
-        if self.routed or self.warned or not unwanted:
+        if self.routed or not unwanted:
             return
-        self.warned = True
+        with _COUNTING:
+            if self.warned.already:
+                return
+            self.warned.already = True
         warnings.warn(
-            f"{name} {NEVER_ROUTED}: {unwanted[0]}; the report's calls tell how often",
+            f"{name} {NEVER_ROUTED}: {unwanted[0]}; it is the first of {self.warned.layers} layers "
+            "to say so, the report's calls tell how often each was",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -79,8 +94,8 @@ class RoutedAttentionReport(dict):
         layer_calls: by name of each layer that may be routed, its live :class:`Calls`. A layer too
             small for routing at ``sample_size`` is among them.
         expected: by name of the layers whose tokens are known, how many times as fast as full
-            attention each is expected to be, see :mod:`~colt5_vision.swap.cost`; None: no costs are
-            known of its device.
+            attention each is expected to be without a text or other images beside its map, see
+            :mod:`~colt5_vision.swap.cost`; None: no costs are known of its device.
         calibration: by name, what :func:`~colt5_vision.calibrate_routing` found for a layer; empty
             without it.
     """
@@ -108,6 +123,11 @@ class RoutedAttentionReport(dict):
             total.compiled |= calls.compiled
         return total
 
+    def not_called(self) -> list[str]:
+        """Layers that may be routed whose calls never came through, as they are now: not even as
+        exact ones. A compiled layer may be among them."""
+        return [name for name, one in self.layer_calls.items() if not (one.routed or one.exact)]
+
     def reset_calls(self) -> None:
         """Set the counters to 0."""
         for calls in self.layer_calls.values():
@@ -120,6 +140,8 @@ class RoutedAttentionReport(dict):
             if not how and self.expected.get(name) is not None:
                 how = f", expected to be {self.expected[name]:.1f} times as fast"
             lines.append(f"  {name}: {'?' if tokens is None else f'{tokens:,}'} tokens{how}")
+        if any("expected to be" in line for line in lines):
+            lines.append("  expected without a text or other images, which leave less to gain")
         if None in self.expected.values():
             lines.append(
                 "  no costs are known of some layers (device, dtype, width or routed queries): "
@@ -130,6 +152,8 @@ class RoutedAttentionReport(dict):
         if calls.routed or calls.exact:
             lines.append(f"calls since: {calls.routed} routed, {calls.exact.total()} exact")
             lines += [f"  {count} exact: {reason}" for reason, count in calls.exact.most_common()]
+            if not calls.compiled:
+                lines += [f"  {name}: not called" for name in self.not_called()]
         if calls.compiled:
             lines.append("calls in compiled graphs are not counted")
         return "\n".join(lines)

@@ -37,12 +37,14 @@ from .heads import all_heads, return_tokens
 from .report import Calls
 from .sampled import SampledAttention
 from .site import Pass, Scope, Site
+from .switches import Held, Switches
 
 _SDPA = nn.functional.scaled_dot_product_attention
 NOT_CALLED = (
     "no call of torch's scaled_dot_product_attention came through: the layer made none, or another "
     "hook or mode answered it"
 )
+_OTHERS = (0, *(32 << i for i in range(12)))  # tokens of a text or other images: 32 to 65,536
 COMPILED_EXCHANGE = "compiled context parallelism computes gradients of full attention"
 
 
@@ -54,8 +56,9 @@ class RoutedLayer:
         config: the settings it was routed with.
         calls: live :class:`~colt5_vision.swap.report.Calls`.
         teacher: of a distillation in progress: called in place of ``attention``.
-        least: by type of device and dtype, from how many tokens on it is routed, and why smaller
-            maps are not; under None, elsewhere.
+        least: for sequences with so many tokens or more that are not of the map: by type of device
+            and dtype, from how many tokens on it is routed, and why smaller maps are not; under
+            None, elsewhere.
     """
 
     def __init__(
@@ -65,20 +68,21 @@ class RoutedLayer:
         config: RoutedAttentionConfig,
         attention: SampledAttention | GroupedAttention,
         scope: Scope,
+        switches: Switches,
     ):
         self.name, self.spec, self.config = name, spec, config
-        self.attention, self.scope = attention, scope
+        self.attention, self.scope, self.switches = attention, scope, switches
         self.calls = Calls()
         self.teacher = None
-        self.least = config.least_tokens(spec.key_channels)
-        self.own: dict[str, Any] = {}  # values of the layer's switches when it is not routed
+        # known beforehand: a compiled graph then compares a few numbers only
+        self.least = [(n, config.least_tokens(spec.key_channels, n)) for n in _OTHERS]
 
     def attend(self, mode: "RerouteMode", call: Call) -> Tensor:
         """In place of ``scaled_dot_product_attention``."""
         shape = call.query.shape
         call = with_heads(call, self.spec.heads)
         site = mode.now.site
-        exchanged = site is not None and site.shards is not None and self.in_its_place()
+        exchanged = site is not None and site.shards is not None and mode.exchanges
         if exchanged:
             call, lengths = whole_sequence(call, site)
 
@@ -107,9 +111,7 @@ class RoutedLayer:
             return "causal attention"
 
         # what is not asked for
-        where = (call.query.device.type, call.query.dtype)
-        least = self.least.get(where, self.least[None])
-        settings = self.config.settings(site.tokens, now.rules, least)
+        settings = self.config.settings(site.tokens, now.rules, self._least(call, site))
         if isinstance(settings, str):
             return settings
 
@@ -141,6 +143,16 @@ class RoutedLayer:
         )
         return restore(out, how)
 
+    def _least(self, call: Call, site: Site) -> tuple[int, str]:
+        """From how many tokens on maps are routed beside what else is in this call, and the reason
+        of smaller ones."""
+        others, every = call.key.shape[-2] - site.tokens, self.least[0][1]
+        for number, found in self.least[1:]:
+            if others < number:
+                break
+            every = found
+        return every.get((call.query.device.type, call.query.dtype), every[None])
+
     def _features(self, features: Tensor, site: Site) -> Tensor | None:
         """What a learned router reads."""
         if self.attention.router != "learned":
@@ -163,40 +175,11 @@ class RoutedLayer:
         make = self.spec.pair_bias
         return None if make is None else make(layer, call.query, site)
 
-    def in_its_place(self) -> bool:
-        """Whether parts of the sequence are to be exchanged that the layer itself would exchange:
-        its hook has switched that off, which a compiled one does not."""
-        own = (self.own.get(switch.path, ...) for switch in self.spec.exchange)
-        return any(value not in (None, ...) for value in own)
-
-    def set_switches(self, layer: nn.Module, switches: tuple[Switch, ...]) -> None:
-        """Give the layer's switches their values; remember its own."""
-        for switch in switches:
-            found = _attribute(layer, switch)
-            if found is not None and found[2] is not switch.value:
-                self.own[switch.path] = found[2]
-                setattr(found[0], found[1], switch.value)
-
-    def reset_switches(self, layer: nn.Module, switches: tuple[Switch, ...]) -> None:
-        """Give the layer's switches their own values back."""
-        for switch in switches:
-            found = _attribute(layer, switch)
-            if found is None or found[2] is not switch.value or switch.path not in self.own:
-                continue
-            own = self.own.pop(switch.path)
-            delattr(found[0], found[1]) if own is ... else setattr(found[0], found[1], own)
-
-
-def _attribute(layer: nn.Module, switch: Switch) -> tuple[Any, str, Any] | None:
-    """The object that holds a switch, its name there, and its value: ``...`` if it is the class's;
-    None: the layer has none."""
-    *way, name = switch.path.split(".")
-    holder = layer
-    for step in way:
-        holder = getattr(holder, step, None)
-    if holder is None or not hasattr(holder, name):
-        return None
-    return holder, name, vars(holder).get(name, ...)
+    @torch.compiler.assume_constant_result  # called when a graph is made, not when it runs
+    def keep_switches(self, layer: nn.Module) -> bool:
+        """The layer becomes part of a graph, in which its switches are as they are now."""
+        self.switches.keep(self.name, layer, self.spec.switches)
+        return True
 
 
 class RerouteMode(TorchFunctionMode):
@@ -209,6 +192,9 @@ class RerouteMode(TorchFunctionMode):
         super().__init__()
         self.routed, self.layer, self.now = routed, layer, now
         self.reasons: list[str | None] = []
+        self.held: list[Held] = []  # the layer's switches
+        # whether the layer itself would exchange parts of the sequence, and is kept from it
+        self.exchanges = False
         # of the forward; an interrupted one (KeyboardInterrupt) leaves the mode behind
         self.frame: FrameType | None = None
 
@@ -220,6 +206,17 @@ class RerouteMode(TorchFunctionMode):
         if isinstance(call.query, torch.fx.Proxy):
             return _traced(self, call)
         return self.routed.attend(self, call)
+
+    def hold(self, switches: tuple[Switch, ...]) -> bool:
+        """Set switches of the layer; whether one had a value that is not None."""
+        held = self.routed.switches.hold(self.layer, switches)
+        self.held += held
+        return any(one.own not in (None, ...) for one in held)
+
+    def release(self) -> None:
+        """Set them back."""
+        self.routed.switches.release(self.held)
+        self.held = []
 
     def left_behind(self) -> bool:
         if self.frame is None:
@@ -243,20 +240,25 @@ class EnterHook:
         if is_compiling():
             if shards is not None and torch.is_grad_enabled():
                 now = Pass(COMPILED_EXCHANGE)
-            RerouteMode(routed, layer, now).__enter__()
+            mode = RerouteMode(routed, layer, now)
+            if torch.compiler.is_dynamo_compiling():
+                routed.keep_switches(layer)
+            else:
+                mode.hold(routed.spec.switches)
+            mode.__enter__()
             return
 
-        # the layer's switches; an interrupted forward may have left some behind
-        mode = RerouteMode(routed, layer, now)
-        routed.set_switches(layer, routed.spec.switches)
-        (routed.reset_switches if shards is None else routed.set_switches)(
-            layer, routed.spec.exchange
-        )
-
-        # the mode
+        # an interrupted forward may have left something behind
         for old in function_modes():
             if isinstance(old, RerouteMode) and old.left_behind():
                 pop_function_mode(old)
+                old.release()
+
+        # the layer's switches, and the mode
+        mode = RerouteMode(routed, layer, now)
+        mode.hold(routed.spec.switches)
+        if shards is not None:
+            mode.exchanges = mode.hold(routed.spec.exchange)
         mode.frame = sys._getframe(1)
         push_function_mode_below(mode)
 
@@ -269,14 +271,14 @@ class LeaveHook:
 
     @begins_no_graph
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             pop_last_function_mode()
             return
-        self.routed.reset_switches(layer, self.routed.spec.exchange)
         for mode in function_modes():
             if isinstance(mode, RerouteMode) and mode.routed is self.routed:
                 pop_function_mode(mode)
                 mode.frame = None
+                mode.release()
                 if output is not None:
                     self._told(mode)
 

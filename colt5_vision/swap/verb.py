@@ -15,10 +15,11 @@ from .adapter import LayerSpec, Part, adapters_of
 from .config import MIN_TOKENS, TOO_LITTLE_GAIN, RoutedAttentionConfig
 from .cost import Place
 from .grouped import GroupedAttention
-from .report import RoutedAttentionReport
+from .report import RoutedAttentionReport, Warned
 from .reroute import EnterHook, LeaveHook, RoutedLayer
 from .sampled import SampledAttention
 from .site import ClockHook, EntranceHook, ExitHook, MarkHook, Scope
+from .switches import Switches
 from .wrappers import clean_name, models_of
 
 __all__ = ["route_attention", "routed_layers", "unroute_attention", "why_not"]
@@ -77,7 +78,8 @@ def unroute_attention(model: Any) -> None:
         raise ValueError("model: nothing is routed, expected one that went through route_attention")
     for module in routed:
         if (layer := _routed(module)) is not None:
-            layer.reset_switches(module, layer.spec.switches + layer.spec.exchange)
+            switches = layer.spec.switches + layer.spec.exchange
+            layer.switches.reset(layer.name, module, switches)
         remove_hooks(module, _KEYS)
     forget_compiled_graphs()
 
@@ -210,7 +212,7 @@ def apply(planned: Plan) -> RoutedAttentionReport:
 
     # layer by layer
     scopes: dict[nn.Module, Scope] = {}
-    routed = {}
+    switches, routed = Switches(), {}
     for name, one in planned.chosen.items():
         # the entrance tells the site, and the modules around the layer pass it on
         model, entrance = one.part.model, one.spec.entrance
@@ -228,8 +230,7 @@ def apply(planned: Plan) -> RoutedAttentionReport:
         # the layer itself
         module = model.get_submodule(one.path)
         config, attention = planned.configs[name], planned.attention[name]
-        layer = RoutedLayer(name, one.spec, config, attention, scope)
-        layer.set_switches(module, one.spec.switches)
+        layer = RoutedLayer(name, one.spec, config, attention, scope, switches)
         put_hook(module, _ENTER, EnterHook(layer))
         put_hook(module, _LEAVE, LeaveHook(layer), after=True)
         routed[name] = layer
@@ -237,6 +238,9 @@ def apply(planned: Plan) -> RoutedAttentionReport:
     # graphs made before know nothing of it
     forget_compiled_graphs()
     calls = {name: layer.calls for name, layer in routed.items()}
+    warned = Warned(len(calls))
+    for one in calls.values():
+        one.warned = warned
     return RoutedAttentionReport(planned.tokens, planned.exact, calls, planned.expected)
 
 

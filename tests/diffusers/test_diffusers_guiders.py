@@ -114,7 +114,7 @@ def test_a_layer_perturbed_before_it_ever_routed_is_not_said_to_attend(guider, n
     with pytest.warns(RuntimeWarning, match="no call of it has been so far: no call of") as told:
         run(model, CASES[name])
     assert not any("full attention" in str(one.message) for one in told)
-    assert report.calls.exact == {NOT_CALLED: len(told)} and report.calls.routed
+    assert len(told) == 1 and report.calls.exact.keys() == {NOT_CALLED} and report.calls.routed
     guider.cleanup_models(model)
     report.reset_calls()
     run(model, CASES[name])

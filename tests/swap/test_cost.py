@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from colt5_vision import RoutedAttentionConfig, route_attention, unroute_attention
 from colt5_vision.swap import cost
-from colt5_vision.swap.config import MIN_TOKENS, TOO_LITTLE_GAIN, TOO_SMALL
+from colt5_vision.swap.config import BESIDE_OTHERS, MIN_TOKENS, TOO_LITTLE_GAIN, TOO_SMALL
 from colt5_vision.swap.report import RoutedAttentionReport
 
 CPU = ("cpu", torch.float32)
@@ -88,6 +88,17 @@ def test_the_least_tokens_are_where_the_gain_begins():
     assert costs.least_tokens(1e6, 384, **how) == 1 << 24  # never
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_text_and_other_images_leave_less_to_gain(router):
+    """With all there is attended to by all, a routed layer saves nothing."""
+    costs = cost.read_costs(cost.SHIPPED)[CPU]
+    how = {"router": router, "window_size": 16, "num_heavy_tokens_kv": 1 / 16}
+    gains = [costs.speedup(4096, 384, others=n, **how) for n in (0, 512, 4096, 1 << 20)]
+    assert gains == sorted(gains, reverse=True) and 1 < gains[-1] < gains[0] / 1.2
+    least = [costs.least_tokens(1.1, 384, others=n, **how) for n in (0, 512, 4096)]
+    assert least == sorted(least) and least[0] < least[2]
+
+
 def test_explicit_settings_win_and_where_nothing_is_known_1024_tokens_do():
     config = RoutedAttentionConfig
     assert set(config().least_tokens(384)) == {None, CPU}
@@ -146,12 +157,12 @@ def test_a_file_that_is_not_there_is_refused_by_name(monkeypatch, tmp_path):
         RoutedAttentionConfig().least_tokens(64)
 
 
-def vit(size: int = 64):
+def vit(size: int = 64, **more):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     name = "vit_tiny_patch16_224"
     how = {"img_size": size, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
-    return timm.create_model(name, num_classes=0, dynamic_img_size=True, **how).eval()
+    return timm.create_model(name, num_classes=0, dynamic_img_size=True, **how, **more).eval()
 
 
 @torch.no_grad()
@@ -179,6 +190,22 @@ def test_layers_that_would_not_gain_keep_full_attention_and_are_told(costs_file,
         assert not torch.equal(model(x), expected)
         assert report.calls.routed == 2 and not report.calls.exact
         unroute_attention(model)
+
+
+@torch.no_grad()
+def test_a_map_that_gains_alone_keeps_full_attention_beside_many_others(costs_file, recwarn):
+    """Reckoned when the model is called; what the report foretells is without them."""
+    every = constants(threads=torch.get_num_threads())
+    every["forward"]["sampled"]["calls"] = 1e-7
+    costs_file({"cpu, float32": every})
+    model, x = vit(reg_tokens=600), torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    report = route_attention(model, window_size=2, num_heavy_tokens_kv=2)
+    assert report == dict.fromkeys(report, 64) and min(report.expected.values()) > 1.1
+    assert "expected without a text or other images" in str(report)
+    assert torch.equal(model(x), expected)
+    assert report.calls.exact == {BESIDE_OTHERS: 2}
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from colt5_vision.swap.distill import Teacher
 from colt5_vision.swap.reroute import RoutedLayer
 from colt5_vision.swap.sampled import SampledAttention
 from colt5_vision.swap.site import Scope
+from colt5_vision.swap.switches import Switches
 
 GRIDS = {"map": (4, 6), "volume": (2, 3, 5)}
 HEADS, WIDTH = 2, 8
@@ -29,7 +30,8 @@ def taught(q, k, v, grid, prefix, key_mask=None, bias=None):
     attention = SampledAttention(**settings, dim=HEADS * WIDTH)
     torch.nn.init.normal_(attention.correction[-1].weight)
     config = RoutedAttentionConfig(**settings)
-    layer, teacher = RoutedLayer("attn", LayerSpec(), config, attention, Scope()), Teacher(16)
+    layer = RoutedLayer("attn", LayerSpec(), config, attention, Scope(), Switches())
+    teacher = Teacher(16)
     teacher.generator.manual_seed(0)
     out = teacher(
         layer,

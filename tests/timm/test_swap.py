@@ -281,8 +281,10 @@ def test_what_cannot_be_routed_is_exact_counted_and_told(extra, call, reason):
     expected = model(x, **call)
     report = route_attention(model, window_size=3, num_heavy_tokens_kv=0.25, min_tokens=0)
     torch.manual_seed(0)
-    with pytest.warns(RuntimeWarning, match=f"blocks.0.attn {NEVER_ROUTED}: .*{reason}"):
+    match = f"blocks.0.attn {NEVER_ROUTED}: .*{reason}.* the first of 2 layers"
+    with pytest.warns(RuntimeWarning, match=match) as told:
         assert torch.equal(model(x, **call), expected)
+    assert len([one for one in told if NEVER_ROUTED in str(one.message)]) == 1
     assert report.calls.routed == 0
     assert [reason in found for found in report.calls.exact] == [True]
     assert report.calls.exact.total() == 2
@@ -299,6 +301,7 @@ def test_calls_are_counted_and_a_layer_that_was_routed_once_warns_no_more(recwar
     assert report.calls.routed == 2 and report.calls.exact == {"causal attention": 2}
     assert routed_layers(model)["blocks.0.attn"].calls is report.layer_calls["blocks.0.attn"]
     assert "2 routed, 2 exact" in str(report) and "2 exact: causal attention" in str(report)
+    assert "not called" not in str(report)
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
     report.reset_calls()
     assert report.calls.routed == 0 and not report.calls.exact
@@ -329,6 +332,30 @@ def test_fused_attention_can_be_switched_off_and_is_given_back():
         unroute_attention(model)
         assert torch.equal(model(x), expected)
     assert not any(block.attn.fused_attn for block in model.blocks)
+
+
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [("sam", False), ("beit", False), ("relpos-class", False), ("sam", True)],
+)
+def test_a_forward_past_the_hooks_is_stock(name, compiled):
+    """Attributes are the layer's own while no call of it is routed; a graph's stay until undone."""
+    torch.compiler.reset()
+    model, x = build(CASES[name]), image(CASES[name])
+    attend = model.blocks[-1].attn.forward
+    shape = (5, 7, 64) if name == "sam" else (36, 64)
+    tokens = torch.randn(1, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        full, expected = model(x), attend(tokens)
+        report = route_attention(model, window_size=3, num_heavy_tokens_kv=1.0, min_tokens=0)
+        if compiled:
+            model.blocks[-1].compile(backend="eager", fullgraph=True)
+        torch.testing.assert_close(model(x), full, rtol=1e-9, atol=1e-9)
+        assert torch.equal(attend(tokens), expected) != compiled
+        assert report.calls.routed == len(report) - compiled and not report.calls.exact
+        unroute_attention(model)
+        assert torch.equal(attend(tokens), expected)
+        torch.testing.assert_close(model(x), full, rtol=1e-9, atol=1e-9)
 
 
 def test_beit_at_another_size_than_its_table_is_an_error_until_resized():

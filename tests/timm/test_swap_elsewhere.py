@@ -126,6 +126,18 @@ def test_a_forward_that_fails_leaves_nothing_behind():
             close(model(at(size)), out)
 
 
+def test_a_layer_called_past_its_hooks_is_told():
+    model, x = build(CASES["vit"]), image(CASES["vit"])
+    with torch.no_grad():
+        report = route_attention(model, window_size=3, num_heavy_tokens_kv=0.25, min_tokens=0)
+        assert "not called" not in str(report)
+        block = model.blocks[1]
+        block.forward = lambda x: x + block.attn.forward(block.norm1(x))
+        model(x)
+    assert report.not_called() == ["blocks.1.attn"]
+    assert "1 routed, 0 exact\n  blocks.1.attn: not called" in str(report)
+
+
 class Skip(TorchFunctionMode):
     """As diffusers' skip of attention scores: an attention gives its values."""
 

@@ -70,6 +70,28 @@ def test_forwards_that_interleave_in_two_threads_see_their_own_maps():
     in_threads(work)
 
 
+def test_a_layers_attributes_are_its_own_when_the_last_thread_has_left():
+    model, x = build(CASES["sam"]), image(CASES["sam"])
+    expected, layer = model(x).detach(), model.blocks[-1].attn
+    routed(model, 1.0)
+    inside, leave = threading.Event(), threading.Event()
+
+    def wait(*_):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert leave.wait(20)
+
+    layer.proj.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(model, x)
+        assert inside.wait(20)
+        close(model(x).detach(), expected)
+        assert layer.use_rel_pos is False
+        leave.set()
+        close(other.result().detach(), expected)
+    assert layer.use_rel_pos is True
+
+
 def test_threads_share_a_compiled_model():
     torch.compiler.reset()
     model = routed(build(CASES["vit"], depth=1))
