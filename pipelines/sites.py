@@ -116,6 +116,8 @@ def raster(places: Tensor) -> tuple[int, int] | None:
 def packed(model: nn.Module, given: Given, ids: str = "img_ids") -> Site | str:
     """Flux and its kin: a text, the map, and behind it the tokens of other images, whose first
     coordinate is another."""
+    if given.get("kv_cache_mode") is not None:  # the map has moved behind them, or they are gone
+        return CACHED
     places = given.get(ids)
     text = given["encoder_hidden_states"].shape[1]
     text += int(getattr(model, "union", False))  # a ControlNet's mode is a token before the text

@@ -16,6 +16,11 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
     apply_layer_skip,
 )
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2KVAttnProcessor,
+    Flux2KVParallelSelfAttnProcessor,
+)
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -29,6 +34,7 @@ from colt5_vision import (
     unroute_attention,
     why_not,
 )
+from colt5_vision.pipelines.sites import CACHED
 from colt5_vision.swap.report import NEVER_ROUTED
 from tests.support.diffusers_cases import CASES, arguments, build, close, config, run, unet
 from tests.support.diffusers_models import MODELS
@@ -308,6 +314,64 @@ def test_maps_at_different_places_are_exact_and_counted(name):
     with pytest.warns(RuntimeWarning, match=f"{NEVER_ROUTED}: {reason}"):
         assert torch.equal(run_tiny(model, call), expected)
     assert report.calls.exact == {reason: len(report)} and not report.calls.routed
+
+
+def test_keys_from_a_cache_of_reference_images_are_exact_and_counted():
+    """Flux 2: a reference image in front of the map, then its keys alone. As many tokens as the
+    text and the map together, it could be taken for the map."""
+    described, model = MODELS["Flux2Transformer2DModel"], tiny("Flux2Transformer2DModel")
+    for block in model.transformer_blocks:
+        block.attn.set_processor(Flux2KVAttnProcessor())
+    for block in model.single_transformer_blocks:
+        block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
+    call = described.call(described.grid, 1)
+    text, count = (call[f"{kind}hidden_states"].shape[1] for kind in ("encoder_", ""))
+    reference = torch.randn(1, text + count, call["hidden_states"].shape[2])
+    ids = torch.zeros(1, text + count, 4, dtype=torch.long)
+    ids[..., 0], ids[..., 2] = 10, torch.arange(text + count)
+    extract = call | {
+        "hidden_states": torch.cat([reference, call["hidden_states"]], 1),
+        "img_ids": torch.cat([ids, call["img_ids"]], 1),
+        "kv_cache_mode": "extract",
+        "num_ref_tokens": text + count,
+    }
+
+    def both():
+        with torch.no_grad():
+            first, cache = model(**extract, return_dict=False)
+            how = {"kv_cache": cache, "kv_cache_mode": "cached", "return_dict": False}
+            return first, model(**call, **how)[0]
+
+    expected = both()
+    report = route_attention(model, config())
+    with pytest.warns(RuntimeWarning, match=f"{NEVER_ROUTED}: {CACHED}"):
+        found = both()
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert report.calls.exact == {CACHED: 3 * len(report)} and not report.calls.routed
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_more_keys_than_queries_are_routed(share):
+    """Qwen-Image 2.1 keeps the keys of its text, and asks for the map alone."""
+    name = "QwenImage21Transformer2DModel"
+    described, model = MODELS[name], tiny(name)
+    model.register_to_config(causal_condition=True)
+    call = described.call(described.grid, 1)
+
+    def both():
+        cache = QwenImage21KVCache(len(model.transformer_blocks))
+        modes = ("extract", "cached")
+        return [run_tiny(model, call | {"kv_cache": cache, "kv_cache_mode": m}) for m in modes]
+
+    expected = both()
+    report = route_attention(model, config(share))
+    found = both()
+    assert report.calls.routed == 2 * len(report)
+    for one, other in zip(found, expected, strict=True):
+        if share == 1.0:
+            close(one, other, 1e-5)
+        else:
+            assert (one - other).abs().max() > 1e-4
 
 
 def test_tokens_that_other_code_has_merged_are_exact_counted_and_told():

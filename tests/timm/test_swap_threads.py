@@ -111,6 +111,31 @@ def test_threads_share_a_compiled_model():
     in_threads(work)
 
 
+def test_a_compiled_block_never_takes_the_map_of_another_thread():
+    """Two threads have embedded images of other sizes, of as many tokens, before a block runs."""
+    torch.compiler.reset()
+    model, tokens = routed(build(CASES["vit"], depth=1)), []
+    eager, embedded, refused = copy.deepcopy(model), threading.Barrier(3), threading.Event()
+    inputs = [at(size) for size in SIZES]
+    eager.blocks[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0]))
+    model.blocks[0].compile(fullgraph=True, backend="eager")
+
+    def hold(*_):
+        embedded.wait(60)
+        assert refused.wait(120)
+
+    model.patch_embed.register_forward_hook(hold)
+    with torch.no_grad(), ThreadPoolExecutor(2) as pool:
+        expected = [eager(x) for x in inputs]
+        others = [pool.submit(torch.no_grad()(model), x) for x in inputs]
+        embedded.wait(60)
+        with pytest.raises(Exception, match="forwards of several threads over maps of other sizes"):
+            model.blocks[0](tokens[0])  # this thread has embedded nothing
+        refused.set()
+        for other, out in zip(others, expected):
+            close(other.result(), out)
+
+
 def test_a_block_compiled_apart_from_the_embedding_is_refused_without_a_forward():
     torch.compiler.reset()
     model = routed(build(CASES["vit"], depth=1))

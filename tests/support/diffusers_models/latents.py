@@ -14,8 +14,10 @@ from tests.support.diffusers_models.tiny import (
     Tiny,
     image,
     noise,
+    places,
     steps,
     text,
+    tokens,
     valid,
     video,
 )
@@ -162,6 +164,19 @@ def hidream_call(grid, batch):
         "encoder_hidden_states_llama3": noise(2, batch, TEXT, 4),
         "pooled_embeds": noise(batch, 8),
         "timesteps": torch.full((batch,), 44),
+    }
+
+
+def hidream_patches_call(grid, batch):
+    """Patches that are filled up to the model's number of them, and how many rows and columns."""
+    patches, ids = torch.zeros(batch, 64, 16), torch.zeros(batch, 64, 3)
+    count = math.prod(grid)
+    patches[:, :count], ids[:, :count] = tokens(grid, batch, 16), places(grid)
+    return hidream_call(grid, batch) | {
+        "hidden_states": patches,
+        "hidden_states_masks": (torch.arange(64) < count).float().expand(batch, -1),
+        "img_ids": ids,
+        "img_sizes": [grid[1:]] * batch,
     }
 
 
@@ -330,6 +345,7 @@ MODELS: dict[str, Tiny] = {
         glm_call,
     ),
     "HiDreamImageTransformer2DModel": Tiny(hidream, hidream_call),
+    "HiDreamImageTransformer2DModel-patches": Tiny(hidream, hidream_patches_call, layout="BN"),
     "HunyuanDiT2DControlNetModel": Tiny(hunyuan_dit_controlnet, hunyuan_dit_controlnet_call),
     "HunyuanDiT2DModel": Tiny(
         lambda: diffusers.HunyuanDiT2DModel(**_HUNYUAN_DIT, num_layers=1), hunyuan_dit_call
