@@ -20,6 +20,7 @@ from .checks import check_int, check_pair
 from .router import CoordinateDescentRouter
 from .routing import Routing
 from .swap.verb import routed_layers
+from .swap.window import Grid, several
 from .swap.wrappers import models_of
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class RoutingRecord(NamedTuple):
     Attributes:
         name: qualified name of the router in the model, or of the layer that is routed.
         routing: its detached :class:`Routing`, on the CPU.
-        grid_size: (H, W) of the map, (T * H, W) of a volume, or (1, N) of a sequence.
+        grid_size: (H, W) of the map, the first of several, (T * H, W) of a volume, or (1, N) of a
+            sequence.
         place: number of this router among those of its kind in the model, from 1, and how many
             there are.
         by_tile: every tile of tokens chose keys of its own, all of them told as one route.
@@ -110,7 +112,10 @@ def record_routing(model: nn.Module) -> Iterator[list[RoutingRecord]]:
 
     # of a routed pretrained layer: the keys that it takes
     def layer_hook(name: str, by_tile: bool):
-        def record(indices: Tensor, log_weights: Tensor, grid: tuple[int, ...]) -> None:
+        def record(indices: Tensor, log_weights: Tensor, grid: Grid) -> None:
+            if several(grid):  # those of the first map
+                grid = grid[0]
+                indices = torch.where(indices < math.prod(grid), indices, -1)
             valid, indices = (indices >= 0).cpu(), indices.clamp_min(0).cpu()
             weights = log_weights.detach().cpu()
             gates = weights.neg().exp().clamp_max(1).masked_fill(~valid, 0)

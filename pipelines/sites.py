@@ -19,6 +19,7 @@ from colt5_vision.swap.site import Site, image_site
 __all__ = ["patch_sizes", "raster"]
 
 Given = Mapping[str, Any]
+Grid = tuple[int, int, int]
 DIFFER = "maps of the batch differ in size or place"
 NO_RASTER = "the positions of the tokens are no raster"
 CACHED = "keys of other images come from a cache"
@@ -93,7 +94,8 @@ def raster(places: Tensor) -> tuple[int, int] | None:
     """(H, W) of a map whose tokens lie at ``places`` (N, 2), rows and columns, in raster order;
     None if they do not.
 
-    Places may have been rounded: bfloat16 holds whole numbers up to 256 only.
+    Places may lie closer than 1, as those of Flux 3. They may have been rounded: bfloat16 holds
+    whole numbers up to 256 only.
     """
     if len(places) == 0:
         return None
@@ -106,16 +108,18 @@ def raster(places: Tensor) -> tuple[int, int] | None:
 
     # as exact numbers, rounded the same way
     first = places[0].double()
-    row = (torch.arange(height, device=places.device) + first[0]).to(places.dtype)
-    column = (torch.arange(width, device=places.device) + first[1]).to(places.dtype)
+    step = float((places[1] - places[0]).amax()) if len(places) > 1 else 1.0
+    step = step if 0 < step < 1 else 1.0
+    row = (torch.arange(height, device=places.device) * step + first[0]).to(places.dtype)
+    column = (torch.arange(width, device=places.device) * step + first[1]).to(places.dtype)
     fits = torch.equal(rows.view(height, width), row[:, None].expand(-1, width))
     fits = fits and torch.equal(columns.view(height, width), column.expand(height, -1))
     return (height, width) if fits else None
 
 
 def packed(model: nn.Module, given: Given, ids: str = "img_ids") -> Site | str:
-    """Flux and its kin: a text, the map, and behind it the tokens of other images, whose first
-    coordinate is another."""
+    """Flux and its kin: a text, the map, and behind it other images, of which another coordinate
+    than row and column is another."""
     if given.get("kv_cache_mode") is not None:  # the map has moved behind them, or they are gone
         return CACHED
     places = given.get(ids)
@@ -132,11 +136,13 @@ def packed_after_text(model: nn.Module, given: Given) -> Site | str:
 
 def flux3(model: nn.Module, given: Given) -> Site | str:
     """Flux 3: reference images have positions of their own, and stand behind."""
-    site = packed(model, given)
-    others = given.get("image_cond_hidden_states")
+    site, others = packed(model, given), given.get("image_cond_ids")
     if isinstance(site, str) or others is None:
         return site
-    return site._replace(behind=site.behind + others.shape[1])
+    tokens = site.tokens + site.behind + len(others)
+    if site.behind == 0:
+        site = site._replace(more=(*site.more, *_images(others)))
+    return site._replace(behind=tokens - site.tokens)
 
 
 def _placed(places: Tensor | None, text: int) -> Site | str:
@@ -148,10 +154,25 @@ def _placed(places: Tensor | None, text: int) -> Site | str:
         if not torch.equal(places, places[:1].expand_as(places)):
             return DIFFER
         places = places[0]
-    other = (places[:, 0] != places[0, 0]).nonzero()
-    tokens = len(places) if len(other) == 0 else int(other[0])
-    grid = raster(places[:tokens, 1:3])
-    return NO_RASTER if grid is None else image_site(*grid, text, len(places) - tokens)
+    images = _images(places)
+    if not images:
+        return NO_RASTER
+    site = Site(images[0], text, more=images[1:])
+    return site._replace(behind=len(places) - site.tokens)
+
+
+def _images(places: Tensor) -> tuple[Grid, ...]:
+    """Grids of the images whose tokens lie at ``places`` (N, 3 or 4), one image after the other, up
+    to the first that is no raster."""
+    which = torch.cat([places[:, :1], places[:, 3:]], 1)
+    ends = (which[1:] != which[:-1]).any(1).nonzero().flatten().add(1).tolist()
+    grids: list[Grid] = []
+    for start, end in zip([0, *ends], [*ends, len(places)]):
+        grid = raster(places[start:end, 1:3])
+        if grid is None:
+            break
+        grids.append((1, *grid))
+    return tuple(grids)
 
 
 # ---- images whose sizes are told in words -------------------------------------------------------
@@ -159,12 +180,23 @@ def _placed(places: Tensor | None, text: int) -> Site | str:
 
 def shapes_first(model: nn.Module, given: Given) -> Site | str:
     """Qwen-Image and its kin: a text, the map, and the images to edit behind it."""
-    shapes = given["img_shapes"]
-    told = {tuple(one[0]) if isinstance(one[0], Sequence) else tuple(one) for one in shapes}
-    if len(told) != 1:
+    shapes, tokens = given["img_shapes"], given["hidden_states"].shape[1]
+    site = _listed([one if isinstance(one[0], Sequence) else [one] for one in shapes], tokens)
+    if isinstance(site, str):
+        return site
+    text = given["encoder_hidden_states"].shape[1]
+    return site._replace(before=text, behind=tokens - site.tokens)
+
+
+def _listed(shapes: Sequence[Sequence[Sequence[int]]], tokens: int) -> Site | str:
+    """The first image of each sample, with the others if all samples have the same and the tokens
+    hold them (a ControlNet's do not)."""
+    told = {tuple(tuple(one) for one in sample) for sample in shapes}
+    if len({sample[0] for sample in told}) != 1:
         return DIFFER
-    site = Site(told.pop(), given["encoder_hidden_states"].shape[1])
-    return site._replace(behind=given["hidden_states"].shape[1] - site.tokens)
+    first, *more = told.pop()
+    site = Site(first, more=tuple(more))
+    return Site(first) if told or site.tokens > tokens else site
 
 
 def shapes_first_alone(model: nn.Module, given: Given) -> Site | str:
@@ -181,8 +213,7 @@ def shapes_last(model: nn.Module, given: Given) -> Site | str:
 
 def shape_list(model: nn.Module, given: Given) -> Site | str:
     """JoyImage Edit Plus: the map is the first of several images."""
-    told = {tuple(one[0]) for one in given["shape_list"]}
-    return Site(told.pop()) if len(told) == 1 else DIFFER
+    return _listed(given["shape_list"], given["hidden_states"].shape[1])
 
 
 def z_image(model: nn.Module, given: Given) -> Site | str:
@@ -239,10 +270,10 @@ def fibo2(model: nn.Module, given: Given) -> Site | str:
         max_text_len=config.gist_max_text_len,
     )
     images = given.get("context_latents") or []
-    others = sum(x.shape[2] // patch * (x.shape[3] // patch) for x in images)
+    more = tuple((1, x.shape[2] // patch, x.shape[3] // patch) for x in images)
     if min(gists) == max(gists):
-        return site._replace(before=gists[0], behind=others)
-    return site._replace(behind=others + max(gists))
+        return site._replace(before=gists[0], more=more)
+    return site._replace(behind=max(gists), more=more)
 
 
 def framepack(model: nn.Module, given: Given) -> Site | str:

@@ -169,7 +169,8 @@ def other_tokens(site: Site, place: Place, length: int) -> tuple[int, int] | Non
 def _named(site: Site) -> str:
     frames, height, width = site.grid
     volume = "" if frames == 1 else f"{frames} x "
-    return f"{volume}{height} x {width} tokens"
+    more = f" with {len(site.more)} other images" if site.more else ""
+    return f"{volume}{height} x {width} tokens{more}"
 
 
 def _others_first(x: Tensor, before: int, others: int, dim: int = 2) -> Tensor:

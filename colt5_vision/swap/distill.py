@@ -23,7 +23,7 @@ from .reroute import RoutedLayer
 from .sampling import inclusion_gates
 from .verb import routed_layers
 from .volume import window_of_token
-from .window import check_window, window_of_grid
+from .window import Grid, check_window, window_of_grid
 
 __all__ = ["distill_routers"]
 
@@ -63,7 +63,7 @@ class Teacher:
         k: Tensor,
         v: Tensor,
         *,
-        grid_size: tuple[int, ...],
+        grid_size: Grid,
         num_prefix_tokens: int,
         features: Tensor,
         key_mask: Tensor | None,
@@ -106,7 +106,7 @@ class Teacher:
         """(B, heads, N): sum over sampled queries outside key j's window of
         ``(p_ij |v_j - o_i|)²``."""
         # some queries of the map, their attention
-        prefix, tokens = num_prefix_tokens, math.prod(grid_size)
+        prefix, tokens = num_prefix_tokens, q.shape[2] - num_prefix_tokens
         rows = torch.randperm(tokens, generator=self.generator)[: self.num_queries].to(q.device)
         at = rows + prefix
         # half precision overflows unscaled

@@ -1,14 +1,12 @@
 """Full attention of what a routed layer is called with: what training and calibration go by."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..ops import routed_window_attention
 from ..ops.routed_window_attention.gathered import PairBias
 from ..ops.sdpa import scaled_dot_product_attention
-from .window import Window
+from .window import Grid, Window, several
 
 
 def full_attention(
@@ -16,7 +14,7 @@ def full_attention(
     k: Tensor,
     v: Tensor,
     *,
-    grid_size: tuple[int, ...],
+    grid_size: Grid,
     window_size: Window,
     num_prefix_tokens: int,
     key_mask: Tensor | None,
@@ -26,8 +24,8 @@ def full_attention(
     """Full attention, with nothing of size N x N.
 
     Args:
-        q, k, v: (B, heads, P + N, head_dim), P prefix tokens and a map.
-        grid_size: (H, W) or (T, H, W) of the map.
+        q, k, v: (B, heads, P + N, head_dim), P prefix tokens and a map, or several.
+        grid_size: (H, W) or (T, H, W) of the map, or several (T, H, W).
         window_size: any; with a mask or a bias, that of the calls it is made of.
         num_prefix_tokens: P.
         key_mask: (B, P + N) bool, True = may be attended to.
@@ -39,14 +37,15 @@ def full_attention(
     """
     if pair_bias is None and key_mask is None:
         return scaled_dot_product_attention(q, k, v, scale=scale)
-    tokens = math.prod(grid_size)
+    tokens = q.shape[2] - num_prefix_tokens
+    width = tokens if several(grid_size) else grid_size[-1]
     every = torch.arange(tokens, device=q.device).expand(q.shape[0], -1)
     return routed_window_attention(
         q,
         k,
         v,
         routed_indices=every,
-        grid_size=(tokens // grid_size[-1], grid_size[-1]),
+        grid_size=(tokens // width, width),
         window_size=window_size[-2:],
         num_prefix_tokens=num_prefix_tokens,
         key_mask=key_mask,

@@ -28,10 +28,9 @@ from ..ops import grouped_attention
 from ..ops.attention_checks import check_qkv, checked_mask, checked_scale
 from ..ops.autocast import without_autocast
 from ..ops.dtypes import wide_dtype
-from ..positions import morton_order
 from .sampling import inclusion_gates, sample_tokens
-from .volume import curve_order
-from .window import check_grid, check_window, window_of_grid
+from .volume import cells_of, curve_of, one_after_another
+from .window import Grid, check_grid, check_window, maps_of, window_of_grid
 
 __all__ = ["GroupedAttention"]
 
@@ -80,7 +79,7 @@ class GroupedAttention(nn.Module):
         self.window_size = check_window("window_size", window_size)
         self.num_heavy_tokens_kv = check_token_count("num_heavy_tokens_kv", num_heavy_tokens_kv)
         self.generator: torch.Generator | None = None
-        self.recorder: Callable[[Tensor, Tensor, tuple[int, ...]], None] | None = None
+        self.recorder: Callable[[Tensor, Tensor, Grid], None] | None = None
 
     def extra_repr(self) -> str:
         return (
@@ -94,7 +93,7 @@ class GroupedAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         *,
-        grid_size: tuple[int, ...],
+        grid_size: Grid,
         num_prefix_tokens: int = 0,
         features: None = None,
         key_mask: Tensor | None = None,
@@ -111,7 +110,8 @@ class GroupedAttention(nn.Module):
         Args:
             q, k, v: (B, heads, P + N, head_dim), positions applied; P prefix tokens, then the map
                 in raster order.
-            grid_size: (H, W), or (T, H, W), whose product is N.
+            grid_size: (H, W), or (T, H, W), whose product is N; or several (T, H, W), of maps that
+                follow each other.
             num_prefix_tokens: P.
             key_mask: (B, N) or (B, P + N) bool, True = may be attended to.
             scale: factor of the logits, default head_dim ** -0.5.
@@ -146,7 +146,7 @@ class GroupedAttention(nn.Module):
 
         # groups of alike queries, and what their means tell
         tiles = tiles_of(grid_size, window, q.device)
-        curve = _curve(grid_size, q.device)
+        curve = curve_of(grid_size, q.device)
         with torch.no_grad(), without_autocast(q.device.type):
             by = checked_scale(scale, q.shape[-1])
             groups = alike_groups(q, k, tiles, curve, prefix, key_mask, by)
@@ -176,44 +176,33 @@ class GroupedAttention(nn.Module):
         return out + nn.functional.pad(correction, (0, 0, prefix, 0)).to(out.dtype)
 
 
-def tiles_of(grid: tuple[int, ...], window: tuple[int, ...], device) -> Tensor:
-    """(tiles, S) raster indices of balanced tiles of a map or a volume, -1 where one is smaller.
+def tiles_of(grid: Grid, window: tuple[int, ...], device) -> Tensor:
+    """(tiles, S) raster indices of balanced tiles of a map or a volume, or of several, -1 where one
+    is smaller.
 
     Args:
         window: least sides of a tile; S is a multiple of the groups that a tile is cut into.
     """
-    sides = _sides(grid, window)
-    axes, index = len(grid), torch.zeros((), dtype=torch.int64, device=device)
-    inside = torch.ones((), dtype=torch.bool, device=device)
-    for axis, length in enumerate(grid):
-        # rounded up; of positive numbers: ONNX divides towards 0
-        parts = (length + sides[axis] - 1) // sides[axis]
-        side = (length + parts - 1) // parts  # all of about one size
-        shape = [1] * (2 * axes)
-        shape[axis], shape[axes + axis] = parts, side
-        at = torch.arange(parts * side, device=device).view(shape)
-        index = index * length + at.clamp_max(length - 1)
-        inside = inside & (at < length)
-    index = torch.where(inside, index, -1).flatten(axes).flatten(0, axes - 1)
+    grids = maps_of(grid)
+    area, tiles = sum(map(math.prod, grids)) / _TILES, []
+    for one in grids:
+        sides = _sides(one, window, area)
+        counts = [(length + side - 1) // side for length, side in zip(one, sides)]
+        # all of about one size
+        sides = [(length + count - 1) // count for length, count in zip(one, counts)]
+        tiles.append(cells_of(one, sides, device))
+    index = one_after_another(grids, tiles)
     return nn.functional.pad(index, (0, -index.shape[1] % 2**_HALVINGS), value=-1)
 
 
-def _sides(grid: tuple[int, ...], window: tuple[int, ...]) -> list[int]:
-    """At least those of the window, and so large that there are about ``_TILES`` tiles at most."""
-    sides, area = list(window), math.prod(grid) / _TILES
+def _sides(grid: tuple[int, ...], window: tuple[int, ...], area: float) -> list[int]:
+    """Of tiles: at least those of the window, and of about ``area`` tokens."""
+    sides = list(window)
     for count, axis in enumerate(sorted(range(len(grid)), key=grid.__getitem__)):
         least = min(grid[axis], math.ceil(area ** (1 / (len(grid) - count))))
         sides[axis] = max(window[axis], least)
         area = max(1.0, area / least)
     return sides
-
-
-def _curve(grid: tuple[int, ...], device) -> Tensor:
-    """(N,) raster indices along a Z-order curve."""
-    if len(grid) == 2:
-        return morton_order(*grid, device)
-    shapes = ((-1, 1, 1), (1, -1, 1), (1, 1, -1))
-    return curve_order([torch.arange(n, device=device).view(s) for n, s in zip(grid, shapes)])
 
 
 def alike_groups(

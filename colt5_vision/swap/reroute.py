@@ -105,6 +105,8 @@ class RoutedLayer:
         site = now.site
         if site is None:
             return now.reason
+        if site.more and self.spec.place == "map":  # the layer sees the first one alone
+            site = site._replace(more=())
         if call.dropout_p > 0:
             return "dropout of attention weights"
         if call.is_causal:
@@ -132,7 +134,7 @@ class RoutedLayer:
             how.q,
             how.k,
             how.v,
-            grid_size=site.grid if site.grid[0] > 1 else site.grid[1:],
+            grid_size=site.grid_size,
             num_prefix_tokens=how.num_others,
             features=self._features(how.features, site),
             key_mask=how.key_mask,
@@ -302,8 +304,8 @@ class TracedCall:
         self.__module__ = __name__
 
     def __call__(self, site: tuple, *call) -> Tensor:
-        *grid, before, behind = site
-        now = Pass(Site(tuple(grid), before, behind), self.rules)
+        grid, before, behind, more = site
+        now = Pass(Site(grid, before, behind, more=more), self.rules)
         return self.routed.attend(RerouteMode(self.routed, self.layer, now), Call(*call))
 
 
@@ -312,5 +314,5 @@ def _traced(mode: RerouteMode, call: Call):
     site = mode.now.told
     if site is None:
         raise ValueError(f"torch.fx: the site of the map is unknown: {mode.now.reason}")
-    sizes = (*site.grid, site.before, site.behind)
-    return call.query.tracer.create_proxy("call_function", TracedCall(mode), (sizes, *call), {})
+    args = (site.sizes, *call)
+    return call.query.tracer.create_proxy("call_function", TracedCall(mode), args, {})

@@ -29,8 +29,8 @@ from .controls import CONTROLS, control_keys
 from .heads import Group, over_heads
 from .probes import Probes, correction, probe
 from .sampling import inclusion_gates, sample_tokens
-from .volume import Volume, fold_volume
-from .window import check_grid, check_window, window_of_grid
+from .volume import Volume, fold_grid
+from .window import Grid, check_grid, check_window, window_of_grid
 
 __all__ = ["KINDS", "SampledAttention"]
 
@@ -105,7 +105,7 @@ class SampledAttention(nn.Module):
             self.num_heavy_tokens_q = check_token_count("num_heavy_tokens_q", num_heavy_tokens_q)
         self.router = router
         self.generator: torch.Generator | None = None
-        self.recorder: Callable[[Tensor, Tensor, tuple[int, ...]], None] | None = None
+        self.recorder: Callable[[Tensor, Tensor, Grid], None] | None = None
         self._check_read(dim=dim, device=device, num_heavy_tokens_q=num_heavy_tokens_q)
         if router == "learned":
             width = check_int("dim", dim)
@@ -139,7 +139,7 @@ class SampledAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         *,
-        grid_size: tuple[int, ...],
+        grid_size: Grid,
         num_prefix_tokens: int = 0,
         features: Tensor | None = None,
         key_mask: Tensor | None = None,
@@ -157,7 +157,8 @@ class SampledAttention(nn.Module):
         Args:
             q, k, v: (B, heads, P + N, head_dim), positions applied; P prefix tokens, then the map
                 in raster order.
-            grid_size: (H, W), or (T, H, W), whose product is N.
+            grid_size: (H, W), or (T, H, W), whose product is N; or several (T, H, W), of maps that
+                follow each other: each has windows of its own, and keys are routed of all.
             num_prefix_tokens: P.
             features: (B, N, dim), what ``router="learned"`` reads; for others None.
             key_mask: (B, N) or (B, P + N) bool, True = may be attended to.
@@ -190,17 +191,16 @@ class SampledAttention(nn.Module):
         kv_count = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
         q_count = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
 
-        # a volume becomes a map
+        # a volume, or several maps, become one map
         whole_grid = grid_size
-        if len(grid_size) == 3:
-            volume = fold_volume(grid_size, window, q.device)
+        volume = fold_grid(grid_size, window, q.device)
+        if volume is not None:
             unfolded = (q, k, v, features, key_mask, pair_bias)
             q, k, v, features, key_mask, pair_bias = fold(volume, prefix, *unfolded)
             slots = token_count("num_heavy_tokens_kv", kv_count, volume.place.shape[0])
             grid_size, window, curve = volume.grid, volume.window, volume.curve
             q_count = scaled_count(q_count, volume)
         else:
-            volume = None
             slots = token_count("num_heavy_tokens_kv", kv_count, q.shape[2] - prefix)
 
         # what a few queries tell that attend to everything
@@ -249,11 +249,11 @@ class SampledAttention(nn.Module):
     def importance(
         self, q: Tensor, k: Tensor, v: Tensor, *, grid_size, num_prefix_tokens=0, **call
     ) -> Tensor:
-        """(B, N), log importance of the keys of a map or a volume, in raster order."""
-        if len(grid_size) == 2:
+        """(B, N), log importance of the keys, as ``grid_size`` has them in order."""
+        volume = fold_grid(grid_size, call.get("window_size"), q.device)
+        if volume is None:
             how = {"grid_size": grid_size, "num_prefix_tokens": num_prefix_tokens}
             return self.probe(q, k, v, **how, **call).importance
-        volume = fold_volume(grid_size, call.pop("window_size"), q.device)
         mask, bias = call.pop("key_mask"), call.pop("pair_bias")
         q, k, v, _, mask, bias = fold(volume, num_prefix_tokens, q, k, v, None, mask, bias)
         call |= {"window_size": volume.window, "grid_size": volume.grid, "curve": volume.curve}
@@ -328,7 +328,7 @@ class SampledAttention(nn.Module):
             log_weights = log_weights + only_gradient(gate)
         return torch.where(valid, indices, -1), log_weights
 
-    def _record(self, routed, volume: Volume | None, grid_size: tuple[int, ...]) -> None:
+    def _record(self, routed, volume: Volume | None, grid_size: Grid) -> None:
         indices, log_weights = routed
         if volume is not None:
             indices = torch.where(indices < 0, -1, volume.token[indices.clamp_min(0)])
@@ -411,7 +411,7 @@ def choose_queries(
 
 
 def fold(volume: Volume, prefix: int, q, k, v, features, key_mask, pair_bias) -> tuple:
-    """Arguments of an attention over a volume, for the map that stands for it."""
+    """Arguments of an attention over a volume or several maps, for the map that stands for them."""
     own = torch.arange(prefix, device=volume.token.device)
     token = torch.cat([own, volume.token + prefix])  # of each place, the prefix in front
     q, k, v = (x[:, :, token] for x in (q, k, v))
@@ -426,7 +426,7 @@ def fold(volume: Volume, prefix: int, q, k, v, features, key_mask, pair_bias) ->
 
 
 def unfold(volume: Volume, prefix: int, out: Tensor) -> Tensor:
-    """Tokens (B, heads, P + M, head_dim) of the map back in the order of the volume."""
+    """Tokens (B, heads, P + M, head_dim) of the map back in their own order."""
     own = torch.arange(prefix, device=out.device)
     return out[:, :, torch.cat([own, volume.place + prefix])]
 

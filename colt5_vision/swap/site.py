@@ -28,16 +28,17 @@ from .heads import Group, Shards
 
 
 class Site(NamedTuple):
-    """A map, or a volume, among the tokens of a layer.
+    """A map, or a volume, among the tokens of a layer; others may follow it, as images to edit do.
 
     Attributes:
         grid: (T, H, W) in tokens, in raster order; T = 1 for an image.
         before: number of other tokens in front of it (class, registers, text).
-        behind: number of other tokens behind it.
+        behind: number of other tokens behind all maps.
         order: (B or 1, N) int64, for each token of the raster, which of the map's tokens in the
             sequence it is; None: they are in raster order.
         group: of processes that have the other heads of the layers; None: all heads are here.
         shards: each process of the group is given a part of the sequence; None: all of it.
+        more: grids of the maps that follow the first one without a gap.
     """
 
     grid: tuple[int, int, int]
@@ -46,11 +47,24 @@ class Site(NamedTuple):
     order: Tensor | None = None
     group: Group = None
     shards: Shards | None = None
+    more: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
-        """Of the map alone."""
-        return self.grid[0] * self.grid[1] * self.grid[2]
+        """Of all maps together."""
+        return sum(frames * height * width for frames, height, width in (self.grid, *self.more))
+
+    @property
+    def grid_size(self) -> tuple:
+        """As the routed attention takes it."""
+        if self.more:
+            return (self.grid, *self.more)
+        return self.grid if self.grid[0] > 1 else self.grid[1:]
+
+    @property
+    def sizes(self) -> tuple:
+        """All its numbers."""
+        return (self.grid, self.before, self.behind, self.more)
 
 
 def image_site(height: int, width: int, before: int = 0, behind: int = 0) -> Site:
@@ -75,31 +89,32 @@ class Pass:
         self.over = False
         self.served: set[object] = set()  # layers
         # torch.compile makes a constant of an int it finds on an object, but not of a shape
-        self.shape = None
+        self.shapes: tuple[Tensor, ...] = ()
         if self.told is not None and not _symbolic(self.told):
-            sizes = (*self.told.grid, self.told.before, self.told.behind)
-            self.shape = torch.empty(1, device="cpu").expand(sizes)
+            grid, before, behind, more = self.told.sizes
+            sizes = ((*grid, before, behind), *more)
+            self.shapes = tuple(torch.empty(1, device="cpu").expand(one) for one in sizes)
 
     @property
     def site(self) -> Site | None:
-        if not is_compiling() or self.shape is None:
+        if not is_compiling() or not self.shapes:
             return self.told
-        frames, height, width, before, behind = self.shape.shape
-        return Site((frames, height, width), before, behind, *self.told[3:])
+        first, *more = (tuple(x.shape) for x in self.shapes)
+        return Site(first[:3], *first[3:], *self.told[3:6], tuple(more))
 
     def alike(self, other: "Pass") -> bool:
         """Whether layers see the same in both."""
         if self.told is None or other.told is None:
             return self.told is other.told
         same_order = self.told.order is other.told.order
-        return same_order and (self.told[:3], self.rules) == (other.told[:3], other.rules)
+        return same_order and (self.told.sizes, self.rules) == (other.told.sizes, other.rules)
 
 
 def _confused(first: Site | None, second: Site | None) -> bool:
     """Whether tokens of one site may be taken for those of another."""
     if None in (first, second) or _symbolic(first) or _symbolic(second):
         return False
-    return first[:3] != second[:3] and first.tokens == second.tokens
+    return first.sizes != second.sizes and first.tokens == second.tokens
 
 
 def _symbolic(site: Site) -> bool:

@@ -40,7 +40,6 @@ from tests.support.diffusers_cases import CASES, arguments, build, close, config
 from tests.support.diffusers_models import MODELS
 from tests.support.diffusers_models import build as tiny
 from tests.support.diffusers_models import run as run_tiny
-from tests.support.diffusers_models.tiny import places, tokens
 from tests.support.diffusers_pipes import ddim, generate, part, pipeline, stable
 
 # ---- guidance -----------------------------------------------------------------------------------
@@ -246,42 +245,6 @@ def test_positions_beyond_what_bfloat16_can_count(width, dtype):
     call = {k: v if v.dtype == torch.int64 else v.to(dtype) for k, v in call.items()}
     run_tiny(model, call)
     assert report.calls.routed == len(report) and not report.calls.exact
-
-
-def kontext(call):
-    """With a reference image of another size behind the map."""
-    ids = places((1, 3, 5))
-    ids[:, 0] = 1
-    batch, _, channels = call["hidden_states"].shape
-    more = tokens((1, 3, 5), batch, channels) * 0.7
-    return call | {
-        "hidden_states": torch.cat([call["hidden_states"], more], 1),
-        "img_ids": torch.cat([call["img_ids"], ids]),
-    }
-
-
-def test_other_images_of_flux_are_seen_by_all():
-    described, model = MODELS["FluxTransformer2DModel"], tiny("FluxTransformer2DModel")
-    call = kontext(described.call(described.grid, 2))
-    expected = run_tiny(model, call)
-    report = route_attention(model, config(1.0))
-    close(run_tiny(model, call), expected, 1e-5)
-    assert report.calls.routed == len(report)
-    unroute_attention(model)
-    route_attention(model, config(0.25))
-    assert (run_tiny(model, call) - expected).abs().max() > 1e-3
-
-
-def test_other_images_of_qwen_are_seen_by_all():
-    described, model = MODELS["QwenImageTransformer2DModel"], tiny("QwenImageTransformer2DModel")
-    call = described.call(described.grid, 2)
-    more = tokens((1, 3, 5), 2, 16) * 0.7
-    call["hidden_states"] = torch.cat([call["hidden_states"], more], 1)
-    call["img_shapes"] = [[described.grid, (1, 3, 5)]] * 2
-    expected = run_tiny(model, call)
-    report = route_attention(model, config(1.0))
-    close(run_tiny(model, call), expected, 1e-5)
-    assert report.calls.routed == len(report)
 
 
 def captions(call):

@@ -1,5 +1,7 @@
 """The teacher of a distillation, where tokens are masked: it learns from the others alone."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -11,14 +13,15 @@ from colt5_vision.swap.reroute import RoutedLayer
 from colt5_vision.swap.sampled import SampledAttention
 from colt5_vision.swap.site import Scope
 from colt5_vision.swap.switches import Switches
+from colt5_vision.swap.window import maps_of
 
-GRIDS = {"map": (4, 6), "volume": (2, 3, 5)}
+GRIDS = {"map": (4, 6), "volume": (2, 3, 5), "maps": ((1, 4, 5), (1, 3, 4))}
 HEADS, WIDTH = 2, 8
 
 
 def inputs(grid, prefix, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    tokens = prefix + torch.Size(grid).numel()
+    tokens = prefix + sum(map(math.prod, maps_of(grid)))
     shape = 3, 2, HEADS, tokens, WIDTH
     return (2 * torch.randn(shape, generator=generator, dtype=torch.float64)).unbind()
 
