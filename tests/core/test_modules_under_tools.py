@@ -185,5 +185,5 @@ def test_flops_are_counted(name):
         apply(module, x)
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     attention = "grouped" if name == "grouped" else "routed_window"
-    assert counts["aten.mm"] > 0
+    assert counter.get_total_flops() > 0
     assert name.startswith(NOT_OURS) or counts[f"colt5_vision.{attention}_attention"] > 0

@@ -68,4 +68,4 @@ def test_kernels_compile(architecture):
                 if key not in seen:
                     seen.add(key)
                     check(launch, architecture)
-    assert len(seen) == 15
+    assert len(seen) == 19
