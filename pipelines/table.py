@@ -243,6 +243,7 @@ LEFT_MODELS: Mapping[str, str] = {
     "SanaVideoTransformer3DModel": _LINEAR,
     "SanaWMTransformer3DModel": _LINEAR + " (and in bfloat16 in every fourth block)",
     "AnyFlowFARTransformer3DModel": _FLEX,
+    "LTX2VideoDiffusionDecoderModel": _FLEX,
     "Kandinsky6SRTransformer3DModel": _FLEX,
     "WanAnimate2Transformer3DModel": _FLEX,
     "Ideogram4Transformer2DModel": _DATA,

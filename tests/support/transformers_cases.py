@@ -28,6 +28,15 @@ class Case(NamedTuple):
         shape = (batch, size[0], 3, *size[1:]) if len(size) == 3 else (batch, 3, *size)
         return {name: randn(*shape, seed=seed).float(), **self.call}
 
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return tuple(n // p for n, p in zip(self.size, self.patch))
+
+    def spot(self, place: tuple[int, ...]) -> tuple:
+        """Where the pixels of a token are in the first sample."""
+        spot = tuple(slice(p * n, p * n + p) for p, n in zip(self.patch, place))
+        return (0, *spot[:-2], slice(None), *spot[-2:])
+
 
 def of(model: str, config: str, args: dict, **extra) -> Callable:
     def make():
@@ -97,6 +106,13 @@ class NaFlex(Case):
             **{name: value[:batch] for name, value in NAFLEX.items()},
         }
 
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return (5, 7)
+
+    def spot(self, place: tuple[int, ...]) -> tuple:
+        return (0, 7 * place[0] + place[1])
+
 
 DPT = VIT | {"is_hybrid": False, "neck_hidden_sizes": [8, 8, 8, 8], "readout_type": "project"}
 CASES = {
@@ -123,12 +139,17 @@ CASES = {
         of("SiglipForImageClassification", "SiglipConfig", {"vision_config": VIT})
     ),
     "Siglip2VisionModel": NaFlex(
-        of("Siglip2VisionModel", "Siglip2VisionConfig", SMALL, patch_size=4, num_patches=64),
-        patch=None,
+        of("Siglip2VisionModel", "Siglip2VisionConfig", SMALL, patch_size=4, num_patches=64)
     ),
     "CLIPVisionModel": Case(
         of("CLIPVisionModel", "CLIPVisionConfig", VIT), (20, 28), ANY, before=1
     ),
+    **{
+        f"{name}VisionModel": Case(
+            of(f"{name}VisionModel", f"{name}VisionConfig", VIT), (20, 28), ANY, before=1
+        )
+        for name in ("AltCLIP", "ChineseCLIP", "CLIPSeg", "MetaClip2")
+    },
     "CLIPVisionModelWithProjection": Case(
         of("CLIPVisionModelWithProjection", "CLIPVisionConfig", VIT), before=1
     ),
@@ -180,6 +201,9 @@ CASES = {
     ),
     "SamVisionModel": Case(
         of("SamVisionModel", "SamVisionConfig", WIDE | SAM, global_attn_indexes=[0, 1])
+    ),
+    "SamHQVisionModel": Case(
+        of("SamHQVisionModel", "SamHQVisionConfig", WIDE | SAM, global_attn_indexes=[0, 1])
     ),
     "Sam2HieraDetModel": Case(sam2, (128, 96), patch=None),
     "Sam3ViTModel": Case(sam3),

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from colt5_vision import route_attention, routed_layers, unroute_attention
 from colt5_vision.swap import probes
 from colt5_vision.swap.report import NEVER_ROUTED
+from tests.support.one_token import one_token
 from tests.support.swap_cases import (
     CASES,
     build,
@@ -427,6 +428,26 @@ def test_the_originals_sam_makes_the_whole_matrix(largest):
     with largest, torch.no_grad():
         model(image(CASES["sam"], batch=1, size=(128, 128), dtype=torch.float32))
     assert largest.numel >= 32**4
+
+
+unmixed = {name: case for name, case in CASES.items() if case.size in ((80, 112), (70, 98))}
+del unmixed["sam"], unmixed["volo"]  # others attend before its first routed layer
+
+
+@pytest.mark.parametrize("case", unmixed.values(), ids=unmixed)
+def test_the_map_lies_where_the_embedding_says(case, monkeypatch):
+    model, x, patch = build(case), image(case, batch=1), case.size[0] // 5
+
+    @torch.no_grad()
+    def with_a_patch_changed(place):
+        changed = x.clone()
+        if place is not None:
+            row, column = (patch * n for n in place)
+            changed[..., row : row + patch, column : column + patch] += 5
+        model(changed)
+
+    site, layers = one_token(model, with_a_patch_changed, (5, 7), monkeypatch)
+    assert site.before == model.num_prefix_tokens and layers == len(routed_layers(model))
 
 
 def test_hieras_tokens_are_found_in_their_units():

@@ -13,8 +13,9 @@ from colt5_vision import (
     save_routing,
     unroute_attention,
 )
-from colt5_vision.models.transformers_adapter import TOWERS
-from colt5_vision.swap import calibrate, call, probes, reroute
+from colt5_vision.models.transformers_adapter import MAPS, TOWERS
+from colt5_vision.swap import calibrate, call, probes
+from tests.support.one_token import one_token
 from tests.support.swap_cases import trace
 from tests.support.transformers_cases import CASES, build, run
 
@@ -35,7 +36,7 @@ def test_every_key_is_the_original_and_fewer_differ_and_undone(case, monkeypatch
     state = {name: value.clone() for name, value in model.state_dict().items()}
     report = routed(model, 1.0)
     assert list(model.state_dict()) == list(state)
-    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-5, atol=1e-5)
     assert report.calls.routed >= len(report) > 0 and not report.calls.exact
 
     unroute_attention(model)
@@ -54,37 +55,18 @@ placed = {name: case for name, case in CASES.items() if case.patch is not None}
 
 @pytest.mark.parametrize("case", placed.values(), ids=placed)
 def test_the_map_lies_where_the_table_says(case, monkeypatch):
-    """One patch of the image changes one row of the first layer's queries: that of its token."""
-    model, seen = build(case), []
-    original = reroute.RoutedLayer.route
+    model = build(case)
+    inputs = {k: v[:1] if torch.is_tensor(v) else v for k, v in case.inputs(batch=1).items()}
+    name = next(name for name in inputs if name.startswith("pixel_values"))
 
-    def route(self, layer, now, call):
-        seen.append((now.site, call.query))
-        return original(self, layer, now, call)
-
-    monkeypatch.setattr(reroute.RoutedLayer, "route", route)
-    routed(model, 1.0)
-    inputs = case.inputs(batch=1) | {k: v[:1] for k, v in case.call.items() if torch.is_tensor(v)}
-    run(model, inputs)
-    site, first = seen[0]
-    grid = tuple(n // p for n, p in zip(case.size, case.patch))
-    assert site.grid == (grid if len(grid) == 3 else (1, *grid)) and site.before == case.before
-    assert len(seen) == len(routed_layers(model))
-
-    for place in ((0,) * len(grid), tuple(n - 2 for n in grid)):
-        seen.clear()
-        pixels = next(x for name, x in inputs.items() if name.startswith("pixel")).clone()
-        spot = tuple(slice(p * n, p * n + p) for p, n in zip(case.patch, place))
-        where = (0, spot[0], slice(None), *spot[1:]) if len(spot) == 3 else (0, slice(None), *spot)
-        pixels[where] += 5
-        name = next(name for name in inputs if name.startswith("pixel"))
+    def with_a_patch_changed(place):
+        pixels = inputs[name].clone()
+        if place is not None:
+            pixels[case.spot(place)] += 5
         run(model, inputs | {name: pixels})
-        changed = (seen[0][1] - first).abs().amax((0, 1, 3)).nonzero().flatten().tolist()
-        token = 0
-        for n, side in zip(place, grid):
-            token = token * side + n
-        token = token if site.order is None else int(seen[0][0].order[0, token])
-        assert changed == [site.before + token]
+
+    site, layers = one_token(model, with_a_patch_changed, case.grid, monkeypatch)
+    assert site.before == case.before and layers == len(routed_layers(model))
 
 
 @every
@@ -113,7 +95,7 @@ def test_sizes_change_between_calls(case):
     routed(model, 1.0)
     for size in ((20, 28), (28, 20), (32, 32), (20, 28)):
         inputs = case.inputs(size=size)
-        torch.testing.assert_close(run(model, inputs), run(original, inputs), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(run(model, inputs), run(original, inputs), rtol=1e-5, atol=1e-5)
 
 
 @every
@@ -125,6 +107,11 @@ def test_save_and_load(case, tmp_path):
     save_routing(model, tmp_path)
     load_routing(other, tmp_path)
     assert torch.equal(run(other, case.inputs()), run(model, case.inputs()))
+
+
+def test_every_class_of_the_tables_is_tried():
+    seen = {type(m).__name__ for case in CASES.values() for m in case.make().modules()}
+    assert seen >= TOWERS.keys() | MAPS.keys()
 
 
 KEY_MASKS = {kind for kind, tower in TOWERS.items() if tower.masks == "keys"}
@@ -153,7 +140,7 @@ def test_a_mask_of_keys_is_no_bias_of_pairs(name, implementation, monkeypatch):
     monkeypatch.setattr(call, "read_mask", read_mask)
     expected = run(model, inputs)
     report = routed(model, 1.0)
-    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-5, atol=1e-5)
     assert report.calls.routed == len(report) == len(seen)
     for mask, (key_mask, pair_bias, _) in seen:
         assert mask.shape[2] > 1, "the library does not write it out for every query"
