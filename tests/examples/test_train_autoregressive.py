@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.marks import further
+
 ROOT = Path(__file__).parents[2]
 QUICK = ["--quick", "--device", "cpu"]  # three steps an epoch, two epochs
 
@@ -52,7 +54,7 @@ def test_from_the_command_line_to_pictures_and_figures(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.parametrize("last", [1, 2], ids=["within an epoch", "at its end"])
+@pytest.mark.parametrize("last", [1, *further(2)], ids=["within an epoch", "at its end"])
 def test_an_interrupted_run_goes_on_as_if_it_were_not(example, tmp_path, monkeypatch, capsys, last):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert example.main([*QUICK, "--output", str(whole)]) == 0

@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.marks import exhaustive, further
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = "examples/train_diffusion.py"
 SMALL = [
@@ -47,7 +49,7 @@ def state(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("last", [1, 3], ids=["within an epoch", "at its end"])
+@pytest.mark.parametrize("last", [1, *further(3)], ids=["within an epoch", "at its end"])
 def test_an_interrupted_run_goes_on_as_if_it_were_not(example, tmp_path, monkeypatch, capsys, last):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert example.main([*SMALL, "--epochs", "2", "--output", str(whole)]) == 0
@@ -100,6 +102,7 @@ def test_a_checkpoint_of_other_settings_or_cut_short_is_refused(example, tmp_pat
     assert "error: --resume: cannot load" in capsys.readouterr().err
 
 
+@exhaustive
 def test_two_processes_stop_at_ctrl_c_and_go_on_together_to_pictures_and_figures(
     example, tmp_path, capsys
 ):
