@@ -61,6 +61,8 @@ def test_the_example_leaves_tables_pictures_and_routers(small, tmp_path, capsys)
         (["--sizes", "100"], "--sizes: expected multiples of 14"),
         (["--share", "0"], "--share: expected a share in (0, 1], such as 1/8, got '0'"),
         (["--share", "1/0"], "--share: expected a share"),
+        (["--repeats", "0"], "--repeats: expected at least 1, got 0"),
+        (["--distill-steps", "0"], "--distill-steps: expected at least 1, got 0"),
         (["--images", "no.jpg"], "--images: expected photos or folders of photos, found no no.jpg"),
         (["--images", __file__], "--images: cannot read"),
     ],
@@ -80,6 +82,7 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(example, "load", interrupted)
     monkeypatch.setattr(sys, "argv", ["swap.py"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # not python -m pytest
     folder = tmp_path / "a b"
     assert example.main(["--share", "1/8", "--output", str(folder)]) == 130
     assert f"go on with: python swap.py --share 1/8 --output '{folder}'" in capsys.readouterr().err
