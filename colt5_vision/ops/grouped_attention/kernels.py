@@ -84,33 +84,33 @@ def gather_kernel(
         bias = tl.load(log_weights + of_keys, mask=own, other=0.0).to(tl.float32) * LOG2E
         seen &= bias != float("-inf")
 
-    # a weight of 0 would not stop a NaN: what is switched off is not read
+    # their rows, and beyond the list keys that must not be read
+    first = (pair.to(tl.int64) * groups + group) * padded(listed)
+    list_k += first * HEAD_DIM
+    list_v += first * HEAD_DIM
     row: tl.constexpr = HEAD_DIM // ALIGN
+    pooled = listed - prefix - num_keys
+    slot -= num_keys
+    behind = (slot >= 0) & (slot < pooled)
+    # a weight of 0 would not stop a NaN: what is switched off is not read
     k = head_of(k, b, h, k_batch, k_head, ALIGN)
     v = head_of(v, b, h, v_batch, v_head, ALIGN)
     k_block = load_rows(k, key, seen, k_token, HEAD_DIM, BLOCK_D, ALIGN)
     v_block = load_rows(v, key, seen, v_token, HEAD_DIM, BLOCK_D, ALIGN)
+    store_rows(list_k, k_block, at, ~behind, row, HEAD_DIM, BLOCK_D, ALIGN)
+    store_rows(list_v, v_block, at, ~behind, row, HEAD_DIM, BLOCK_D, ALIGN)
 
     # then its pooled keys
     if log_mass is not None:
-        pooled = listed - prefix - num_keys
-        slot -= num_keys
         of_pooled = (pair.to(tl.int64) * groups + group) * pooled + slot
-        mass = tl.load(
-            log_mass + of_pooled, mask=(slot >= 0) & (slot < pooled), other=float("-inf")
-        )
+        mass = tl.load(log_mass + of_pooled, mask=behind, other=float("-inf"))
         mass = mass.to(tl.float32) * LOG2E
         there = mass != float("-inf")
-        pooled_k = load_rows(pooled_k, of_pooled, there, row, HEAD_DIM, BLOCK_D, ALIGN)
-        pooled_v = load_rows(pooled_v, of_pooled, there, row, HEAD_DIM, BLOCK_D, ALIGN)
-        k_block = tl.where(there[:, None], pooled_k, k_block)
-        v_block = tl.where(there[:, None], pooled_v, v_block)
+        k_block = load_rows(pooled_k, of_pooled, there, row, HEAD_DIM, BLOCK_D, ALIGN)
+        v_block = load_rows(pooled_v, of_pooled, there, row, HEAD_DIM, BLOCK_D, ALIGN)
+        store_rows(list_k, k_block, at, behind, row, HEAD_DIM, BLOCK_D, ALIGN)
+        store_rows(list_v, v_block, at, behind, row, HEAD_DIM, BLOCK_D, ALIGN)
         bias, seen = tl.where(there, mass, bias), seen | there
-
-    # the entries; beyond the list there are keys that must not be read
-    first = (pair.to(tl.int64) * groups + group) * padded(listed)
-    store_rows(list_k + first * HEAD_DIM, k_block, at, at >= 0, row, HEAD_DIM, BLOCK_D, ALIGN)
-    store_rows(list_v + first * HEAD_DIM, v_block, at, at >= 0, row, HEAD_DIM, BLOCK_D, ALIGN)
     tl.store(list_biases + first + at, tl.where(seen, bias, float("-inf")))
 
 

@@ -205,7 +205,7 @@ def _add_keys(part: _Part, parts: tuple[Tensor, ...], grads: tuple[Tensor, ...])
     backend.launch(
         sum_kernel, (part.pairs * tiles,), *parts, *grads, *part.places(), *part.strides(*grads),
         *part.shared, part.tokens, part.prefix, part.num_keys, part.listed, tiles, BLOCK=block,
-        **part.flags(),
+        **part.flags(), **backend.no_spills(part.keys.device),
     )  # fmt: skip
 
 
