@@ -119,20 +119,19 @@ def attention(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict
 
 def grouped(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
     """Tiles of the map with keys of their own, as a swap with ``router="grouped"`` has them."""
-    for size in sizes.maps[:2]:
-        x, grad, _ = inputs(size, device, sizes.dtype)
-        tiles = tiles_of((size.side, size.side), (size.window, size.window), device)[None, None]
-        count = max(1, size.tokens // size.share)
-        shape = (size.batch, 1, tiles.shape[2], size.tokens)
-        keys = torch.rand(shape, device=device).topk(count).indices
+    # tiles, and keys drawn for each
+    size = sizes.maps[0]
+    x, grad, _ = inputs(size, device, sizes.dtype)
+    tiles = tiles_of((size.side, size.side), (size.window, size.window), device)[None, None]
+    count = max(1, size.tokens // size.share)
+    shape = (size.batch, 1, tiles.shape[2], size.tokens)
+    keys = torch.rand(shape, device=device).topk(count).indices
 
-        def attend(q, k, v, tiles=tiles, keys=keys):
-            return grouped_attention(q, k, v, tiles, keys)
-
-        per_query = size.batch * size.tokens
-        peers = {"full, SDPA flash": (full(SDPBackend.FLASH_ATTENTION), per_query * size.tokens)}
-        label = f"attention of {tiles.shape[2]} tiles, {size}"
-        yield from _beside(label, (attend, per_query * count), peers, x, grad, timer)
+    # beside full attention
+    queries = size.batch * size.tokens
+    mine = (lambda q, k, v: grouped_attention(q, k, v, tiles, keys)), queries * count
+    peers = {"full, SDPA flash": (full(SDPBackend.FLASH_ATTENTION), queries * size.tokens)}
+    yield from _beside(f"attention of {tiles.shape[2]} tiles, {size}", mine, peers, x, grad, timer)
 
 
 def _beside(

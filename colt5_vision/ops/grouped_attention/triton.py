@@ -158,9 +158,9 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor
     # the groups, a few at a time
     for some in slices:
         part = _Part(call, some, (out, grad))
-        parts = _backward_part(part, call, grad, out, lse, grad_q)
-        _add_keys(part, parts[:2], (grad_k, grad_v))
-        for x, found in zip(further, _further(part, parts)):
+        of_list = _backward_part(part, call, grad, out, lse, grad_q)
+        _add_keys(part, of_list[:2], (grad_k, grad_v))
+        for x, found in zip(further, _further(part, of_list)):
             if x is not None:
                 x[:, :, some] = found
     return grad_q, grad_k.to(call.k.dtype), grad_v.to(call.v.dtype), *further
@@ -195,23 +195,23 @@ def _backward_part(
     return part_k, part_v, part_biases
 
 
-def _add_keys(part: _Part, parts: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> None:
+def _add_keys(part: _Part, of_list: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> None:
     """Add gradients of the list to those of the tokens: prefix tokens are in every list, others in
     some."""
-    for x, add in zip(grads, parts):
+    for x, add in zip(grads, of_list):
         x[:, :, : part.prefix] += add[:, :, :, : part.prefix].sum(2)
     block = _SUM_TILE // part.flags()["BLOCK_D"]
     tiles = triton.cdiv(part.tokens, block)
     backend.launch(
-        sum_kernel, (part.pairs * tiles,), *parts, *grads, *part.places(), *part.strides(*grads),
+        sum_kernel, (part.pairs * tiles,), *of_list, *grads, *part.places(), *part.strides(*grads),
         *part.shared, part.tokens, part.prefix, part.num_keys, part.listed, tiles, BLOCK=block,
         **part.flags(), **backend.no_spills(part.keys.device),
     )  # fmt: skip
 
 
-def _further(part: _Part, parts: tuple[Tensor, ...]) -> Iterator[Tensor]:
+def _further(part: _Part, of_list: tuple[Tensor, ...]) -> Iterator[Tensor]:
     """Gradients of log weights, which the heads of a route share, and of what is pooled."""
     end = part.prefix + part.num_keys
-    own = parts[2][..., part.prefix : end]
+    own = of_list[2][..., part.prefix : end]
     yield own.unflatten(1, (part.keys.shape[1], -1)).sum(2)
-    yield from (x[:, :, :, end : part.listed] for x in parts)
+    yield from (x[:, :, :, end : part.listed] for x in of_list)
