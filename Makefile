@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # threads that wait leave the cores to others sooner, and freed memory is kept for the next step (benchmarks.busy)
 GENTLE := GOMP_SPINCOUNT=1500 MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 
-.PHONY: demo swap diffusion test test-versions kernels lint prose docs dist bench bench-gpu clean
+.PHONY: demo swap diffusion test test-all test-versions kernels lint prose docs dist bench bench-gpu clean
 
 # the main job on real images: trains a classifier of digits in large canvases, about 5 minutes on 2 CPU cores
 demo: $(STAMP)
@@ -21,12 +21,17 @@ diffusion: $(STAMP)
 
 # n processes with a thread each beat one process with n threads, and threads of several processes fight
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 	$(if $(ARGS),,$(MAKE) kernels)
+
+# and what is left out there for time: more cases of kinds that it shows, see tests/support/marks.py
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "exhaustive or not exhaustive"
+	$(MAKE) kernels
 
 # the Triton kernels on the CPU, by Triton's interpreter: it must be asked for before Triton is imported
 kernels: $(STAMP)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/kernels
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
 
 # all tests on the oldest torch and on the newest, each in an environment of its own; ARGS: --smoke,
 # --only 2.11, and what pytest takes, such as tests/ops

@@ -53,7 +53,7 @@ from colt5_vision.visualize import record_routing
 from support.command_line import (
     Help,
     UserError,
-    at_least_one,
+    at_least,
     exit_status,
     learning_rate,
 )
@@ -296,7 +296,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     if args.quick:
         args.steps, args.seeds, args.held_out = min(args.steps, 3), args.seeds[:1], 50
     args.output = args.output or ("runs/needle" if args.quick else "benchmarks/results")
-    at_least_one(parser, args, "steps", "held_out", "points", "threads", "workers")
+    at_least(parser, args, 1, "steps", "held_out", "points", "threads", "workers")
     return args
 
 

@@ -155,11 +155,10 @@ def check_token_count(name: str, value) -> TokenCount:
             f"{name}: expected an int >= 1 (that many tokens) or a float in (0, 1] (that share), "
             f"got {value!r} ({type(value).__name__})"
         )
-    if isinstance(value, numbers.Integral):
-        return check_int(name, value)
-    if not 0 < value <= 1:  # NaN fails too
+    whole = isinstance(value, numbers.Integral)
+    if not (value >= 1 if whole else 0 < value <= 1):  # NaN fails too
         raise ValueError(f"{name}: expected an int >= 1 or a float in (0, 1], got {value}")
-    return float(value)
+    return int(value) if whole else float(value)
 
 
 def token_count(name: str, value: TokenCount, num_tokens: int) -> int:

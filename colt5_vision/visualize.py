@@ -221,7 +221,7 @@ def plot_routing(
     titles: Sequence[str] = (),
 ) -> "Figure":
     """Draw a row per image: the image, then for each record the image with its heavy tokens in
-    color. One image with three records fills two rows.
+    color. Many panels go on in further rows: four in a row for one image, seven for several.
 
     Args:
         images: (B, 1 or 3, H, W); stretched to [0, 1] image by image.
@@ -234,16 +234,16 @@ def plot_routing(
 
     Raises:
         ImportError: if matplotlib is missing (extra ``viz``).
-        ValueError: for images, records and titles that do not fit.
+        TypeError, ValueError: for images, records and titles that do not fit.
     """
     figure_class = _figure_class()
     _check_picture(images, records, titles)
     images = _stretched(images)
 
     # a grid without axes, its cells as high as the images
-    rows, columns = len(images), 1 + len(records)
-    if (rows, columns) == (1, 4):
-        rows, columns = 2, 2
+    panels, most = 1 + len(records), 4 if len(images) == 1 else 7
+    columns = 2 if (len(images), panels) == (1, 4) else min(panels, most)
+    rows = len(images) * math.ceil(panels / columns)
     width = min(3.2, 24 / columns)
     height = width * images.shape[-2] / images.shape[-1] + 0.45
     figure = figure_class(figsize=(width * columns, height * rows + 0.3), layout="constrained")
@@ -251,12 +251,12 @@ def plot_routing(
     for axis in axes.flat:
         axis.set_axis_off()
 
-    # the images in the first column
+    # the images, each before its panels
     for row, image in enumerate(images):
         axes[row][0].imshow(image.permute(1, 2, 0))
         axes[row][0].set_title(titles[row] if titles else "image", fontsize=9)
 
-    # a column for each record
+    # a panel for each record
     names = _plain_names(records)
     for column, record in enumerate(records, start=1):
         shown = _highlighted(images, record.heatmap())
@@ -373,6 +373,8 @@ def _legend(records: Sequence[RoutingRecord]) -> str:
 
 def _check_picture(images: Tensor, records: Sequence[RoutingRecord], titles: Sequence[str]) -> None:
     """Images, maps of them, and titles belong together."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images: expected (B, 1 or 3, H, W), got {tuple(images.shape)}")
     samples, _, height, width = images.shape

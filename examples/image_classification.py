@@ -31,14 +31,18 @@ from tqdm.auto import tqdm
 
 import colt5_vision.models  # noqa: F401  (registers colt5_* with timm)
 from colt5_vision import ConditionalRoutedImageAttention
+from support.checkpoints import cannot_write, refuse_others
 from support.classes_report import draw_curve, draw_pictures, write_tables
 from support.command_line import (
     Help,
     UserError,
-    at_least_one,
+    above_zero,
+    at_least,
+    cause,
     exit_status,
     learning_rate,
     make_folder,
+    set_aside,
     stop_request,
 )
 from support.digits import DigitCanvases
@@ -50,8 +54,16 @@ LEAVES += ("curve.png", "validation.png", "routing.png")
 SAME = ("model", "img_size", "data", "batch_size", "limit", "seed")  # of a resumed run
 
 
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def check_model(name: str) -> None:
+    """End with a message if timm has no such model, or no such weights of it."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        near = near or ["timm.list_models('*colt5*')"]
+        raise UserError(f"--model: timm knows no model {name!r}; try {', '.join(near)}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UserError(f"--model: cannot make {name} ({cause(error)})") from error
 
 
 def normalisation(args) -> dict:
@@ -78,10 +90,6 @@ def open_data(args) -> tuple[Dataset, Dataset, int]:
 
 def create_model(args, in_chans: int, num_classes: int) -> tuple[torch.nn.Module, dict]:
     """A model, and the options that make one of its shape."""
-    if not timm.is_model(args.model.split(".")[0]):
-        near = difflib.get_close_matches(args.model, timm.list_models(), 3)
-        near = near or ["timm.list_models('*colt5*')"]
-        raise UserError(f"--model: timm knows no model {args.model!r}; try {', '.join(near)}")
     sized = {"img_size": args.img_size, "in_chans": in_chans, "num_classes": num_classes}
     free = {"in_chans": in_chans, "num_classes": num_classes}
     try:
@@ -91,7 +99,7 @@ def create_model(args, in_chans: int, num_classes: int) -> tuple[torch.nn.Module
             return timm.create_model(args.model, pretrained=args.pretrained, **free), free
     except (RuntimeError, OSError) as error:
         option = "pretrained" if args.pretrained else "model"
-        raise UserError(f"--{option}: cannot make {args.model} ({first_line(error)})") from error
+        raise UserError(f"--{option}: cannot make {args.model} ({cause(error)})") from error
 
 
 def tokens_and_keys(model: torch.nn.Module, size: int) -> str:
@@ -116,19 +124,6 @@ def optimizer_for(model: torch.nn.Module, args) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=args.lr)
 
 
-def set_aside(output: Path) -> None:
-    """An older run in the folder goes to ``before``; the one that was there is lost."""
-    if not (output / "checkpoint").exists():
-        return
-    before = output / "before"
-    shutil.rmtree(before, ignore_errors=True)
-    before.mkdir()
-    for name in LEAVES:
-        if (output / name).exists():
-            (output / name).rename(before / name)
-    print(f"moved the run in {output} to {before}; --resume would have gone on with it")
-
-
 def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
     """Write beside the old checkpoint, then swap: an interruption leaves one of the two whole."""
     fresh, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
@@ -137,12 +132,9 @@ def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(fresh), safe_serialization=True)
-    except Exception as error:  # a full disk is another error for each library that writes
+    except Exception as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise UserError(
-            f"--output: cannot write a checkpoint to {folder.parent} ({first_line(error)}); the "
-            "one before is whole"
-        ) from error
+        raise cannot_write(folder.parent, error) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(old, ignore_errors=True)
@@ -161,16 +153,16 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, settings: dict) -> N
         raise UserError(f"--resume: no checkpoint in {folder.parent}")
     told = folder.with_name("settings.json")
     saved = json.loads(told.read_text()) if told.exists() else {}
-    for name in SAME:
-        if name in saved and saved[name] != settings[name]:
-            raise UserError(
-                f"--{name.replace('_', '-')}: the run to resume was made with {saved[name]}, got "
-                f"{settings[name]}"
-            )
+    refuse_others(saved, {name: settings[name] for name in SAME})
+    if saved.get("classes", settings["classes"]) != settings["classes"]:
+        raise UserError(
+            f"--data: the run to resume had the classes {saved['classes']}, now there are "
+            f"{settings['classes']}"
+        )
     try:
         accelerator.load_state(str(folder))
     except Exception as error:  # safetensors, pickle and shape errors are many types
-        raise UserError(f"--resume: cannot load {folder} ({first_line(error)})") from error
+        raise UserError(f"--resume: cannot load {folder} ({cause(error)})") from error
 
 
 class Run:
@@ -186,6 +178,7 @@ class Run:
     def __init__(self, args, accelerator: Accelerator):
         self.args, self.accelerator = args, accelerator
         self.output = Path(args.output)
+        check_model(args.model)
         train_set, self.held_out, channels = open_data(args)
         self.classes = train_set.classes
         loaders = {"batch_size": args.batch_size, "num_workers": args.workers}
@@ -222,7 +215,7 @@ class Run:
     def settings(self) -> dict:
         """What another program needs to use the weights, and a resumed run to compare."""
         told = {name: getattr(self.args, name) for name in SAME}
-        return told | {"classes": self.classes, **(normalisation(self.args))}
+        return told | {"classes": list(self.classes), **normalisation(self.args)}
 
     def save(self) -> None:
         save_checkpoint(self.accelerator, self.output / "checkpoint")
@@ -335,7 +328,7 @@ def train(args) -> None:
         part = f" and {len(run.losses)} steps" if run.losses else ""
         accelerator.print(f"resuming after epoch {len(run.history)}{part} of {args.epochs}")
     elif main:
-        set_aside(output)
+        set_aside(output, *LEAVES)
     if main:
         (output / "settings.json").write_text(json.dumps(run.settings(), indent=1) + "\n")
     accelerator.wait_for_everyone()
@@ -365,7 +358,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # training
     add("--epochs", type=int, default=7, help="in all, those of a resumed run too")
     add("--batch-size", type=int, default=16, help="of each process")
-    add("--lr", type=float, help="highest learning rate; 4e-3, with --pretrained 4e-4")
+    add("--lr", type=above_zero, help="highest learning rate; 4e-3, with --pretrained 4e-4")
     add("--weight-decay", type=float, default=0.02, help="of AdamW")
 
     # the run
@@ -379,14 +372,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     # checks
     args = parser.parse_args(argv)
-    at_least_one(parser, args, "img_size", "epochs", "batch_size", "limit")
-    args.lr = (4e-4 if args.pretrained else 4e-3) if args.lr is None else args.lr
-    if args.lr <= 0:
-        parser.error(f"--lr: expected a number above 0, got {args.lr}")
-    if args.workers < 0:
-        parser.error(f"--workers: expected at least 0, got {args.workers}")
+    at_least(parser, args, 1, "img_size", "epochs", "batch_size", "limit")
+    at_least(parser, args, 0, "weight_decay", "workers", "seed")
 
-    # where results go
+    # what hangs on other options
+    args.lr = args.lr or (4e-4 if args.pretrained else 4e-3)
     name = "digits" if args.data is None else Path(args.data).resolve().name
     args.output = args.output or f"runs/{name}"
     return args

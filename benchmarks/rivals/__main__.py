@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.rows import Rows
-from support.command_line import UserError, at_least_one, exit_status
+from support.command_line import UserError, at_least, exit_status
 from support.photos import find_photos, skimage_photo
 
 from . import measure, networks, report
@@ -141,7 +141,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) < step or getattr(args, name) % step:
             option = name.replace("_", "-")
             parser.error(f"--{option}: expected a multiple of {step}, got {getattr(args, name)}")
-    at_least_one(parser, args, "draws", "threads")
+    at_least(parser, args, 1, "draws", "threads")
 
     # what was not given
     args.networks = args.networks or ["DINOv2", "UNet"]

@@ -35,7 +35,7 @@ from benchmarks.rivals.networks import Network
 from benchmarks.rivals.tokens import grouped, sampled, todo, window_only
 from benchmarks.rows import Rows
 from support import dinov2, terrain
-from support.command_line import UserError, at_least_one, exit_status
+from support.command_line import UserError, at_least, exit_status
 from support.photos import find_photos
 
 from . import report, scenes, scores
@@ -216,7 +216,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--vit-size: expected a multiple of 14 from {least} on, got {args.vit_size}")
     if args.unet_size < 256 or args.unet_size % 16:
         parser.error(f"--unet-size: expected a multiple of 16 from 256 on, got {args.unet_size}")
-    at_least_one(parser, args, "mosaics", "threads")
+    at_least(parser, args, 1, "mosaics", "threads")
 
     # what was not given
     args.photos = find_photos(args.images) if args.images else default_photos()

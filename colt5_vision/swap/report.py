@@ -1,5 +1,6 @@
 """What is routed, what is not and why, and what has happened since."""
 
+import re
 import threading
 import warnings
 from collections import Counter
@@ -96,8 +97,12 @@ class RoutedAttentionReport(dict):
         expected: by name of the layers whose tokens are known, how many times as fast as full
             attention each is expected to be without a text or other images beside its map, see
             :mod:`~colt5_vision.swap.cost`; None: no costs are known of its device.
+        notes: by name of layers that cannot gain anything on any device, why.
         calibration: by name, what :func:`~colt5_vision.calibrate_routing` found for a layer; empty
             without it.
+
+    Printed, layers with the same to say share a line if their names differ in numbers of blocks
+    only: ``blocks.*.attn (12)``.
     """
 
     def __init__(
@@ -106,11 +111,13 @@ class RoutedAttentionReport(dict):
         exact: Mapping[str, str],
         layer_calls: Mapping[str, Calls],
         expected: Mapping[str, float | None] | None = None,
+        notes: Mapping[str, str] | None = None,
     ):
         super().__init__(routed)
         self.exact = dict(exact)
         self.layer_calls = dict(layer_calls)
         self.expected = dict(expected or {})
+        self.notes = dict(notes or {})
         self.calibration: dict[str, Any] = {}
 
     @property
@@ -135,11 +142,7 @@ class RoutedAttentionReport(dict):
 
     def __str__(self) -> str:
         lines = [f"{len(self)} layers routed, {len(self.exact)} as they were"]
-        for name, tokens in self.items():
-            how = f", {self.calibration[name]}" if name in self.calibration else ""
-            if not how and self.expected.get(name) is not None:
-                how = f", expected to be {self.expected[name]:.1f} times as fast"
-            lines.append(f"  {name}: {'?' if tokens is None else f'{tokens:,}'} tokens{how}")
+        lines += _lines({name: self._how(name) for name in self})
         if any("expected to be" in line for line in lines):
             lines.append("  expected without a text or other images, which leave less to gain")
         if None in self.expected.values():
@@ -147,13 +150,35 @@ class RoutedAttentionReport(dict):
                 "  no costs are known of some layers (device, dtype, width or routed queries): "
                 "no speed-up is foretold, and min_speedup does not count"
             )
-        lines += [f"  {name}: full attention, {reason}" for name, reason in self.exact.items()]
+        lines += _lines({n: f"full attention, {reason}" for n, reason in self.exact.items()})
         calls = self.calls
         if calls.routed or calls.exact:
             lines.append(f"calls since: {calls.routed} routed, {calls.exact.total()} exact")
             lines += [f"  {count} exact: {reason}" for reason, count in calls.exact.most_common()]
             if not calls.compiled:
-                lines += [f"  {name}: not called" for name in self.not_called()]
+                lines += _lines(dict.fromkeys(self.not_called(), "not called"))
         if calls.compiled:
             lines.append("calls in compiled graphs are not counted")
         return "\n".join(lines)
+
+    def _how(self, name: str) -> str:
+        """What there is to say of a routed layer."""
+        told = [f"{'?' if self[name] is None else f'{self[name]:,}'} tokens"]
+        if name in self.notes:
+            told.append(self.notes[name])
+        if name in self.calibration:
+            told.append(str(self.calibration[name]))
+        elif self.expected.get(name) is not None:
+            told.append(f"expected to be {self.expected[name]:.1f} times as fast")
+        return ", ".join(told)
+
+
+def _lines(told: Mapping[str, str]) -> list[str]:
+    """A line for each pattern of names, such as ``blocks.*.attn``, and what is told of it."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, what in told.items():
+        alike.setdefault((re.sub(r"\b\d+\b", "*", name), what), []).append(name)
+    return [
+        f"  {names[0]}: {what}" if len(names) == 1 else f"  {pattern} ({len(names)}): {what}"
+        for (pattern, what), names in alike.items()
+    ]

@@ -1,6 +1,7 @@
 """One verb for one act: route the attention of a model or pipeline, in place, and undo it."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from .._torch_internals import forget_compiled_graphs, hooks_of, put_hook, remove_hooks
-from ..checks import check_pair
+from ..checks import check_pair, token_count
 from .adapter import LayerSpec, Part, adapters_of
 from .config import MIN_TOKENS, TOO_LITTLE_GAIN, RoutedAttentionConfig
 from .cost import Place
@@ -132,6 +133,7 @@ class Plan:
     tokens: dict[str, int | None]  # of the layers that will be routed at the sample size
     exact: dict[str, str]
     expected: dict[str, float | None]  # speed-ups of the layers whose tokens are known
+    notes: dict[str, str]  # why layers cannot gain anything
 
 
 def plan(
@@ -159,7 +161,7 @@ def plan(
     exact |= {name: "not among layers" for name in layers if name not in chosen}
 
     # which of them are routed at the sample size
-    tokens, expected = {}, {}
+    tokens, expected, notes = {}, {}, {}
     for name, one in chosen.items():
         # with which settings, or why not
         count, own, channels = one.spec.tokens, configs[name], one.spec.key_channels
@@ -173,6 +175,8 @@ def plan(
             held = {key: value for key, value in held.items() if value is not None}
             as_held = dataclasses.replace(own, schedule=(), **held)
             expected[name] = as_held.expected_speedup(count, channels, place)
+            if note := _note(as_held, count):
+                notes[name] = note
 
         # one that a rule may route at some timesteps counts as routed
         if isinstance(settings, str) and not (own.needs_timestep and count >= least[0]):
@@ -201,7 +205,7 @@ def plan(
             part = one.part
             if part.model not in clocks:
                 clocks[part.model] = ClockHook(part.model, config.schedule, part.timestep)
-    return Plan(configs, chosen, attention, clocks, tokens, exact, expected)
+    return Plan(configs, chosen, attention, clocks, tokens, exact, expected, notes)
 
 
 def apply(planned: Plan) -> RoutedAttentionReport:
@@ -241,7 +245,8 @@ def apply(planned: Plan) -> RoutedAttentionReport:
     warned = Warned(len(calls))
     for one in calls.values():
         one.warned = warned
-    return RoutedAttentionReport(planned.tokens, planned.exact, calls, planned.expected)
+    found = (planned.tokens, planned.exact, calls, planned.expected, planned.notes)
+    return RoutedAttentionReport(*found)
 
 
 def _open_door(door: nn.Module, one: Chosen, clock: ClockHook | None) -> Scope:
@@ -372,6 +377,16 @@ def _place(one: Chosen) -> Place:
     weights = list(one.part.model.get_submodule(one.path).parameters())
     dtype = next((p.dtype for p in weights if p.is_floating_point()), torch.float32)
     return (weights[0].device.type if weights else "cpu", dtype)
+
+
+def _note(config: RoutedAttentionConfig, tokens: int) -> str | None:
+    """Why a layer of so many tokens cannot gain anything on any device."""
+    if config.router != GroupedAttention.router and math.prod(config.window_size[-2:]) >= tokens:
+        return "no more than a window has: nothing is saved"
+    keys = token_count("num_heavy_tokens_kv", config.num_heavy_tokens_kv, tokens)
+    if keys == tokens and config.router != "window":
+        return "all of them routed keys: nothing is saved"
+    return None
 
 
 def _attention(

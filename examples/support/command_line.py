@@ -6,6 +6,7 @@ What the user can mend is one line, an interruption says how to go on.
 import argparse
 import math
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,15 +21,32 @@ class UserError(Exception):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and the default of every option that has a help."""
+    """The description as it is written, and the default of every option that takes a value."""
+
+    def _get_help_string(self, action):
+        told = action.default is None or isinstance(action.default, bool)
+        return action.help if told else super()._get_help_string(action)
 
 
-def at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    """End with a message unless these arguments are None or at least 1."""
+def at_least(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, least: int, *names: str
+) -> None:
+    """End with a message unless these arguments are None or at least ``least``."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+        if value is not None and not value >= least:  # NaN is not
+            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
 
 
 def share_of_map(text: str) -> float:
@@ -61,6 +79,23 @@ def make_folder(path: Path) -> None:
         raise UserError(f"--output: cannot make the folder {path} ({error.strerror})") from error
 
 
+def set_aside(folder: Path, *names: str) -> None:
+    """Move an older run to ``folder/before``; the one that was there is lost.
+
+    Args:
+        names: what a run leaves in the folder, its checkpoint first.
+    """
+    if not (folder / names[0]).exists():
+        return
+    before = folder / "before"
+    shutil.rmtree(before, ignore_errors=True)
+    before.mkdir()
+    for name in names:
+        if (folder / name).exists():
+            (folder / name).rename(before / name)
+    print(f"moved the run in {folder} to {before}; --resume would have gone on with it")
+
+
 @contextmanager
 def stop_request() -> Iterator[Event]:
     """Ctrl-C and SIGTERM only ask: the step in progress ends, and the run is saved."""
@@ -89,6 +124,12 @@ def command(argv: Sequence[str] | None, *more: str) -> str:
     program = [sys.argv[0]] if module is None else ["-m", module.name]
     words = list(sys.argv[1:] if argv is None else argv)
     return shlex.join(["python", *program, *words, *(w for w in more if w not in words)])
+
+
+def cause(error: Exception) -> str:
+    """What an error says, in a line: torch's begin with a heading that ends with a colon."""
+    lines = (str(error) or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def exit_status(

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
+
+from colt5_vision.store import save_atomically
 
 DIGIT, FRAGMENT = 28, 9
 MEAN, STD = 0.02, 0.12  # of a canvas in [0, 1], rounded
+HEAD = 14  # pixels above a picture of drawn digits
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -90,3 +94,22 @@ def _paste(canvas: np.ndarray, patch: np.ndarray, rng: np.random.Generator) -> N
     side = len(patch)
     y, x = rng.integers(0, len(canvas) - side + 1, size=2)
     np.maximum(canvas[y : y + side, x : x + side], patch, out=canvas[y : y + side, x : x + side])
+
+
+def draw_digits(path: Path, images: np.ndarray, scale: int = 1) -> None:
+    """A picture of digits that a model drew when asked for 0 to 9, again and again: a column for
+    each, under its name.
+
+    Args:
+        images: (rows * 10, side, side) uint8.
+        scale: side of a pixel.
+    """
+    side = images.shape[-1]
+    rows = images.reshape(-1, 10, side, side).transpose(0, 2, 1, 3).reshape(-1, 10 * side)
+    grid = Image.fromarray(rows.repeat(scale, 0).repeat(scale, 1))
+    picture = Image.new("L", (grid.width, HEAD + grid.height), 255)
+    picture.paste(grid, (0, HEAD))
+    for digit in range(10):
+        place = (round((digit + 0.5) * side * scale) - 3, 1)
+        ImageDraw.Draw(picture).text(place, str(digit), fill=0)
+    save_atomically(path, lambda partial: picture.save(partial, format="PNG"))

@@ -14,7 +14,7 @@ def skimage_photo(name: str) -> Path:
     return Path(skimage.__file__).parent / "data" / name
 
 
-def find_photos(given: list[str]) -> list[Path]:
+def find_photos(given: list[str] | None) -> list[Path]:
     """Photographs among the files and folders ``given``; none given: two of scikit-image's.
 
     Raises:

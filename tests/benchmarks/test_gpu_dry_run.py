@@ -27,6 +27,7 @@ from benchmarks.gpu import attention, correctness, every_operator, measure, repo
 from benchmarks.gpu.offline import recorded
 from colt5_vision.ops import backend
 from tests.support.gpu_steps import CpuTimer, failures, run
+from tests.support.marks import further
 
 pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="launches are kept, not made")
 
@@ -53,7 +54,9 @@ SIZES = {
     "full": replace(measure.FULL, compile_backend="eager"),
     "quick": replace(measure.QUICK, compile_backend="eager"),
 }
-RUNS = [("full", step) for step in LAUNCHED] + [("quick", s) for s in command.QUICK_SECONDS]
+# two graphs of flex attention take as long as all the others
+RUNS = [("full", step) for step in LAUNCHED if step != "flex"] + [*further(("full", "flex"))]
+RUNS += [("quick", s) for s in command.QUICK_SECONDS]
 
 
 class Launching(TorchDispatchMode):

@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 
+from tests.support.marks import exhaustive
+
 pytest.importorskip("matplotlib")
 
 from benchmarks import ablations, needle
@@ -113,6 +115,7 @@ def test_a_study_resumes_where_it_stopped(tmp_path):
     assert (tmp_path / "needle_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+@exhaustive
 def test_a_larger_canvas_goes_on_with_the_weights_of_a_smaller_one(tmp_path, capsys):
     few = ["--quick", "--output", str(tmp_path), "--variants", "sum-learned-few", "--steps", "1"]
     larger = [*few, "--canvas", "384", "--start", "192"]
@@ -144,6 +147,7 @@ def test_a_larger_canvas_goes_on_with_the_weights_of_a_smaller_one(tmp_path, cap
     assert "--start: expected a canvas smaller than 192, got 192" in capsys.readouterr().err
 
 
+@exhaustive
 def test_runs_of_other_settings_are_not_mixed(tmp_path, capsys):
     few = ["--quick", "--output", str(tmp_path), "--variants", "window"]
     assert needle.main(few) == 0
@@ -199,6 +203,7 @@ def test_the_gap_to_the_first_row_is_taken_seed_by_seed():
     assert alone["gain"] is None and alone["gain_error"] is None
 
 
+@exhaustive
 def test_ablations_are_the_default_but_for_what_they_say(tmp_path):
     base, *others = ablations.ABLATIONS.values()
     assert base == VARIANTS["sum-learned-eighth"] and base not in others

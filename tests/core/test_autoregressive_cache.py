@@ -19,6 +19,7 @@ from tests.core.test_autoregressive import (
     some_mask,
     tokens,
 )
+from tests.support.marks import further
 
 
 def decode(module, x, mask, prompt, chunk, **counts):
@@ -163,7 +164,7 @@ def test_a_cache_of_another_module_or_batch_is_refused():
     )
 
 
-@pytest.mark.parametrize("name, begun", [("queries", 3), ("queries", 11), ("all", 3)])
+@pytest.mark.parametrize("name, begun", [("queries", 3), *further(("queries", 11), ("all", 3))])
 @torch.no_grad()
 def test_steps_compile_whole_over_many_windows(name, begun):
     """A handful of graphs serves all steps: torch stops at 8 of one function."""

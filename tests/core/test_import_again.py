@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.support.marks import further
+
 START = """
 import io, sys, warnings
 import timm, torch
@@ -84,8 +86,8 @@ check(old)
 
 @pytest.mark.parametrize(
     "code",
-    [AGAIN, PACKAGE.format(how="extern"), PACKAGE.format(how="intern")],
-    ids=["again", "extern", "intern"],
+    [AGAIN, PACKAGE.format(how="intern"), *further(PACKAGE.format(how="extern"))],
+    ids=["again", "intern", "extern"],
 )
 def test_in_a_process_of_its_own(code, tmp_path):
     pytest.importorskip("timm.models")

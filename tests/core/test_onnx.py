@@ -6,6 +6,7 @@ import torch
 
 import colt5_vision.models  # noqa: F401
 from colt5_vision import route_attention
+from tests.support.marks import further
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -35,21 +36,18 @@ def check(model, sizes, tmp_path):
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
+SIZES = [(64, 96), (96, 64), (72, 136)]
+CELLS = {"depth": 1, "router_kwargs": {"cell_size": 3}}
 SUM = {"depth": 1, "fusion": "sum", "num_heavy_tokens_q": 1 / 4}
 
 
 @pytest.mark.parametrize(
     ("name", "options", "sizes"),
     [
-        ("test_colt5_vit", {"depth": 2}, [(64, 96), (96, 64), (72, 136)]),
-        ("test_colt5_vit", SUM, [(64, 96), (96, 64), (72, 136)]),
-        (
-            "test_colt5_vit",
-            {"depth": 1, "router_kwargs": {"cell_size": 3}},
-            [(64, 96), (96, 64), (72, 136)],
-        ),
+        ("test_colt5_vit", SUM, SIZES),
         # torch fixes a size of 1: the last stage, too, has several windows in the first map
         ("test_colt5_pyramid", {"depths": (1, 0, 0, 1)}, [(160, 192), (96, 96), (160, 64)]),
+        *further(("test_colt5_vit", {"depth": 2}, SIZES), ("test_colt5_vit", CELLS, SIZES)),
     ],
 )
 def test_backbone_of_any_size(name, options, sizes, tmp_path):
@@ -58,7 +56,10 @@ def test_backbone_of_any_size(name, options, sizes, tmp_path):
 
 @pytest.mark.parametrize(
     ("router", "sizes"),
-    [("sampled", [(96, 96), (64, 128), (112, 80)]), ("grid", [(96, 96)]), ("grouped", [(80, 112)])],
+    [
+        ("sampled", [(96, 96), (64, 128), (112, 80)]),
+        *further(("grid", [(96, 96)]), ("grouped", [(80, 112)])),
+    ],
 )
 def test_swapped_vit(router, sizes, tmp_path):
     name, dynamic = "vit_tiny_patch16_224", len(sizes) > 1

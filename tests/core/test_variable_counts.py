@@ -13,6 +13,7 @@ from colt5_vision import (
     ConditionalRoutedImageAttention,
     CoordinateDescentRouter,
 )
+from colt5_vision.checks import check_token_count
 from colt5_vision.ops import backend, soft_topk
 from colt5_vision.ops.soft_topk import eager
 from tests.support.module_cases import (
@@ -387,3 +388,10 @@ def test_nothing_reads_counts_on_an_accelerator(values):
                     "mask": mask.view(3, 9, 7),
                 }
                 assert attention(image, **how).shape == image.shape
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, math.nan])
+def test_a_count_out_of_range_is_told_both_kinds(count):
+    expected = r"^keys: expected an int >= 1 or a float in \(0, 1\], got "
+    with pytest.raises(ValueError, match=expected):
+        check_token_count("keys", count)

@@ -86,6 +86,19 @@ def test_plot(tmp_path):
     assert len(figure.axes) == 4 and (tmp_path / "routing.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("images, calls, shape", [(1, 24, (7, 4)), (1, 2, (1, 3)), (2, 9, (4, 7))])
+def test_many_panels_go_on_in_further_rows(images, calls, shape):
+    model = attention()
+    with record_routing(model) as records:
+        for _ in range(calls):
+            model(torch.randn(images, 8, 6, 6))
+    figure = plot_routing(torch.rand(images, 3, 48, 48), records)
+    assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == shape
+    assert figure.get_figwidth() < 26
+    drawn = [bool(axis.images) for axis in figure.axes]
+    assert sum(drawn) == images * (1 + calls)
+
+
 def test_bad_input():
     with (
         pytest.raises(ValueError, match="no CoordinateDescentRouter"),
@@ -102,6 +115,8 @@ def test_bad_input():
         model(torch.randn(2, 8, 6, 6))
     with pytest.raises(ValueError, match="images"):
         plot_routing(torch.rand(2, 48, 48), records)
+    with pytest.raises(TypeError, match="^images: expected a tensor, got Image"):
+        plot_routing(Image.new("RGB", (48, 48)), records)
     with pytest.raises(ValueError, match="expected 3 samples"):
         plot_routing(torch.rand(3, 3, 48, 48), records)
     with pytest.raises(ValueError, match="titles"):

@@ -27,6 +27,7 @@ from tests.support.diffusers_cases import (
     some,
     unet,
 )
+from tests.support.marks import further
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,12 @@ FLUX = CASES["flux"]._replace(make=partial(flux, num_layers=1, num_single_layers
 
 
 @pytest.mark.parametrize(
-    ("name", "router"), [(name, "sampled") for name in SHALLOW] + [("sd15", "learned")]
+    ("name", "router"),
+    [
+        ("sd15", "learned"),
+        ("sd3", "sampled"),
+        *further(("sd15", "sampled"), ("ddpm", "sampled"), ("pixart", "sampled")),
+    ],
 )
 def test_one_graph_serves_all_sizes_as_many_as_the_stock_model_makes(name, router):
     case = SHALLOW[name]
@@ -110,7 +116,9 @@ SEVERAL = (
 )
 
 
-@pytest.mark.parametrize(("case", "more"), [(SHALLOW["sd15"], 0), (FLUX, 2)], ids=["sd15", "flux"])
+@pytest.mark.parametrize(
+    ("case", "more"), [(FLUX, 2), *further((SHALLOW["sd15"], 0))], ids=["flux", "sd15"]
+)
 def test_blocks_compiled_one_by_one_make_no_graph_for_each_size(case, more):
     graphs = []
     for routed in (False, True):

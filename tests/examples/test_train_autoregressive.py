@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.marks import further
+
 ROOT = Path(__file__).parents[2]
 QUICK = ["--quick", "--device", "cpu"]  # three steps an epoch, two epochs
 
@@ -42,7 +44,7 @@ def test_from_the_command_line_to_pictures_and_figures(tmp_path):
         "held-out bits per pixel: routed" in done.stdout
         and "pixels/s with the cache" in done.stdout
     )
-    assert Image.open(tmp_path / "samples.png").size == (560, 224)
+    assert Image.open(tmp_path / "samples.png").size == (560, 14 + 224)
     assert Image.open(tmp_path / "curve.png").size[0] > 400
     results = (tmp_path / "results.md").read_text()
     history = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -52,7 +54,7 @@ def test_from_the_command_line_to_pictures_and_figures(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.parametrize("last", [1, 2], ids=["within an epoch", "at its end"])
+@pytest.mark.parametrize("last", [1, *further(2)], ids=["within an epoch", "at its end"])
 def test_an_interrupted_run_goes_on_as_if_it_were_not(example, tmp_path, monkeypatch, capsys, last):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert example.main([*QUICK, "--output", str(whole)]) == 0
@@ -80,7 +82,8 @@ def test_an_interrupted_run_goes_on_as_if_it_were_not(example, tmp_path, monkeyp
 
 
 def test_training_learns_and_the_bits_are_those_of_the_pixels(example):
-    assert example.parse([*QUICK, "--epochs", "6"]).epochs == 6  # what is given stays
+    given = example.parse([*QUICK, "--epochs", "6", "--size", "14"])
+    assert (given.epochs, given.size, given.dim) == (6, 14, 16)  # what is given stays
     args = example.parse([*QUICK, "--limit", "64"])
     run = example.Run(args)
     assert run.symbols[:, 0].min() >= example.LEVELS and run.symbols[:, 1:].max() < example.LEVELS
@@ -119,6 +122,8 @@ def test_sampling_with_the_cache_draws_what_sampling_without_draws(example):
         (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
         (["--dim", "12"], "--dim: expected a multiple of 8, got 12"),
         (["--queries", "0"], "--queries: expected a share in (0, 1], got 0"),
+        (["--lr", "-1"], "--lr: expected a number above 0, got '-1'"),
+        (["--seed", "-1"], "--seed: expected at least 0, got -1"),
         (["--limit", "7", "--quick"], "--limit: expected at least a batch of 8 digits, got 7"),
         (["--resume"], "--resume: no checkpoint"),
         (["--device", "cuda"], "--device: cuda is not available"),
@@ -139,9 +144,7 @@ def test_a_checkpoint_of_other_settings_or_cut_short_is_refused(example, tmp_pat
     args = [*QUICK, "--output", str(tmp_path), "--epochs"]
     assert example.main([*args, "1"]) == 0
     assert example.main([*args, "2", "--resume", "--seed", "3"]) == 2
-    assert (
-        "error: --seed: the checkpoint to resume was made with 0, got 3" in capsys.readouterr().err
-    )
+    assert "error: --seed: the run to resume was made with 0, got 3" in capsys.readouterr().err
     whole = (tmp_path / "checkpoint.pt").read_bytes()
     (tmp_path / "checkpoint.pt").write_bytes(whole[:1000])
     assert example.main([*args, "2", "--resume"]) == 2

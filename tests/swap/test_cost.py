@@ -249,6 +249,30 @@ def test_a_compiled_layer_decides_as_an_eager_one_and_is_compiled_no_more_often(
     assert counts[0] == counts[1] <= 3
 
 
+def test_layers_that_have_the_same_to_say_share_a_line():
+    names = ("blocks.0.attn1", "blocks.1.attn1", "blocks.2.attn1", "blocks.0.attn2")
+    report = RoutedAttentionReport(dict(zip(names, (9, 9, 4, 9))), {"a.1": "x", "a.2": "x"}, {})
+    assert str(report).splitlines() == [
+        "4 layers routed, 2 as they were",
+        "  blocks.*.attn1 (2): 9 tokens",
+        "  blocks.2.attn1: 4 tokens",
+        "  blocks.0.attn2: 9 tokens",
+        "  a.* (2): full attention, x",
+    ]
+
+
+def test_settings_that_gain_nothing_anywhere_are_told():
+    for how, note in (
+        ({"window_size": 8}, "no more than a window has"),
+        ({"num_heavy_tokens_kv": 1.0}, "all of them routed keys"),
+        ({"window_size": 4, "num_heavy_tokens_kv": 1 / 4}, None),
+        ({"router": "grouped", "num_heavy_tokens_kv": 1 / 4}, None),
+    ):
+        report = route_attention(vit(), **{"window_size": 2, "min_speedup": 0} | how)
+        told = dict.fromkeys(report, f"{note}: nothing is saved") if note else {}
+        assert report.notes == told and ("nothing is saved" in str(report)) == bool(note)
+
+
 def test_the_report_of_a_routing_without_estimates_is_as_it_was():
     assert str(RoutedAttentionReport({"a": 3}, {}, {})) == (
         "1 layers routed, 0 as they were\n  a: 3 tokens"

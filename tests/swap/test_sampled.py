@@ -15,14 +15,15 @@ from colt5_vision.swap.sampled import KINDS, SampledAttention, choose_queries
 from colt5_vision.swap.sampling import inclusion_gates
 from tests.support.attention_cases import leaves, randn
 from tests.support.dense import dense_attention
+from tests.support.marks import further
 from tests.support.sampled_cases import GRID, TOKENS, close, reads, routing, tensors
 
 NOTHING = ("window", 9)  # its queries all see the same
 every_router = pytest.mark.parametrize("router", KINDS)
-queries = pytest.mark.parametrize(
-    ("router", "queries"),
-    [(router, number) for router in KINDS for number in (None, 9) if (router, number) != NOTHING],
-)
+EVERY = [
+    (router, number) for router in KINDS for number in (None, 9) if (router, number) != NOTHING
+]
+queries = pytest.mark.parametrize(("router", "queries"), EVERY)
 
 
 def routed_keys(part, q, k, v, *, grid_size, features=None, pair_bias=None, **call):
@@ -336,7 +337,13 @@ def test_autocast_routes_in_single_precision(router):
         close(found[1], expected[1])
 
 
-@queries
+@pytest.mark.parametrize(
+    ("router", "queries"),
+    [
+        ("sampled", None),
+        *further(*(case for case in EVERY if case != ("sampled", None))),
+    ],
+)
 def test_compiles_whole_and_copies(router, queries):
     torch.compiler.reset()
     part = routing(router=router, num_heavy_tokens_q=queries)

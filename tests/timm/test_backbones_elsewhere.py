@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import colt5_vision.models  # noqa: F401
+from tests.support.marks import further
 
 SMALL = ["test_colt5_vit", "test_colt5_pyramid"]
 
@@ -56,7 +57,7 @@ def test_faster_rcnn_of_torchvision():
     assert [set(f) for f in found] == [{"boxes", "labels", "scores"}] * 2
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["test_colt5_vit", *further("test_colt5_pyramid")])
 def test_linear_probe_on_a_frozen_backbone(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0).eval().requires_grad_(False)
@@ -102,7 +103,7 @@ def test_feature_extraction_of_torchvision(name, node):
             torch.testing.assert_close(found, seen.pop())
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["test_colt5_vit", *further("test_colt5_pyramid")])
 def test_torch_export_for_any_batch_and_size(name):
     model = timm.create_model(name, num_classes=5).eval()
     auto = torch.export.Dim.AUTO

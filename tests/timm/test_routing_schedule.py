@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import colt5_vision.models  # noqa: F401
 from colt5_vision import ConditionalRoutedImageAttention, RoutingSchedule
 from colt5_vision.schedule import CarriedSchedule
+from tests.support.marks import further
 
 STEPS = 10
 SMALL = ["test_colt5_vit", "test_colt5_pyramid"]
@@ -234,8 +235,17 @@ def test_a_checkpoint_of_the_whole_model_counts_once():
     assert model.stem.schedule.forwards == STEPS
 
 
-@both
-@fused
+@pytest.mark.parametrize(
+    ("name", "fusion"),
+    [
+        ("test_colt5_vit", "softmax"),
+        *further(
+            ("test_colt5_vit", "sum"),
+            ("test_colt5_pyramid", "softmax"),
+            ("test_colt5_pyramid", "sum"),
+        ),
+    ],
+)
 def test_a_compiled_model_compiles_once_a_factor(name, fusion):
     model, eager, counter = build(name, fusion), build(name, fusion), CompileCounter()
     compiled, seen, graphs = torch.compile(model, backend=counter), [], []
@@ -254,7 +264,7 @@ def test_a_compiled_model_compiles_once_a_factor(name, fusion):
     assert model.stem.schedule.forwards == 2 * STEPS
 
 
-@both
+@pytest.mark.parametrize("name", ["test_colt5_vit", *further("test_colt5_pyramid")])
 def test_in_evaluation_it_stays_out_of_the_graph(name):
     model, x = build(name).eval(), images()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

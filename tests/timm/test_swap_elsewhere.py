@@ -206,7 +206,7 @@ HOLDERS = {
 
 
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
-@some("vit", "sam")
+@some("vit")
 def test_a_model_inside_another_is_found(case, hold):
     torch.manual_seed(0)
     model, x = hold(build(case)), image(case)
