@@ -31,6 +31,7 @@ STEPS: dict[str, Callable] = {
     "attention": attention.attention,
     "layer": attention.layer,
     "gates": routing.gates,
+    "grouped": attention.grouped,
     "graphs": correctness.graphs,
     "compiled": correctness.compiled,
     "selection": routing.selection,
@@ -42,8 +43,9 @@ STEPS: dict[str, Callable] = {
 }
 # seconds of each, what matters most first; what one leaves over, the later ones have
 FULL_SECONDS = {
-    "tests": 90, "opcheck": 25, "attention": 60, "layer": 35, "gates": 65, "graphs": 15,
-    "compiled": 30, "selection": 20, "router": 20, "ceilings": 10, "flex": 60, "sanitizer": 45,
+    "tests": 90, "opcheck": 25, "attention": 60, "layer": 35, "gates": 60, "grouped": 20,
+    "graphs": 15, "compiled": 30, "selection": 20, "router": 20, "ceilings": 10, "flex": 50,
+    "sanitizer": 45,
 }  # fmt: skip
 QUICK_SECONDS = {
     "opcheck": 20,

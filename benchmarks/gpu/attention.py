@@ -1,5 +1,5 @@
-"""Window ∪ routed attention, and the whole layer, beside full attention, FlexAttention and window
-attention alone."""
+"""Window ∪ routed attention, attention of groups, and the whole layer, beside full attention,
+FlexAttention and window attention alone."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,8 +9,9 @@ from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from colt5_vision import ConditionalRoutedImageAttention
-from colt5_vision.ops import routed_window_attention
+from colt5_vision.ops import grouped_attention, routed_window_attention
 from colt5_vision.softmax_fusion import SoftmaxFusion
+from colt5_vision.swap.grouped import tiles_of
 
 from .measure import (
     PASSES,
@@ -104,49 +105,63 @@ def partitioned(size: Map) -> Callable:
 
 
 def attention(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
-    mine = kernels(device)
     for size in sizes.maps:
-        # ours and the peers
         x, grad, routed = inputs(size, device, sizes.dtype)
-        functions = {
-            f"ours, {mine}": ours(size, routed),
-            "ours, plain torch": ours(size, routed),
-            "full, SDPA flash": full(SDPBackend.FLASH_ATTENTION),
-            "full, SDPA cuDNN": full(SDPBackend.CUDNN_ATTENTION),
-            "window alone, partition + SDPA flash": partitioned(size),
-        }
-
-        # calls of all
         count = pairs(size, routed)
-        seen = dict(zip(functions, ("union", "union", "full", "full", "window"), strict=True))
-        backends = dict(zip(functions, (mine, "eager"), strict=False))  # the peers have none
-        calls = {
-            name: both(function, x, grad, backend=backends.get(name))
-            for name, function in functions.items()
+        peers = {
+            "full, SDPA flash": (full(SDPBackend.FLASH_ATTENTION), count["full"]),
+            "full, SDPA cuDNN": (full(SDPBackend.CUDNN_ATTENTION), count["full"]),
+            "window alone, partition + SDPA flash": (partitioned(size), count["window"]),
         }
+        label, mine = f"window ∪ routed attention, {size}", (ours(size, routed), count["union"])
+        yield from _beside(label, mine, peers, x, grad, timer)
 
-        # ours agree, then the times
-        first, second = list(functions)[:2]
-        for what in PASSES:
-            label = f"window ∪ routed attention, {size}"
-            yield agreement(
-                f"{label}, {what}: {mine} = plain torch",
-                calls[first][what],
-                calls[second][what],
-                timer,
-            )
 
-            found = timer.compare(
-                {name: lambda call=call[what]: call for name, call in calls.items()}
-            )
-            per_pair = 4 * size.heads * size.head_dim * FLOPS[what]
-            yield from rows(
-                label,
-                what,
-                found,
-                first,
-                {name: count[kind] * per_pair for name, kind in seen.items()},
-            )
+def grouped(device: torch.device, sizes: Sizes, timer: Timer) -> Iterator[dict]:
+    """Tiles of the map with keys of their own, as a swap with ``router="grouped"`` has them."""
+    # tiles, and keys drawn for each
+    size = sizes.maps[0]
+    x, grad, _ = inputs(size, device, sizes.dtype)
+    tiles = tiles_of((size.side, size.side), (size.window, size.window), device)[None, None]
+    count = max(1, size.tokens // size.share)
+    shape = (size.batch, 1, tiles.shape[2], size.tokens)
+    keys = torch.rand(shape, device=device).topk(count).indices
+
+    # beside full attention
+    queries = size.batch * size.tokens
+    mine = (lambda q, k, v: grouped_attention(q, k, v, tiles, keys)), queries * count
+    peers = {"full, SDPA flash": (full(SDPBackend.FLASH_ATTENTION), queries * size.tokens)}
+    yield from _beside(f"attention of {tiles.shape[2]} tiles, {size}", mine, peers, x, grad, timer)
+
+
+def _beside(
+    label: str,
+    ours: tuple[Callable, int],
+    peers: dict[str, tuple[Callable, int]],
+    x: list[Tensor],
+    grad: Tensor,
+    timer: Timer,
+) -> Iterator[dict]:
+    """Ours by its kernels, by plain torch, and the peers: each a function of q, k, v and its
+    query-key pairs."""
+    # calls of all
+    mine = kernels(grad.device)
+    first, second = f"ours, {mine}", "ours, plain torch"
+    backends = {first: mine, second: "eager"}  # the peers have none
+    functions = dict.fromkeys(backends, ours) | peers
+    calls = {
+        name: both(function, x, grad, backend=backends.get(name))
+        for name, (function, _) in functions.items()
+    }
+
+    # ours agree, then the times
+    for what in PASSES:
+        check = f"{label}, {what}: {mine} = plain torch"
+        yield agreement(check, calls[first][what], calls[second][what], timer)
+        found = timer.compare({name: lambda call=call[what]: call for name, call in calls.items()})
+        per_pair = 4 * x[0].shape[1] * x[0].shape[3] * FLOPS[what]
+        flops = {name: pairs * per_pair for name, (_, pairs) in functions.items()}
+        yield from rows(label, what, found, first, flops)
 
 
 def _flex(sizes: Sizes) -> Callable:

@@ -33,7 +33,8 @@ def timer():
 
 
 def test_timed_steps_make_rows_targets_and_files(timer, tmp_path):
-    records = run(["selection", "router", "attention", "ceilings", "layer", "gates"], timer)
+    steps = ["selection", "router", "attention", "grouped", "ceilings", "layer", "gates"]
+    records = run(steps, timer)
     assert not failures(records)
     timed = [r for r in records if r["kind"] == "timing"]
     for record in timed:

@@ -39,6 +39,7 @@ LAUNCHED = {
     "attention": _ATTENTION,
     "layer": (*_ATTENTION, *_GATES),
     "gates": _GATES,
+    "grouped": _ATTENTION,
     "graphs": (*_ATTENTION, *_GATES),
     "compiled": _ATTENTION,
     "selection": ("take_kernel", None),

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import (
 from benchmarks.gpu.offline import recorded
 from colt5_vision import ConditionalRoutedFeedForward, ConditionalRoutedImageAttention
 from colt5_vision.ops import backend
+from colt5_vision.ops.grouped_attention import triton as groups
+from colt5_vision.ops.grouped_attention.call import Call
 from colt5_vision.ops.join import triton as branches
 from colt5_vision.ops.route_topk import triton as selection
 from colt5_vision.ops.routed_rows import triton as rows
@@ -68,6 +70,18 @@ def test_attention(launches, own, queries):
     assert out.device.type == "cuda" and [x.shape for x in grads] == [
         x.shape for x in (q, k, v, call[1])
     ]
+
+
+def test_groups(launches):
+    q, k, v = (empty(2, 4, 3 + 35, 40, dtype=torch.bfloat16) for _ in range(3))
+    pooled = (*(empty(2, 4, 4, 2, 40, dtype=torch.bfloat16) for _ in range(2)), empty(2, 4, 4, 2))
+    further = (empty(2, 2, 4, 6), *pooled)
+    call = Call(q, k, v, index(2, 2, 4, 9), index(2, 2, 4, 6), *further, None, 3, 0.1)
+    call = call._replace(key_mask=empty(2, 38, dtype=torch.bool))
+    out, lse = groups.forward(call)
+    grads = groups.backward(torch.empty_like(out), out, lse, call)
+    assert len(launches) == 6
+    assert [x.shape for x in grads] == [x.shape for x in (q, k, v, *further)]
 
 
 @pytest.mark.parametrize("n", [577, 65536])

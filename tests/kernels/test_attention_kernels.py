@@ -13,6 +13,7 @@ from colt5_vision.ops.routed_window_attention.reference import window_of
 from tests.support.attention_cases import (
     dense,
     distinct,
+    errors,
     leaves,
     operator,
     out_and_grads,
@@ -156,16 +157,6 @@ def on_cpu(call):
         name: value.cpu() if isinstance(value, torch.Tensor) else value
         for name, value in call.items()
     }
-
-
-def errors(found, exact):
-    """Root mean square error of each, relative to the root mean square of the exact one."""
-    pairs = [(a.detach().cpu().double(), b) for a, b in zip(found, exact, strict=True)]
-    assert all(a.isfinite().all() for a, _ in pairs)
-    return [
-        float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp_min(1e-6))
-        for a, b in pairs
-    ]
 
 
 @pytest.mark.parametrize("name", CASES)

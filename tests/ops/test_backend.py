@@ -10,6 +10,7 @@ import torch
 from colt5_vision.ops import (
     backend,
     coordinate_descent,
+    grouped_attention,
     route_topk,
     routed_window_attention,
     soft_topk,
@@ -17,6 +18,7 @@ from colt5_vision.ops import (
 )
 
 Q = torch.randn(1, 2, 12, 8)
+GROUPS = torch.arange(12).view(1, 1, 2, 6)
 SCORES = torch.randn(2, 12)
 CALLS = {
     "soft_topk": lambda **how: soft_topk(SCORES, 3, **how),
@@ -28,6 +30,7 @@ CALLS = {
     "routed_window_attention": lambda **how: routed_window_attention(
         Q, Q, Q, grid_size=(3, 4), window_size=2, routed_indices=torch.tensor([[1, 2]]), **how
     ),
+    "grouped_attention": lambda **how: grouped_attention(Q, Q, Q, GROUPS, GROUPS[..., :3], **how),
 }
 no_gpu = pytest.mark.skipif(backend.INTERPRETED, reason="what is said where no kernel can run")
 
@@ -99,6 +102,9 @@ def test_heads_wider_than_the_kernels(monkeypatch):
     with pytest.raises(RuntimeError, match="head_dim up to 256, got 257"):
         window_attention(wide, wide, wide, **call, backend="triton")
     assert window_attention(wide, wide, wide, **call).shape == wide.shape
+    groups = torch.arange(4).view(1, 1, 1, 4)
+    with pytest.raises(RuntimeError, match="head_dim up to 256, got 257"):
+        grouped_attention(wide, wide, wide, groups, groups, backend="triton")
 
 
 def test_pair_bias_has_no_kernel():

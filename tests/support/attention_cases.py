@@ -1,4 +1,4 @@
-"""What the tests of routed_window_attention share."""
+"""What the tests of the attention operators share."""
 
 import torch
 
@@ -33,6 +33,16 @@ def assert_same(found, expected, atol=1e-9):
     for a, b in zip(found, expected, strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b, rtol=atol, atol=atol)
+
+
+def errors(found, exact):
+    """Root mean square error of each, relative to the root mean square of the exact one."""
+    pairs = [(a.detach().cpu().double(), b) for a, b in zip(found, exact, strict=True)]
+    assert all(a.isfinite().all() for a, _ in pairs)
+    return [
+        float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp_min(1e-6))
+        for a, b in pairs
+    ]
 
 
 def operator(**call):

@@ -15,10 +15,18 @@ from ..._torch_internals import (
 from ...checks import check_float_tensor, check_int
 from ..attention_checks import check_indices, check_qkv, checked_mask, checked_scale
 from ..autocast import without_autocast
-from ..backend import check_backend, needs_operator, takes_transform
+from ..backend import (
+    HALVES,
+    check_backend,
+    needs_operator,
+    takes_transform,
+    use_triton,
+    why_not_triton,
+)
 from ..dtypes import wide_dtype
 from ..registration import count_flops, once_differentiable, operator, overridable
 from . import eager
+from .call import Call
 
 NAME = "grouped_attention"
 _WAY_OUT = (
@@ -50,6 +58,17 @@ def _empty_head_last(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
+def _implementation(q: Tensor, backend: str):
+    why_not = why_not_triton(q, HALVES)
+    if q.shape[-1] > 256:
+        why_not = f"the kernels are for head_dim up to 256, got {q.shape[-1]}"
+    if use_triton(NAME, backend, why_not):
+        from . import triton
+
+        return triton
+    return eager
+
+
 @operator("grouped_attention")
 def _attention(
     q: Tensor,
@@ -64,11 +83,12 @@ def _attention(
     key_mask: Tensor | None,
     prefix: int,
     scale: float,
+    backend: str = "",
 ) -> tuple[Tensor, Tensor]:
     pooled = (pooled_keys, pooled_values, log_mass)
-    call = eager.Call(q, k, v, groups, keys, log_weights, *pooled, key_mask, prefix, scale)
+    call = Call(q, k, v, groups, keys, log_weights, *pooled, key_mask, prefix, scale)
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = eager.forward(call)
+        out, lse = _implementation(q, backend).forward(call)
     return _head_last(out), lse.contiguous()
 
 
@@ -94,11 +114,12 @@ def _attention_backward(
     lse: Tensor,
     prefix: int,
     scale: float,
+    backend: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     pooled = (pooled_keys, pooled_values, log_mass)
-    call = eager.Call(q, k, v, groups, keys, log_weights, *pooled, key_mask, prefix, scale)
+    call = Call(q, k, v, groups, keys, log_weights, *pooled, key_mask, prefix, scale)
     with torch.autocast(q.device.type, enabled=False):
-        grads = eager.backward(grad, out, lse, call)
+        grads = _implementation(q, backend).backward(grad, out, lse, call)
     further = (log_weights, *pooled)
     return *(_head_last(x) for x in grads[:3]), *(
         q.new_empty(0) if like is None else x.to(like.dtype).contiguous()
@@ -115,7 +136,7 @@ def _(grad, q, k, v, groups, keys, log_weights, pooled_keys, pooled_values, log_
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.prefix, ctx.scale = inputs
+    *tensors, ctx.prefix, ctx.scale, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
@@ -125,9 +146,9 @@ def _backward(ctx, grad, _):
         raise NotImplementedError(
             f"{NAME}: its gradient has no forward-mode derivative; {_WAY_OUT}"
         )
-    grads = _attention_backward(grad, *ctx.saved_tensors, ctx.prefix, ctx.scale)
+    grads = _attention_backward(grad, *ctx.saved_tensors, ctx.prefix, ctx.scale, ctx.backend)
     further = (x if need else None for x, need in zip(grads[3:], ctx.needs_input_grad[5:9]))
-    return *grads[:3], None, None, *further, None, None, None
+    return *grads[:3], None, None, *further, None, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_setup)
@@ -255,7 +276,9 @@ def grouped_attention(
             0.
         num_prefix_tokens: P.
         scale: factor of the logits, default head_dim ** -0.5.
-        backend: ``"eager"``, or ``"auto"``, the same: there are no kernels yet.
+        backend: ``"eager"`` (plain torch), ``"triton"`` (kernels: float16 or bfloat16, head_dim up
+            to 256, CUDA or ROCm) or ``"auto"`` (Triton where it can run). None: the environment
+            variable ``COLT5_VISION_BACKEND``, else ``"auto"``.
 
     Returns:
         (B, heads, P + N, head_dim), the dtype of ``q``. Differentiable in q, k, v, ``pooled`` and
@@ -263,7 +286,7 @@ def grouped_attention(
 
     Raises:
         TypeError, ValueError: for bad arguments.
-        RuntimeError: ``backend="triton"``.
+        RuntimeError: ``"triton"`` was asked for and cannot run, with the reason.
 
     Source: clusters of queries with keys of their own as in clustered attention (arXiv 2007.04825),
         pooled keys weighed by their number as in ToMe's proportional attention (arXiv 2210.09461).
@@ -286,10 +309,8 @@ def grouped_attention(
     # the operator, fused, or plain torch
     floats = (q, k, v, log_weights, *more)
     plain = in_onnx_export(q) or takes_transform(NAME, backend, *floats)
-    if backend == "triton":
-        raise RuntimeError(f"{NAME}: backend 'triton' cannot run: it has no kernels")
-    call = eager.Call(q, k, v, groups, keys, log_weights, *more, key_mask, prefix, scale)
+    call = Call(q, k, v, groups, keys, log_weights, *more, key_mask, prefix, scale)
     if plain or ((backend == "eager" or not needs_operator(q)) and wants_plain_attention()):
         with without_autocast(q.device.type):
             return eager.grouped_attention(call)
-    return _attention(*call)[0]
+    return _attention(*call, backend or "")[0]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..backend import HALVES
 from ..dtypes import wide_dtype
-from ..sdpa import attend, attend_backward, masked_logit
+from ..sdpa import attend, attend_backward
+from .call import Call, blank_masked, prefix_backward, prefix_bias, prefix_forward
 
 _HELD = {"cpu": 1 << 20}  # gathered elements at once: on a CPU they stay in the cache
 _HELD_ELSEWHERE = 1 << 26
@@ -22,28 +23,9 @@ _OFF = (
 )  # bias of a key that must not be read, finite: a part without any key stays free of NaN
 
 
-class Call(NamedTuple):
-    """The checked arguments of a call. B samples, R routes, G groups of L queries."""
-
-    q: Tensor  # (B, heads, P + N, D)
-    k: Tensor
-    v: Tensor
-    groups: Tensor  # (B, R, G, L), -1 for an empty place
-    keys: Tensor  # (B, R, G, M), -1 for an empty slot
-    log_weights: Tensor | None  # (B, R, G, M)
-    pooled_keys: Tensor | None  # (B, heads, G, C, D)
-    pooled_values: Tensor | None
-    log_mass: Tensor | None  # (B, heads, G, C)
-    key_mask: Tensor | None  # (B, P + N)
-    prefix: int
-    scale: float
-
-
 def _readable(call: Call) -> Call:
     """What is switched off is never read: a weight of 0 would not stop its NaN or inf."""
-    if call.key_mask is not None:
-        off = ~call.key_mask[:, None, :, None]
-        call = call._replace(k=call.k.masked_fill(off, 0), v=call.v.masked_fill(off, 0))
+    call = blank_masked(call)
     if call.log_mass is not None:
         off = (call.log_mass == float("-inf")).unsqueeze(-1)
         keys, values = (x.masked_fill(off, 0) for x in (call.pooled_keys, call.pooled_values))
@@ -59,7 +41,6 @@ class _Routes(NamedTuple):
     slot: Tensor  # (Z, N), place of each token among the G * L of its route, G * L for none
     keys: Tensor  # (Z * G, P + M), rows of k and v, a spare one of zeros for an empty slot
     bias: Tensor  # (Z * G, 1 or heads of a route, 1, P + M + C), wide
-    prefix_bias: Tensor | None  # (B, 1, 1, P + N)
 
 
 def _routes(call: Call) -> _Routes:
@@ -94,14 +75,8 @@ def _routes(call: Call) -> _Routes:
     if call.log_mass is not None:
         rest = _by_route(call.log_mass.to(wide).clamp_min(_OFF), routes).unsqueeze(2)
         bias = torch.cat([bias.expand(-1, rest.shape[1], -1, -1), rest], -1)
-    prefix_bias = None
-    if prefix and call.key_mask is not None:
-        prefix_bias = torch.zeros(call.key_mask.shape, dtype=wide, device=device)
-        prefix_bias = prefix_bias.masked_fill(~call.key_mask, masked_logit(q))[:, None, None]
     rows = torch.where(used, at, length) + start
-    return _Routes(
-        routes, queries.flatten(0, 2), slot.flatten(0, 1), rows.flatten(0, 2), bias, prefix_bias
-    )
+    return _Routes(routes, queries.flatten(0, 2), slot.flatten(0, 1), rows.flatten(0, 2), bias)
 
 
 def _by_route(x: Tensor, routes: int) -> Tensor:
@@ -194,13 +169,12 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         out = _tokens(torch.cat(outs).to(q.dtype), how, q.shape[0], 0.0)
         lse = _tokens(torch.cat(lses), how, q.shape[0], float("inf"))
     empty = lse < _OFF / 2
+    out, lse = out.masked_fill_(empty.unsqueeze(-1), 0), lse.masked_fill_(empty, float("inf"))
 
     # the prefix, to everything
     if prefix:
-        own = attend(q[:, :, :prefix], call.k, call.v, how.prefix_bias, call.scale)
-        out, lse = torch.cat([own[0], out], 2), torch.cat([own[1], lse], 2)
-        empty = torch.cat([own[1] < masked_logit(q) / 2, empty], 2)
-    return out.masked_fill_(empty.unsqueeze(-1), 0), lse.masked_fill_(empty, float("inf"))
+        out, lse = (torch.cat(both, 2) for both in zip(prefix_forward(call), (out, lse)))
+    return out, lse
 
 
 def backward(grad: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor | None, ...]:
@@ -252,9 +226,8 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor
 
     # the others, from groups; 0 where there are none
     grad_q = torch.zeros_like(q[:, :, prefix:])
-    further = (call.log_weights, call.pooled_keys, call.pooled_values, call.log_mass)
     grad_weights, grad_pk, grad_pv, grad_mass = (
-        None if x is None else torch.zeros_like(x) for x in further
+        None if x is None else torch.zeros_like(x) for x in call.further
     )
     if how.bias.numel():
         dq, dk, dv, dbias = (torch.cat(parts) for parts in by_group)
@@ -268,16 +241,9 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, call: Call) -> tuple[Tensor
 
     # the prefix, which reads everything
     if prefix:
-        own_grad, own_q, own_out, own_lse = (x[:, :, :prefix] for x in (grad, q, out, lse))
-        own = (own_grad, own_q, call.k, call.v, own_out, own_lse)
-        dq, dk, dv = attend_backward(*own, how.prefix_bias, scale)
+        dq, dk, dv = prefix_backward(grad, out, lse, call)
         grad_q = torch.cat([dq, grad_q], 2)
         grad_k, grad_v = grad_k + dk, grad_v + dv
-
-    # what is masked
-    if call.key_mask is not None:
-        off = ~call.key_mask[:, None, :, None]
-        grad_k, grad_v = grad_k.masked_fill(off, 0), grad_v.masked_fill(off, 0)
     grad_k, grad_v = grad_k.to(call.k.dtype), grad_v.to(call.v.dtype)
     return grad_q, grad_k, grad_v, grad_weights, grad_pk, grad_pv, grad_mass
 
@@ -303,6 +269,7 @@ def grouped_attention(call: Call) -> Tensor:
         key, value = (torch.cat([x, y], 2) for x, y in zip((key, value), _pooled(call, how)))
     out = _tokens(softmax(query, key, value, how.bias), how, q.shape[0], 0.0)
     if prefix:
-        bias = q.new_zeros(1, 1, 1, 1, dtype=wide) if how.prefix_bias is None else how.prefix_bias
+        bias = prefix_bias(call)
+        bias = q.new_zeros(1, 1, 1, 1, dtype=wide) if bias is None else bias
         out = torch.cat([softmax(q[:, :, :prefix], k, v, bias), out], 2)
     return out

@@ -113,7 +113,7 @@ def config(kind: str, head_dim: int, architecture: int) -> dict[str, int]:
     return _CONFIGS[family][kind][max(16, triton.next_power_of_2(head_dim))]
 
 
-def _options_for(kind: str, q: Tensor, queries: int, keys: int) -> dict[str, int]:
+def options_for(kind: str, q: Tensor, queries: int, keys: int) -> dict[str, int]:
     """The configuration, its tiles no larger than what they tile."""
     options = dict(config(kind, q.shape[-1], backend.architecture(q.device)))
     for name, size in (("BLOCK_M", queries), ("BLOCK_N", keys)):
@@ -134,15 +134,15 @@ def _splits(device: torch.device, programs: int, length: int, block: int) -> tup
     return triton.cdiv(length, piece), piece
 
 
-def _dense_rows(x: Tensor) -> Tensor:
+def dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _head_last(x: Tensor, length: int) -> Tensor:
+def head_last(x: Tensor, length: int) -> Tensor:
     return x.new_empty(x.shape[0], length, x.shape[1], x.shape[3]).transpose(1, 2)
 
 
-def _strides(*tensors: Tensor) -> list[int]:
+def outer_strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
@@ -168,7 +168,7 @@ class _Call:
         self.geo = geo
         self.batch, self.heads, self.length, self.head_dim = q.shape
         self.align = math.gcd(
-            8, self.head_dim, *_strides(q, k, v, *others)
+            8, self.head_dim, *outer_strides(q, k, v, *others)
         )  # 8 halves are 16 bytes
         self.routes, self.num_routed = routed.shape[1:]
         self.pairs, self.share = self.batch * self.heads, self.heads // self.routes
@@ -282,7 +282,7 @@ class _Call:
 
     def strides(self, *tensors: Tensor) -> list[int]:
         """Of (B, heads, L, D), those of all but D, in units of ``align``."""
-        return [stride // self.align for stride in _strides(*tensors)]
+        return [stride // self.align for stride in outer_strides(*tensors)]
 
     def tiles(self, block: int) -> tuple[int, int]:
         """Tiles of all windows, and of one."""
@@ -301,14 +301,14 @@ def forward(
     geo: Geometry,
 ) -> tuple[Tensor, Tensor]:
     """As ``eager.forward``."""
-    q, k, v = (_dense_rows(x) for x in (q, k, v))
+    q, k, v = (dense_rows(x) for x in (q, k, v))
     call = _Call(q, k, v, routed, log_weights, key_mask, query_indices, geo, backward=False)
-    out = _head_last(q, call.rows)
+    out = head_last(q, call.rows)
     lse = torch.empty(call.batch, call.heads, call.rows, dtype=torch.float32, device=q.device)
     scale2 = geo.scale / math.log(2)
 
     # queries of the map
-    options = _options_for("forward", q, call.area, max(call.area, call.listed))
+    options = options_for("forward", q, call.area, max(call.area, call.listed))
     tiles, per_window = call.tiles(options["BLOCK_M"])
     backend.launch(
         forward_kernel, (call.pairs * tiles,), q, k, v, out, lse, *call.lists(),
@@ -318,7 +318,7 @@ def forward(
 
     # the prefix, its keys split over programs and joined by their logsumexps
     if geo.prefix:
-        options = _options_for("forward", q, geo.prefix, call.length)
+        options = options_for("forward", q, geo.prefix, call.length)
         tiles = triton.cdiv(geo.prefix, options["BLOCK_M"])
         splits, per_split = _splits(q.device, call.pairs * tiles, call.length, options["BLOCK_N"])
         part_lse = torch.empty(
@@ -355,21 +355,21 @@ def backward(
     with_log_weights: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As ``eager.backward``."""
-    grad, q, k, v, out = (_dense_rows(x) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (dense_rows(x) for x in (grad, q, k, v, out))
     lse = lse.contiguous()
     call = _Call(
         q, k, v, routed, log_weights, key_mask, query_indices, geo, (out, grad), backward=True
     )
     batch, heads, length, head_dim = q.shape
     wide = {"dtype": torch.float32, "device": q.device}
-    grad_q, grad_k, grad_v = (_head_last(x, length) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (head_last(x, length) for x in (q, k, v))
     if query_indices is not None:
         grad_q.zero_()  # a token that does not query gets no gradient as a query
     delta = torch.empty_like(lse)
     scales = (geo.scale, geo.scale / math.log(2))
 
     # queries of the map
-    options = _options_for("backward_query", q, call.area, max(call.area, call.listed))
+    options = options_for("backward_query", q, call.area, max(call.area, call.listed))
     tiles, per_window = call.tiles(options["BLOCK_M"])
     backend.launch(
         backward_query_kernel, (call.pairs * tiles,), q, k, v, out, grad, lse, delta, grad_q,
@@ -379,7 +379,7 @@ def backward(
 
     # the prefix as queries
     if geo.prefix:
-        options = _options_for("backward_query", q, geo.prefix, length)
+        options = options_for("backward_query", q, geo.prefix, length)
         tiles = triton.cdiv(geo.prefix, options["BLOCK_M"])
         splits, per_split = _splits(q.device, call.pairs * tiles, length, options["BLOCK_N"])
         part = torch.empty(splits, batch, heads, geo.prefix, head_dim, **wide)
@@ -396,7 +396,7 @@ def backward(
     part_k = part_v = part_bias = grad_bias = None
     splits = 0
     if call.listed:
-        options = _options_for("backward_keys", q, call.rows, call.listed)
+        options = options_for("backward_keys", q, call.rows, call.listed)
         tiles = triton.cdiv(call.listed, options["BLOCK_N"])
         splits, per_split = _splits(q.device, call.pairs * tiles, call.rows, options["BLOCK_M"])
         part_k = torch.empty(splits, batch, heads, call.listed, head_dim, **wide)
@@ -418,7 +418,7 @@ def backward(
             grad_v[:, :, : geo.prefix] = part_v[:, :, :, : geo.prefix].sum(0)
 
     # all keys of the map, with what came from beyond
-    options = _options_for("backward_keys", q, max(call.area, geo.prefix), call.area)
+    options = options_for("backward_keys", q, max(call.area, geo.prefix), call.area)
     tiles, per_window = call.tiles(options["BLOCK_N"])
     backend.launch(
         backward_window_kernel, (call.pairs * tiles,), q, k, v, grad, lse, delta, grad_k, grad_v,
