@@ -41,7 +41,7 @@ def sweep(
     # the library chooses a configuration by a function, which is replaced
     mine = kernels(device)
     try:
-        from colt5_vision.ops.routed_window_attention import triton as launches
+        from colt5_vision.ops import attention_tiles as launches
 
         shipped = launches.config
     except (ImportError, AttributeError) as error:

@@ -9,20 +9,22 @@ They take its arguments, ``list_keys`` and MODE:
 import triton
 import triton.language as tl
 
-from colt5_vision.ops.routed_window_attention.kernels import (
+from colt5_vision.ops.attention_steps import (
     LN2,
     LOG2E,
-    SIZES,
     head_of,
-    load_list_biases,
     load_list_rows,
-    load_queries,
     load_rows,
-    load_window_keys,
     padded,
-    query_span,
     softmax_step,
     store_rows,
+)
+from colt5_vision.ops.routed_window_attention.kernels import (
+    SIZES,
+    load_list_biases,
+    load_queries,
+    load_window_keys,
+    query_span,
     window_span,
 )
 

@@ -177,12 +177,6 @@ class RoutedLayer:
         make = self.spec.pair_bias
         return None if make is None else make(layer, call.query, site)
 
-    @torch.compiler.assume_constant_result  # called when a graph is made, not when it runs
-    def keep_switches(self, layer: nn.Module) -> bool:
-        """The layer becomes part of a graph, in which its switches are as they are now."""
-        self.switches.keep(self.name, layer, self.spec.switches)
-        return True
-
 
 class RerouteMode(TorchFunctionMode):
     """While a layer's forward runs: sends calls of ``scaled_dot_product_attention`` to it.
@@ -232,8 +226,15 @@ class RerouteMode(TorchFunctionMode):
 class EnterHook:
     """A pre-hook of a routed layer."""
 
-    def __init__(self, routed: RoutedLayer):
-        self.routed = routed
+    def __init__(self, routed: RoutedLayer, layer: nn.Module):
+        self.routed, self.layer = routed, layer
+
+    # called when a graph is made, not when it runs; torch 2.11 takes no module as its argument
+    @torch.compiler.assume_constant_result
+    def keep_switches(self) -> bool:
+        """The layer becomes part of a graph, in which its switches are as they are now."""
+        self.routed.switches.keep(self.routed.name, self.layer, self.routed.spec.switches)
+        return True
 
     @begins_no_graph
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -244,7 +245,7 @@ class EnterHook:
                 now = Pass(COMPILED_EXCHANGE)
             mode = RerouteMode(routed, layer, now)
             if torch.compiler.is_dynamo_compiling():
-                routed.keep_switches(layer)
+                self.keep_switches()
             else:
                 mode.hold(routed.spec.switches)
             mode.__enter__()

@@ -235,7 +235,7 @@ def apply(planned: Plan) -> RoutedAttentionReport:
         module = model.get_submodule(one.path)
         config, attention = planned.configs[name], planned.attention[name]
         layer = RoutedLayer(name, one.spec, config, attention, scope, switches)
-        put_hook(module, _ENTER, EnterHook(layer))
+        put_hook(module, _ENTER, EnterHook(layer, module))
         put_hook(module, _LEAVE, LeaveHook(layer), after=True)
         routed[name] = layer
 

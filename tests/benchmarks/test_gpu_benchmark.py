@@ -1,7 +1,6 @@
 """benchmarks/gpu on the CPU: every step at tiny sizes, with what needs a GPU replaced. No figure
 here is a measurement."""
 
-import importlib
 import json
 import math
 import subprocess
@@ -23,6 +22,7 @@ from benchmarks.gpu.attention import (
     partitioned,
     to_windows,
 )
+from colt5_vision import ops
 from colt5_vision.ops import backend
 from tests.support.gpu_steps import CPU, TINY, CpuTimer, failures, run
 
@@ -316,8 +316,7 @@ def test_sweep_takes_the_hook(timer, monkeypatch):
         def config(kind, head_dim, architecture):
             return {}
 
-    package = importlib.import_module("colt5_vision.ops.routed_window_attention")
-    monkeypatch.setattr(package, "triton", Launches, raising=False)
+    monkeypatch.setattr(ops, "attention_tiles", Launches, raising=False)
     monkeypatch.setattr(sweep, "CANDIDATES", ((64, 64, 4, 2),))
     monkeypatch.setattr(
         sweep,

@@ -15,17 +15,18 @@ Lists of G groups, S = P + M + C rounded up to PAD:
 import triton
 import triton.language as tl
 
-from ..routed_window_attention.kernels import (
+from ..attention_steps import (
     LN2,
     LOG2E,
     head_of,
+    key_step,
     load_list_rows,
     load_rows,
     padded,
+    query_step,
     softmax_step,
     store_rows,
 )
-from ..routed_window_attention.kernels_backward import key_step, query_step
 
 # sizes that change with the image must not compile a kernel anew
 SIZES = (

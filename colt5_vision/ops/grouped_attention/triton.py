@@ -9,8 +9,8 @@ import triton
 from torch import Tensor
 
 from .. import backend
-from ..routed_window_attention.kernels import PAD
-from ..routed_window_attention.triton import dense_rows, options_for, outer_strides
+from ..attention_steps import PAD
+from ..attention_tiles import dense_rows, options_for, outer_strides
 from .call import Call, blank_masked, prefix_backward, prefix_forward
 from .kernels import (
     backward_list_kernel,

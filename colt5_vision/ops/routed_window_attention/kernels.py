@@ -22,9 +22,17 @@ Lists, one row for each sample and route:
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-PAD = tl.constexpr(128)  # a multiple of every BLOCK_N
+from ..attention_steps import (
+    LN2,
+    LOG2E,
+    head_of,
+    load_list_rows,
+    load_rows,
+    padded,
+    softmax_step,
+    store_rows,
+)
+
 NO_WINDOW = tl.constexpr(-1)  # the "window" of a prefix token as a key
 PREFIX_QUERY = tl.constexpr(-2)  # and as a query: equal to no key's
 
@@ -56,40 +64,6 @@ SIZES = (
     "query_share",
     "routes",
 )
-
-
-@triton.jit
-def load_rows(
-    base, index, valid, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr
-):
-    """(len(index), BLOCK_D); zeros where not valid. The stride is in units of ALIGN elements."""
-    d = tl.arange(0, BLOCK_D)
-    at = base + (index.to(tl.int64) * stride * ALIGN)[:, None] + d[None, :]
-    if HEAD_DIM == BLOCK_D:
-        return tl.load(at, mask=valid[:, None], other=0.0)
-    else:
-        return tl.load(at, mask=valid[:, None] & (d[None, :] < HEAD_DIM), other=0.0)
-
-
-@triton.jit
-def store_rows(
-    base,
-    x,
-    index,
-    valid,
-    stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    d = tl.arange(0, BLOCK_D)
-    at = base + (index.to(tl.int64) * stride * ALIGN)[:, None] + d[None, :]
-    tl.store(at, x.to(base.dtype.element_ty), mask=valid[:, None] & (d[None, :] < HEAD_DIM))
-
-
-@triton.jit
-def head_of(base, b, h, batch_stride, head_stride, ALIGN: tl.constexpr):
-    return base + (b.to(tl.int64) * batch_stride + h.to(tl.int64) * head_stride) * ALIGN
 
 
 @triton.jit
@@ -136,12 +110,6 @@ def load_queries(query_rows, query_positions, at, valid, SUBSET: tl.constexpr):
 
 
 @triton.jit
-def padded(listed):
-    """Length of a row of list_keys and its like."""
-    return tl.cdiv(listed, PAD) * PAD
-
-
-@triton.jit
 def load_window_keys(
     first, start, count, keys, biases, OWN_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -163,31 +131,6 @@ def load_list_biases(first, window, list_biases, list_window, BLOCK: tl.constexp
     at = first + tl.arange(0, BLOCK)
     bias = tl.load(list_biases + at)
     return tl.where(tl.load(list_window + at) == window, float("-inf"), bias)
-
-
-@triton.jit
-def load_list_rows(rows, first, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of list_k or list_v: (BLOCK, BLOCK_D). No mask of keys, by far the most that such a
-    load costs."""
-    d = tl.arange(0, BLOCK_D)
-    at = rows + first * HEAD_DIM + (tl.arange(0, BLOCK)[:, None] * HEAD_DIM + d[None, :])
-    if HEAD_DIM == BLOCK_D:
-        return tl.load(at)
-    else:
-        return tl.load(at, mask=d[None, :] < HEAD_DIM, other=0.0)
-
-
-@triton.jit
-def softmax_step(q, k, v, bias, m, total, acc, scale2):
-    """Take keys and values (S, D) into an online softmax in base 2; a bias of -inf leaves out."""
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 + bias[None, :]
-    highest = tl.maximum(m, tl.max(logits, 1))
-    origin = tl.where(highest == float("-inf"), 0.0, highest)  # no key so far: no NaN
-    weights = tl.exp2(logits - origin[:, None])
-    fade = tl.exp2(m - origin)
-    total = total * fade + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-    return highest, total, acc
 
 
 @triton.jit(do_not_specialize=SIZES)

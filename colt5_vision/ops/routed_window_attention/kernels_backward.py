@@ -10,44 +10,25 @@ atomics.
 import triton
 import triton.language as tl
 
-from .kernels import (
+from ..attention_steps import (
     LOG2E,
+    head_of,
+    key_step,
+    load_list_rows,
+    load_rows,
+    padded,
+    query_step,
+    store_rows,
+)
+from .kernels import (
     NO_WINDOW,
     SIZES,
-    head_of,
     load_list_biases,
-    load_list_rows,
     load_queries,
-    load_rows,
     load_window_keys,
-    padded,
     query_span,
-    store_rows,
     window_span,
 )
-
-
-@triton.jit
-def query_step(query, grad, k, v, bias, lse2, delta, acc, scale2):
-    """Add to the gradient of the queries what keys and values (S, D) give; unscaled. A bias of
-    -inf leaves out."""
-    logits = tl.dot(query, tl.trans(k), input_precision="ieee") * scale2 + bias[None, :]
-    weights = tl.exp2(logits - lse2[:, None])
-    grad_logits = weights * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
-    return tl.dot(grad_logits.to(k.dtype), k, acc, input_precision="ieee")
-
-
-@triton.jit
-def key_step(query, grad, k, v, bias, seen, lse2, delta, grad_k, grad_v, grad_bias, scale2):
-    """Add to the gradients of keys and values (S, D) and biases what queries (L, D) give; keys
-    unscaled."""
-    logits = tl.dot(k, tl.trans(query), input_precision="ieee") * scale2 + bias[:, None]
-    weights = tl.where(seen, tl.exp2(logits - lse2[None, :]), 0.0)
-    grad_v = tl.dot(weights.to(grad.dtype), grad, grad_v, input_precision="ieee")
-    grad_logits = weights * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
-    grad_logits = tl.where(seen, grad_logits, 0.0)  # of a NaN that this query does not see: none
-    grad_k = tl.dot(grad_logits.to(query.dtype), query, grad_k, input_precision="ieee")
-    return grad_k, grad_v, grad_bias + tl.sum(grad_logits, 1)
 
 
 @triton.jit(do_not_specialize=SIZES)
