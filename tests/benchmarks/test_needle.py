@@ -9,6 +9,7 @@ import torch
 from tests.support.marks import exhaustive
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("mlxtend")
 
 from benchmarks import ablations, needle
 from benchmarks.needle_model import DIM, VARIANTS, SquareReader

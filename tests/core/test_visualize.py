@@ -236,7 +236,9 @@ def test_show_routing_of_a_timm_model():
 
 
 def test_show_routing_of_a_transformers_model():
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers.models")
+    import transformers
+
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     config = transformers.ViTConfig(num_hidden_layers=2, image_size=64, patch_size=8, **sizes)
     model = transformers.ViTModel(config)

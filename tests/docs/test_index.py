@@ -37,6 +37,8 @@ def test_every_page_is_linked_from_another():
 
 @pytest.mark.parametrize("name", ["", ".compat", ".models", ".ops", ".pipelines", ".visualize"])
 def test_every_public_name_is_in_the_reference(name):
+    if name == ".pipelines":
+        pytest.importorskip("diffusers.models")
     module = importlib.import_module(f"colt5_vision{name}")
     pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     listed = set(re.findall(rf"^::: {re.escape(module.__name__)}\.(\w+)$", pages, re.MULTILINE))

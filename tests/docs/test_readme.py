@@ -32,6 +32,8 @@ for code in json.load(sys.stdin):
 @pytest.mark.parametrize("page", PAGES)
 def test_snippets(page):
     assert BLOCKS[page]
+    if page == "docs/transformers.md":
+        pytest.importorskip("transformers.models")
     done = subprocess.run(
         [sys.executable, "-c", RUN],
         cwd=ROOT,

@@ -13,6 +13,8 @@ from PIL import Image
 
 from tests.support.marks import further
 
+pytest.importorskip("mlxtend")
+
 ROOT = Path(__file__).parents[2]
 QUICK = ["--quick", "--device", "cpu"]  # three steps an epoch, two epochs
 

@@ -14,6 +14,9 @@ from PIL import Image
 
 from tests.support.marks import exhaustive, further
 
+for _name in ("accelerate", "diffusers.models", "mlxtend"):
+    pytest.importorskip(_name)
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = "examples/train_diffusion.py"
 SMALL = [
