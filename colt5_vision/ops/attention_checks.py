@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._torch_internals import has_values
 from ..checks import check_float_tensor, check_mask
+from .backend import HALVES, use_triton, why_not_triton
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -60,3 +61,20 @@ def checked_scale(scale, head_dim: int) -> float:
     if not (0 < scale < math.inf):
         raise ValueError(f"scale: expected a positive finite number, got {scale}")
     return scale
+
+
+def takes_attention_kernels(operator: str, q: Tensor, backend: str) -> bool:
+    """Whether a call of an attention runs as Triton kernels.
+
+    Args:
+        operator: its name, for errors.
+        q: (B, heads, L, head_dim), which decides on device and dtype.
+        backend: as asked for in the call; "": not asked for.
+
+    Raises:
+        RuntimeError: ``"triton"`` was asked for and cannot run, with the reason.
+    """
+    why_not = why_not_triton(q, HALVES)
+    if q.shape[-1] > 256:
+        why_not = f"the kernels are for head_dim up to 256, got {q.shape[-1]}"
+    return use_triton(operator, backend, why_not)

@@ -11,6 +11,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 PAD = tl.constexpr(128)  # a multiple of every BLOCK_N
 
+# names of arguments that change with the image
+STRIDES = tuple(
+    f"{name}_{step}"
+    for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
+    for step in ("batch", "head", "token")
+)
+
 
 @triton.jit
 def head_of(base, b, h, batch_stride, head_stride, ALIGN: tl.constexpr):

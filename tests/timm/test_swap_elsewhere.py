@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from colt5_vision import route_attention, routed_layers, unroute_attention, why_not
 from colt5_vision._torch_internals import function_modes
 from colt5_vision.swap.reroute import NOT_CALLED
+from tests.support.marks import further
 from tests.support.swap_cases import (
     CASES,
     SIZES,
@@ -206,8 +207,9 @@ HOLDERS = {
 
 
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
-@some("vit")
-def test_a_model_inside_another_is_found(case, hold):
+@pytest.mark.parametrize("name", ["vit", *further("sam")])
+def test_a_model_inside_another_is_found(name, hold):
+    case = CASES[name]
     torch.manual_seed(0)
     model, x = hold(build(case)), image(case)
     with torch.no_grad():

@@ -13,16 +13,16 @@ from ..._torch_internals import (
     wants_plain_attention,
 )
 from ...checks import check_float_tensor, check_int
-from ..attention_checks import check_indices, check_qkv, checked_mask, checked_scale
-from ..autocast import without_autocast
-from ..backend import (
-    HALVES,
-    check_backend,
-    needs_operator,
-    takes_transform,
-    use_triton,
-    why_not_triton,
+from ..attention_checks import (
+    check_indices,
+    check_qkv,
+    checked_mask,
+    checked_scale,
+    takes_attention_kernels,
 )
+from ..attention_layout import empty_head_last, head_last
+from ..autocast import without_autocast
+from ..backend import check_backend, needs_operator, takes_transform
 from ..dtypes import wide_dtype
 from ..registration import count_flops, once_differentiable, operator, overridable
 from . import eager
@@ -49,20 +49,8 @@ class PooledKeys(NamedTuple):
     log_mass: Tensor
 
 
-def _head_last(x: Tensor) -> Tensor:
-    """One memory layout whatever the path: (B, L, heads, D) underneath."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _empty_head_last(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-
 def _implementation(q: Tensor, backend: str):
-    why_not = why_not_triton(q, HALVES)
-    if q.shape[-1] > 256:
-        why_not = f"the kernels are for head_dim up to 256, got {q.shape[-1]}"
-    if use_triton(NAME, backend, why_not):
+    if takes_attention_kernels(NAME, q, backend):
         from . import triton
 
         return triton
@@ -89,12 +77,12 @@ def _attention(
     call = Call(q, k, v, groups, keys, log_weights, *pooled, key_mask, prefix, scale)
     with torch.autocast(q.device.type, enabled=False):
         out, lse = _implementation(q, backend).forward(call)
-    return _head_last(out), lse.contiguous()
+    return head_last(out), lse.contiguous()
 
 
 @_attention.register_fake
 def _(q, k, v, groups, keys, log_weights, pooled_keys, pooled_values, log_mass, key_mask, *_):
-    return _empty_head_last(q), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
+    return empty_head_last(q), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
 
 
 @operator("grouped_attention_backward")
@@ -121,7 +109,7 @@ def _attention_backward(
     with torch.autocast(q.device.type, enabled=False):
         grads = _implementation(q, backend).backward(grad, out, lse, call)
     further = (log_weights, *pooled)
-    return *(_head_last(x) for x in grads[:3]), *(
+    return *(head_last(x) for x in grads[:3]), *(
         q.new_empty(0) if like is None else x.to(like.dtype).contiguous()
         for like, x in zip(further, grads[3:])
     )
@@ -130,7 +118,7 @@ def _attention_backward(
 @_attention_backward.register_fake
 def _(grad, q, k, v, groups, keys, log_weights, pooled_keys, pooled_values, log_mass, *_):
     further = (log_weights, pooled_keys, pooled_values, log_mass)
-    return *(_empty_head_last(x) for x in (q, k, v)), *(
+    return *(empty_head_last(x) for x in (q, k, v)), *(
         q.new_empty(0) if like is None else like.new_empty(like.shape) for like in further
     )
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from ..attention_steps import (
     LN2,
     LOG2E,
+    STRIDES,
     head_of,
     key_step,
     load_list_rows,
@@ -30,11 +31,7 @@ from ..attention_steps import (
 
 # sizes that change with the image must not compile a kernel anew
 SIZES = (
-    *(
-        f"{name}_{step}"
-        for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
-        for step in ("batch", "head", "token")
-    ),
+    *STRIDES,
     "heads",
     "share",
     "groups",

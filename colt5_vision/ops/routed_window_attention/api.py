@@ -12,16 +12,16 @@ from ..._torch_internals import (
     wants_plain_attention,
 )
 from ...checks import check_float_tensor, check_int, check_pair
-from ..attention_checks import check_indices, check_qkv, checked_mask, checked_scale
-from ..autocast import without_autocast
-from ..backend import (
-    HALVES,
-    check_backend,
-    needs_operator,
-    takes_transform,
-    use_triton,
-    why_not_triton,
+from ..attention_checks import (
+    check_indices,
+    check_qkv,
+    checked_mask,
+    checked_scale,
+    takes_attention_kernels,
 )
+from ..attention_layout import empty_head_last, head_last
+from ..autocast import without_autocast
+from ..backend import check_backend, needs_operator, takes_transform
 from ..dtypes import wide_dtype
 from ..registration import count_flops, once_differentiable, operator, overridable
 from . import eager
@@ -42,21 +42,8 @@ def _geometry(grid: Sequence[int], scale: float) -> Geometry:
     )
 
 
-def _head_last(x: Tensor) -> Tensor:
-    """One memory layout whatever the path: (B, L, heads, D) underneath, so merging heads later is a
-    view."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _empty_head_last(x: Tensor, length: int) -> Tensor:
-    return x.new_empty(x.shape[0], length, x.shape[1], x.shape[3]).transpose(1, 2)
-
-
 def _implementation(q: Tensor, backend: str):
-    why_not = why_not_triton(q, HALVES)
-    if q.shape[-1] > 256:
-        why_not = f"the kernels are for head_dim up to 256, got {q.shape[-1]}"
-    if use_triton(NAME, backend, why_not):
+    if takes_attention_kernels(NAME, q, backend):
         from . import triton
 
         return triton
@@ -81,14 +68,14 @@ def _attention(
         out, lse = forward(
             q, k, v, routed, log_weights, key_mask, query_indices, _geometry(grid, scale)
         )
-    return _head_last(out), lse.contiguous()
+    return head_last(out), lse.contiguous()
 
 
 @_attention.register_fake
 def _(q, k, v, routed, log_weights, key_mask, query_indices, grid, scale, backend=""):
     length = q.shape[2] if query_indices is None else grid[0] + query_indices.shape[1]
     wide = wide_dtype(q)
-    return _empty_head_last(q, length), q.new_empty(q.shape[0], q.shape[1], length, dtype=wide)
+    return empty_head_last(q, length), q.new_empty(q.shape[0], q.shape[1], length, dtype=wide)
 
 
 @operator("routed_window_attention_backward")
@@ -126,7 +113,7 @@ def _attention_backward(
         )
     if grad_log_weights is None:
         grad_log_weights = q.new_empty(0)
-    return _head_last(grad_q), _head_last(grad_k), _head_last(grad_v), grad_log_weights.contiguous()
+    return head_last(grad_q), head_last(grad_k), head_last(grad_v), grad_log_weights.contiguous()
 
 
 @_attention_backward.register_fake
@@ -148,7 +135,7 @@ def _(
 ):
     none = log_weights is None or not with_log_weights
     grad_log_weights = q.new_empty(0) if none else torch.empty_like(log_weights).contiguous()
-    return (*(_empty_head_last(x, x.shape[2]) for x in (q, k, v)), grad_log_weights)
+    return (*(empty_head_last(x, x.shape[2]) for x in (q, k, v)), grad_log_weights)
 
 
 def _setup(ctx, inputs, output):

@@ -25,6 +25,7 @@ import triton.language as tl
 from ..attention_steps import (
     LN2,
     LOG2E,
+    STRIDES,
     head_of,
     load_list_rows,
     load_rows,
@@ -38,11 +39,7 @@ PREFIX_QUERY = tl.constexpr(-2)  # and as a query: equal to no key's
 
 # sizes that change with the image must not compile a kernel anew
 SIZES = (
-    *(
-        f"{name}_{step}"
-        for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
-        for step in ("batch", "head", "token")
-    ),
+    *STRIDES,
     "tokens",
     "height",
     "width",

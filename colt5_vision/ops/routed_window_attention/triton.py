@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from .. import backend
+from ..attention_layout import empty_head_last
 from ..attention_steps import PAD
 from ..attention_tiles import dense_rows, options_for, outer_strides
 from .geometry import Geometry
@@ -39,10 +40,6 @@ def _splits(device: torch.device, programs: int, length: int, block: int) -> tup
     pieces = max(1, min(4 * processors // max(1, programs), length // _PIECE))
     piece = max(block, triton.cdiv(triton.cdiv(length, pieces), block) * block)
     return triton.cdiv(length, piece), piece
-
-
-def head_last(x: Tensor, length: int) -> Tensor:
-    return x.new_empty(x.shape[0], length, x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 class _Call:
@@ -202,7 +199,7 @@ def forward(
     """As ``eager.forward``."""
     q, k, v = (dense_rows(x) for x in (q, k, v))
     call = _Call(q, k, v, routed, log_weights, key_mask, query_indices, geo, backward=False)
-    out = head_last(q, call.rows)
+    out = empty_head_last(q, call.rows)
     lse = torch.empty(call.batch, call.heads, call.rows, dtype=torch.float32, device=q.device)
     scale2 = geo.scale / math.log(2)
 
@@ -261,7 +258,7 @@ def backward(
     )
     batch, heads, length, head_dim = q.shape
     wide = {"dtype": torch.float32, "device": q.device}
-    grad_q, grad_k, grad_v = (head_last(x, length) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (empty_head_last(x, length) for x in (q, k, v))
     if query_indices is not None:
         grad_q.zero_()  # a token that does not query gets no gradient as a query
     delta = torch.empty_like(lse)
