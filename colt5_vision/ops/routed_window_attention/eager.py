@@ -5,17 +5,18 @@ querying token to the prefix tokens and the routed keys, with their log weights.
 prefix tokens to everything. No key counts twice for a query, so window and routed part join into
 one softmax. Where the log weights do not hold within the window (``Geometry.weight_own_window``),
 the window part has all keys of the window, and the routed part those beyond it: its queries then go
-window by window, as each window has a bias of its own.
+window by window, as each window has a bias of its own. Windows at the right and the lower border
+may be smaller: each of the four areas of windows of one size goes by itself, nothing is padded.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..dtypes import wide_dtype
-from ..grid import cell_slots, slot_of_token
+from ..grid import window_of_token
 from ..sdpa import attend, attend_backward, masked_logit
 from .geometry import Geometry, free_keys, removed_keys
 
@@ -24,14 +25,75 @@ _PAIRS = (
 )  # elements held at once, of a bias or of the gradients of keys that several windows share
 
 
+@dataclass(frozen=True)
+class _Area:
+    """Windows of one size, side by side.
+
+    Attributes:
+        top, left: first token.
+        down, across: how many windows.
+        height, width: of each.
+        first, columns: number of the first window, and windows in a row of the map.
+    """
+
+    top: int
+    left: int
+    down: int
+    across: int
+    height: int
+    width: int
+    first: int
+    columns: int
+
+    @property
+    def windows(self) -> int:
+        return self.down * self.across
+
+    def numbers(self, device) -> Tensor:
+        """(windows,), as ``window_of_token`` counts them."""
+        row = torch.arange(self.down, device=device).unsqueeze(1) * self.columns
+        return (self.first + row + torch.arange(self.across, device=device)).flatten()
+
+    def view(self, x: Tensor) -> Tensor:
+        """(B, heads, H, W, D) -> (B, down, across, height, width, heads, D)."""
+        rows = slice(self.top, self.top + self.down * self.height)
+        columns = slice(self.left, self.left + self.across * self.width)
+        x = x[:, :, rows, columns].unflatten(3, (self.across, self.width))
+        return x.unflatten(2, (self.down, self.height)).permute(0, 2, 4, 3, 5, 1, 6)
+
+    def take(self, x: Tensor) -> Tensor:
+        """(B, heads, H, W, D) -> (B * windows, heads, height * width, D)."""
+        size = (x.shape[0] * self.windows, self.height * self.width, x.shape[1], x.shape[4])
+        return self.view(x).reshape(size).transpose(1, 2)
+
+    def put(self, x: Tensor, into: Tensor) -> None:
+        """The inverse of :meth:`take`, in place."""
+        view = self.view(into)
+        view.copy_(x.transpose(1, 2).reshape(view.shape))
+
+
+def _areas(geo: Geometry) -> list[_Area]:
+    """The windows of a map, from its top left: whole ones, then those that a border cuts."""
+    height, width = (min(w, n) for w, n in zip(geo.window, (geo.height, geo.width)))
+    down, across = geo.height // height, geo.width // width
+    below, beside = geo.height - down * height, geo.width - across * width
+    columns = across + (beside > 0)
+    rows = [(0, down, height, 0), (down * height, 1, below, down * columns)]
+    cols = [(0, across, width, 0), (across * width, 1, beside, across)]
+    return [
+        _Area(top, left, some, more, h, w, row + column, columns)
+        for top, some, h, row in rows
+        for left, more, w, column in cols
+        if h and w
+    ]
+
+
 @dataclass
 class _Plan:
     """Indices and biases that forward and backward share, made from the integer and bool inputs."""
 
-    slots: Tensor  # (windows, w*w) raster index
-    inside: Tensor  # (windows, w*w)
-    slot: Tensor  # (N,) slot of each token
-    window_bias: Tensor | None  # (B * windows, heads or 1, 1, w*w)
+    areas: list[_Area]
+    window_bias: Tensor | None  # (B, heads or 1, H, W, 1), of keys for their own window
     routed: Tensor | None  # (B, heads, K, 1) index into the P + N keys
     used: Tensor | None  # (B, heads, K, 1), False for an empty slot, a masked or removed key
     routed_bias: Tensor | None  # (B, heads or 1, 1, P + K)
@@ -57,22 +119,17 @@ def _plan(
     def per_head(x: Tensor, dim: int) -> Tensor:
         return x if routes == 1 else x.repeat_interleave(heads // routes, dim)
 
-    # windows
-    slots, inside = cell_slots(geo.height, geo.width, geo.window, query.device)
-    slot = slot_of_token(geo.height, geo.width, geo.window, query.device)
-    plan = _Plan(slots, inside, slot, None, None, None, None, None, None)
+    plan = _Plan(_areas(geo), None, None, None, None, None, None)
 
     # slots that hold a key
     used = routed >= 0
     if log_weights is not None:
         used = used & (log_weights != float("-inf"))
 
-    # keys of a window: in the map, valid, and not routed for its queries already
-    taken = num_routed and geo.weight_own_window
-    if taken or key_mask is not None or slots.numel() != geo.tokens:
-        free = free_keys(routed, key_mask, geo)
-        valid = free[..., slots] & inside  # (B, R, windows, w*w)
-        plan.window_bias = per_head(bias(valid.transpose(1, 2).flatten(0, 1)), 1).unsqueeze(2)
+    # keys of a window: valid, and not routed for its queries already
+    if (num_routed and geo.weight_own_window) or key_mask is not None:
+        free = bias(free_keys(routed, key_mask, geo))  # (B, R, N)
+        plan.window_bias = per_head(free, 1).unflatten(2, (geo.height, geo.width)).unsqueeze(-1)
 
     # prefix and routed keys, each with its weight
     if num_routed or geo.prefix:
@@ -89,7 +146,7 @@ def _plan(
         # as the kernels take them, and which windows do not read which
         plan.routed_bias = per_head(torch.cat([prefix, part], -1), 1).unsqueeze(2)
         if not geo.weight_own_window:
-            window = slot[routed.clamp_min(0)] // slots.shape[1]
+            window = _window_of_token(geo, query.device)[routed.clamp_min(0)]
             window = torch.nn.functional.pad(window, (geo.prefix, 0), value=-1)
             plan.routed_window = per_head(window, 1)
         plan.routed = index.repeat_interleave(heads // routes, 1).unsqueeze(-1)
@@ -101,19 +158,24 @@ def _plan(
     return plan
 
 
-def _windows(x: Tensor, plan: _Plan, geo: Geometry) -> Tensor:
-    """(B, heads, P + N, D) -> (B * windows, heads, w*w, D), rows of all heads copied at once."""
-    x = x.transpose(1, 2).index_select(1, plan.slots.flatten() + geo.prefix)
-    return x.reshape(x.shape[0] * plan.slots.shape[0], plan.slots.shape[1], *x.shape[2:]).transpose(
-        1, 2
-    )
+def _window_of_token(geo: Geometry, device) -> Tensor:
+    return window_of_token(geo.height, geo.width, geo.window, device)
 
 
-def _raster(x: Tensor, plan: _Plan, batch: int) -> Tensor:
-    """(B * windows, heads, w*w, D) -> (B, heads, N, D)."""
-    x = x.transpose(1, 2)
-    x = x.reshape(batch, plan.slots.numel(), *x.shape[2:])
-    return x.index_select(1, plan.slot).transpose(1, 2)
+def _map(x: Tensor, geo: Geometry) -> Tensor:
+    """The image tokens of (B, heads, P + N, D) as (B, heads, H, W, D), a view."""
+    return x[:, :, x.shape[2] - geo.tokens :].unflatten(2, (geo.height, geo.width))
+
+
+def _new_map(like: Tensor, geo: Geometry, width: int, dtype: torch.dtype) -> Tensor:
+    """(B, heads, N, width), not filled; the heads of a token lie side by side, as in a window."""
+    shape = (like.shape[0], geo.tokens, like.shape[1], width)
+    return torch.empty(shape, dtype=dtype, device=like.device).transpose(1, 2)
+
+
+def _window_bias(plan: _Plan, area: _Area) -> Tensor | None:
+    """(B * windows, heads or 1, 1, height * width)."""
+    return None if plan.window_bias is None else area.take(plan.window_bias).mT
 
 
 def _routed_keys(x: Tensor, plan: _Plan, geo: Geometry) -> Tensor:
@@ -160,7 +222,7 @@ def _beyond(plan: _Plan, window: Tensor, off: float) -> Tensor:
 class _Group:
     """Queries of the routed part that go through one call, and the place of the call's results."""
 
-    # index of the queries, (B, heads, Q, D) or, window by window, (B * windows, heads, w*w, D)
+    # index of the queries, (B, heads, Q, D) or, window by window, (B * windows, heads, h * w, D)
     rows: tuple
     keys: slice  # of the batch
     spread: int  # how often those keys stand side by side: the windows
@@ -170,41 +232,38 @@ class _Group:
 def _groups(
     query: Tensor, keys: Tensor, plan: _Plan, geo: Geometry, query_indices: Tensor | None
 ) -> Iterator[_Group]:
-    """The routed part in calls, none with much more than ``_PAIRS`` gradients of keys or biases at
+    """The routed part of all queries in calls, none with much more than ``_PAIRS`` biases at
     once."""
     # one bias for all
     if geo.weight_own_window:
         yield _Group((slice(None),), slice(None), 1, plan.routed_bias)
         return
 
-    off = masked_logit(query)
-    batch, heads, length, head_dim = keys.shape
-
-    # every token asks: some windows of one sample at a time
-    if query_indices is None:
-        count = plan.slots.shape[0]
-        step = max(1, _PAIRS // max(1, heads * length * head_dim))
-        for sample in range(batch):
-            one = replace(
-                plan,
-                routed_bias=plan.routed_bias[sample : sample + 1],
-                routed_window=plan.routed_window[sample : sample + 1],
-            )
-            for start in range(0, count, step):
-                window = torch.arange(start, min(start + step, count), device=query.device)
-                bias = _beyond(one, window.unsqueeze(0), off)[0].transpose(0, 1).unsqueeze(2)
-                rows = slice(sample * count + start, sample * count + start + len(window))
-                yield _Group((rows,), slice(sample, sample + 1), len(window), bias)
-        return
-
-    # routed queries: some rows of all samples at a time
-    window = plan.slot[query_indices] // plan.slots.shape[1]
-    step = max(1, _PAIRS // max(1, batch * plan.routed_window.shape[1] * length))
+    # some rows of all samples at a time
+    window = _window_of_token(geo, query.device)[query_indices]
+    pairs = query.shape[0] * plan.routed_window.shape[1] * keys.shape[2]
+    step = max(1, _PAIRS // max(1, pairs))
     for start in range(0, query.shape[2], step):
         rows = slice(start, start + step)
-        yield _Group(
-            (slice(None), slice(None), rows), slice(None), 1, _beyond(plan, window[:, rows], off)
-        )
+        bias = _beyond(plan, window[:, rows], masked_logit(query))
+        yield _Group((slice(None), slice(None), rows), slice(None), 1, bias)
+
+
+def _groups_of(area: _Area, query: Tensor, keys: Tensor, plan: _Plan) -> Iterator[_Group]:
+    """The routed part of an area whose windows have a bias each: some windows of one sample at a
+    time, none with much more than ``_PAIRS`` gradients of keys at once."""
+    numbers = area.numbers(query.device)
+    step = max(1, _PAIRS // max(1, keys[0].numel()))
+    for sample in range(keys.shape[0]):
+        one = slice(sample, sample + 1)
+        bias = plan.routed_bias[one].transpose(1, 2)  # (1, 1, heads or 1, P + K)
+        for start in range(0, area.windows, step):
+            window = numbers[start : start + step]
+            own = plan.routed_window[one] == window.view(-1, 1, 1)
+            first = sample * area.windows + start
+            rows = slice(first, first + len(window))
+            off = bias.squeeze(1).masked_fill(own, masked_logit(query)).unsqueeze(2)
+            yield _Group((rows,), one, len(window), off)
 
 
 def _spread(x: Tensor, group: _Group) -> Tensor:
@@ -212,15 +271,12 @@ def _spread(x: Tensor, group: _Group) -> Tensor:
     return x if group.spread == 1 else x.expand(group.spread, -1, -1, -1)
 
 
-def _queries(x: Tensor, geo: Geometry, query_indices: Tensor | None) -> Tensor:
-    """The querying image tokens of (B, heads, P + N, ...)."""
-    x = x[:, :, geo.prefix :]
+def _queries(x: Tensor, query_indices: Tensor | None) -> Tensor:
+    """The querying tokens of (B, heads, N, D)."""
     if query_indices is None:
         return x
-    index = query_indices.unsqueeze(1).expand(-1, x.shape[1], -1)
-    return x.gather(
-        2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]) if x.ndim == 4 else index
-    )
+    index = query_indices[:, None, :, None]
+    return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def forward(
@@ -235,61 +291,59 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out (B, heads, P + Q, D) and lse (B, heads, P + Q); lse is +inf for a query without any key
     (out 0)."""
-    batch = q.shape[0]
     plan = _plan(q, routed, log_weights, key_mask, geo)
     k, v = _blank_masked(k, v, key_mask)
+    keys = values = None
+    if plan.routed is not None:
+        keys, values = _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
 
-    # the window part; where every query has a bias of its window, the routed part is joined there
-    by_window = plan.routed is not None and not geo.weight_own_window and query_indices is None
-    near = _blank_removed(k, v, routed, log_weights, geo)
-    query, key, value = (_windows(x, plan, geo) for x in (q, *near))
-    out, lse = attend(query, key, value, plan.window_bias, geo.scale)
-    if by_window:
-        out, lse = _joined(out, lse, query, k, v, plan, geo, None)
+    # the window part; where every window has a bias of its own, the routed part is joined there
+    by_window = keys is not None and not geo.weight_own_window and query_indices is None
+    near = [_map(x, geo) for x in (q, *_blank_removed(k, v, routed, log_weights, geo))]
+    out = _new_map(q, geo, q.shape[-1], q.dtype)
+    lse = _new_map(q, geo, 1, wide_dtype(q))
+    for area in plan.areas:
+        query, key, value = (area.take(x) for x in near)
+        part = attend(query, key, value, _window_bias(plan, area), geo.scale)
+        if by_window:
+            groups = _groups_of(area, query, keys, plan)
+            _join(*part, query, keys, values, groups, geo.scale)
+        area.put(part[0], _map(out, geo))
+        area.put(part[1].unsqueeze(-1), _map(lse, geo))
 
-    # from windows to the tokens that ask
-    out, lse = _raster(out, plan, batch), _raster(lse.unsqueeze(-1), plan, batch).squeeze(-1)
-    if query_indices is not None:
-        whole = Geometry(0, geo.height, geo.width, geo.window, geo.scale)
-        out, lse = _queries(out, whole, query_indices), _queries(lse, whole, query_indices)
-
-    # the routed part, else
-    if plan.routed is not None and not by_window:
-        out, lse = _joined(
-            out, lse, _queries(q, geo, query_indices), k, v, plan, geo, query_indices
-        )
+    # the routed part, else, of the tokens that ask
+    out, lse = _queries(out, query_indices), _queries(lse, query_indices).squeeze(-1)
+    if keys is not None and not by_window:
+        query = _queries(q[:, :, geo.prefix :], query_indices)
+        groups = _groups(query, keys, plan, geo, query_indices)
+        _join(out, lse, query, keys, values, groups, geo.scale)
 
     # the prefix, which reads everything
     if geo.prefix:
         prefix_out, prefix_lse = attend(q[:, :, : geo.prefix], k, v, plan.prefix_bias, geo.scale)
         out, lse = torch.cat([prefix_out, out], 2), torch.cat([prefix_lse, lse], 2)
+    if key_mask is None and (log_weights is None or not geo.weight_own_window):
+        return out, lse  # each query sees itself
     empty = lse < masked_logit(q) / 2
     return out.masked_fill_(empty.unsqueeze(-1), 0), lse.masked_fill_(empty, float("inf"))
 
 
-def _joined(
+def _join(
     out: Tensor,
     lse: Tensor,
     query: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: _Plan,
-    geo: Geometry,
-    query_indices: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    keys: Tensor,
+    values: Tensor,
+    groups: Iterator[_Group],
+    scale: float,
+) -> None:
     """The window part, given, and the routed part as one softmax, in place."""
-    keys, values = _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
-    for group in _groups(query, keys, plan, geo, query_indices):
+    for group in groups:
         at = group.rows  # slices: views
-        part = attend(
-            query[at], _spread(keys, group), _spread(values, group), group.bias, geo.scale
-        )
-        share = torch.sigmoid(part[1] - lse[at]).unsqueeze(
-            -1
-        )  # exp(part_lse - logaddexp(lse, part_lse))
-        out[at].lerp_(part[0], share.to(out.dtype))
+        part = attend(query[at], _spread(keys, group), _spread(values, group), group.bias, scale)
+        share = torch.sigmoid(part[1] - lse[at])  # exp(part_lse - logaddexp(lse, part_lse))
+        out[at].lerp_(part[0], share.unsqueeze(-1).to(out.dtype))
         lse[at].copy_(torch.logaddexp(lse[at], part[1]))
-    return out, lse
 
 
 def backward(
@@ -307,125 +361,113 @@ def backward(
     with_log_weights: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and (if given and asked for) log_weights."""
-    batch, heads, _, dim = q.shape
-    grad = grad.contiguous()
+    heads, dim = q.shape[1], q.shape[-1]
     plan = _plan(q, routed, log_weights, key_mask, geo)
     k, v = _blank_masked(k, v, key_mask)
     wide = None  # places of the queries among the tokens, (B, heads, Q, D)
     if query_indices is not None:
         wide = query_indices[:, None, :, None].expand(-1, heads, -1, dim)
-
-    # gradient, output and logsumexp of the map's queries, and of the windows' slots
-    own = (grad[:, :, geo.prefix :], out[:, :, geo.prefix :], lse[:, :, geo.prefix :])
-    in_windows = g, o, l = _in_windows(own, wide, plan, geo)
-
-    # the window part
-    near = _blank_removed(k, v, routed, log_weights, geo)
-    parts = attend_backward(
-        g, *(_windows(x, plan, geo) for x in (q, *near)), o, l, plan.window_bias, geo.scale
-    )
-    grad_q, grad_k, grad_v = (_raster(x, plan, batch) for x in parts)
-
-    # the routed part, window by window or by queries
     with_log_weights = with_log_weights and log_weights is not None
-    grad_log_weights = torch.zeros_like(log_weights) if with_log_weights else None
-    prefix_k = prefix_v = None
-    if plan.routed is not None:
-        by_window = not geo.weight_own_window and query_indices is None
-        query = _windows(q, plan, geo) if by_window else _queries(q, geo, query_indices)
-        given = in_windows if by_window else own
-        dq, dk, dv, dlog = _joined_backward(
-            *given, query, k, v, plan, geo, query_indices, with_log_weights
-        )
-        if with_log_weights:
-            dlog = dlog.unflatten(1, (routed.shape[1], -1)).sum(2) / geo.scale
-            grad_log_weights = dlog.to(log_weights.dtype)
+    far = None if plan.routed is None else _Far(k, v, plan, geo, with_log_weights)
 
-        # its rows go where they were read
+    # the window part, and where every window has a bias of its own, the routed part
+    own = (grad[:, :, geo.prefix :], out[:, :, geo.prefix :], lse[:, :, geo.prefix :])
+    near = [_map(x, geo) for x in (q, *_blank_removed(k, v, routed, log_weights, geo))]
+    asking = [_map(x, geo) for x in _of_every_token(*own, wide, geo)]
+    grads = [_new_map(x, geo, dim, x.dtype) for x in (q, k, v)]
+    by_window = far is not None and not geo.weight_own_window and wide is None
+    for area in plan.areas:
+        query, key, value = (area.take(x) for x in near)
+        g, o, l = (area.take(x) for x in asking)
+        l = l.squeeze(-1)
+        parts = list(
+            attend_backward(g, query, key, value, o, l, _window_bias(plan, area), geo.scale)
+        )
         if by_window:
-            dq = _raster(dq, plan, batch)
+            parts[0] = parts[0] + far.backward(g, query, o, l, _groups_of(area, query, far.k, plan))
+        for part, whole in zip(parts, grads):
+            area.put(part, _map(whole, geo))
+    grad_q, grad_k, grad_v = grads
+
+    # the routed part, else
+    if far is not None and not by_window:
+        query = _queries(q[:, :, geo.prefix :], query_indices)
+        g, o, l = own
+        dq = far.backward(g, query, o, l, _groups(query, far.k, plan, geo, query_indices))
         grad_q = grad_q + dq if wide is None else grad_q.scatter_add_(2, wide, dq)
+
+    # its rows go where they were read
+    grad_log_weights = torch.zeros_like(log_weights) if with_log_weights else None
+    if far is not None:
+        dk, dv = far.dk[..., :dim], far.dv[..., :dim]
         index = (plan.routed - geo.prefix).expand(-1, -1, -1, dim)
-        prefix_k, prefix_v = dk[:, :, : geo.prefix], dv[:, :, : geo.prefix]
         grad_k = grad_k.scatter_add(2, index, dk[:, :, geo.prefix :])
         grad_v = grad_v.scatter_add(2, index, dv[:, :, geo.prefix :])
+        if with_log_weights:
+            dlog = far.dk[:, :, geo.prefix :, -1].unflatten(1, (routed.shape[1], -1)).sum(2)
+            grad_log_weights = (dlog / geo.scale).to(log_weights.dtype)
 
     # the prefix, which reads everything
     if geo.prefix:
         rows = slice(0, geo.prefix)
         query, bias = q[:, :, rows], plan.prefix_bias
-        dq, dk, dv = attend_backward(
+        more = attend_backward(
             grad[:, :, rows], query, k, v, out[:, :, rows], lse[:, :, rows], bias, geo.scale
         )
-        grad_q = torch.cat([dq, grad_q], 2)
-        grad_k = torch.cat([prefix_k, grad_k], 2) + dk
-        grad_v = torch.cat([prefix_v, grad_v], 2) + dv
+        grad_q = torch.cat([more[0], grad_q], 2)
+        grad_k = torch.cat([dk[:, :, rows], grad_k], 2) + more[1]
+        grad_v = torch.cat([dv[:, :, rows], grad_v], 2) + more[2]
     return grad_q, grad_k, grad_v, grad_log_weights
 
 
-def _in_windows(
-    own: tuple[Tensor, Tensor, Tensor], wide: Tensor | None, plan: _Plan, geo: Geometry
+def _of_every_token(
+    grad: Tensor, out: Tensor, lse: Tensor, wide: Tensor | None, geo: Geometry
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients, outputs and logsumexps of the queries as rows of windows.
+    """Gradients, outputs and logsumexps (a last axis of 1) of the map's tokens.
 
-    Switched off, by a logsumexp of +inf, are slots outside the map, and tokens that do not ask:
-    all but those at ``wide`` (B, heads, Q, D), unless it is None.
+    Those that do not ask, all but those at ``wide`` (B, heads, Q, D) unless it is None, are
+    switched off by a logsumexp of +inf.
     """
-    grad, out, lse = own
-    batch, heads, dim = grad.shape[0], grad.shape[1], grad.shape[-1]
-
-    # every token of the map
-    if wide is not None:
-        shape = (batch, heads, geo.tokens)
-        grad = grad.new_zeros(*shape, dim).scatter_(2, wide, grad)
-        out = out.new_zeros(*shape, dim).scatter_(2, wide, out)
-        lse = lse.new_full(shape, float("inf")).scatter_(2, wide[..., 0], lse)
-
-    # every slot of the windows
-    whole = Geometry(0, geo.height, geo.width, geo.window, geo.scale)
-    grad, out, lse = (_windows(x, plan, whole) for x in (grad, out, lse.unsqueeze(-1)))
-    lse = lse.squeeze(-1).unflatten(0, (batch, plan.slots.shape[0]))
-    lse = lse.masked_fill(~plan.inside.unsqueeze(1), float("inf")).flatten(0, 1)
+    lse = lse.unsqueeze(-1)
+    if wide is None:
+        return grad, out, lse
+    shape = (*grad.shape[:2], geo.tokens)
+    grad = grad.new_zeros(*shape, grad.shape[-1]).scatter_(2, wide, grad)
+    out = out.new_zeros(*shape, out.shape[-1]).scatter_(2, wide, out)
+    lse = lse.new_full((*shape, 1), float("inf")).scatter_(2, wide[..., :1], lse)
     return grad, out, lse
 
 
-def _joined_backward(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: _Plan,
-    geo: Geometry,
-    query_indices: Tensor | None,
-    with_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of the routed part: of the queries, and of the prefix and routed keys and values
-    (B, heads, P + K, D). The last is (B, heads, K), ``geo.scale`` times that of the routed keys'
-    bias; None if not asked for."""
-    dim = query.shape[-1]
-    keys, values = _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
-    if with_bias:
-        # one more feature, 1 in every query and 0 elsewhere, changes no logit, and its key
-        # gradient is the bias's (eight of them, to keep the row alignment of the CUDA kernels)
-        query = torch.nn.functional.pad(query, (0, 8), value=1.0)
-        keys, values, grad, out = (
-            torch.nn.functional.pad(x, (0, 8)) for x in (keys, values, grad, out)
-        )
+class _Far:
+    """Prefix and routed keys, and the gradients of all who read them.
 
-    # group by group; several may read the same keys
-    dq, dk, dv = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
-    for group in _groups(query, keys, plan, geo, query_indices):
-        at = group.rows
-        pair = (_spread(keys, group), _spread(values, group))
-        part = attend_backward(grad[at], query[at], *pair, out[at], lse[at], group.bias, geo.scale)
-        dq[at] = part[0]
-        for total, each in ((dk, part[1]), (dv, part[2])):
-            total[group.keys] += each if group.spread == 1 else each.sum(0, keepdim=True)
+    With the bias's gradient rows have eight more features: 1 in every query and 0 elsewhere changes
+    no logit, and the gradient of a key's feature is that of its bias, over ``scale``. Eight keep
+    the row alignment of the CUDA kernels.
+    """
 
-    # the feature apart from the rest
-    if not with_bias:
-        return dq, dk, dv, None
-    dlog = dk[:, :, geo.prefix :, -1]
-    return dq[..., :dim], dk[..., :dim], dv[..., :dim], dlog
+    def __init__(self, k: Tensor, v: Tensor, plan: _Plan, geo: Geometry, with_bias: bool):
+        self.scale, self.with_bias = geo.scale, with_bias
+        self.k, self.v = (self._widened(_routed_keys(x, plan, geo)) for x in (k, v))
+        self.dk, self.dv = torch.zeros_like(self.k), torch.zeros_like(self.v)
+
+    def _widened(self, x: Tensor, value: float = 0.0) -> Tensor:
+        return torch.nn.functional.pad(x, (0, 8), value=value) if self.with_bias else x
+
+    def backward(
+        self, grad: Tensor, query: Tensor, out: Tensor, lse: Tensor, groups: Iterator[_Group]
+    ) -> Tensor:
+        """The queries' gradient; that of the keys and values is added up."""
+        dim = query.shape[-1]
+        query = self._widened(query, 1.0)
+        grad, out = self._widened(grad), self._widened(out)
+        dq = torch.empty_like(query)
+        for group in groups:  # several may read the same keys
+            at, pair = group.rows, (_spread(self.k, group), _spread(self.v, group))
+            part = attend_backward(
+                grad[at], query[at], *pair, out[at], lse[at], group.bias, self.scale
+            )
+            dq[at] = part[0]
+            for total, each in ((self.dk, part[1]), (self.dv, part[2])):
+                total[group.keys] += each if group.spread == 1 else each.sum(0, keepdim=True)
+        return dq[..., :dim]
