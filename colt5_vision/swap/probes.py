@@ -81,7 +81,9 @@ def probe(
     with without_autocast(q.device.type):
         query = q[:, :, at].to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
         valid = torch.ones(q.shape[0], 1, count, 1, dtype=torch.bool, device=q.device)
-        key, value = k.to(wide).contiguous().mT, v.to(wide)
+        # laid out once for all products: they take (B * heads, N, head_dim)
+        key = k.to(wide).contiguous().mT
+        value = v.to(wide).flatten(0, 1).unflatten(0, v.shape[:2])
         # a masked token asks for nothing and gives nothing, whatever stands in it
         if key_mask is not None:
             valid = key_mask[:, None, at, None]
