@@ -62,8 +62,7 @@ _SDPA = "_scaled_dot_product_flash_attention_for_cpu"
 _READS = {"gather", "index"}
 _WRITES = {"scatter", "scatter_", "scatter_add", "scatter_add_", "index_add_", "index_put_"}
 _COPIES = {
-    "index_select", "cat", "copy_", "clone", "contiguous", "reshape", "pad", "constant_pad_nd",
-    "to", "flatten",
+    "cat", "copy_", "clone", "contiguous", "pad", "constant_pad_nd", "to", "flatten",
 }  # fmt: skip
 _QUERIES = 4096  # of full attention, as many as its rate is measured with
 HOW = (
@@ -161,12 +160,8 @@ def _in_range(owner, name: str, step: str) -> Callable:
     return run
 
 
-def shares(call: Callable, area: int) -> dict[str, float]:
-    """Of each step, its part of the time of a call.
-
-    Args:
-        area: tokens of a window, by which calls of SDPA are told apart.
-    """
+def shares(call: Callable) -> dict[str, float]:
+    """Of each step, its part of the time of a call."""
     # a call, watched
     recorder = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
     with named(), recorder as found, record_function("whole"):
@@ -186,7 +181,7 @@ def shares(call: Callable, area: int) -> dict[str, float]:
         elif event.sequence_nr >= 0 and event.scope == 0:
             forward[event.sequence_nr] = step
         if event.name.startswith(FUSED):
-            _fused(event, area, times)
+            _fused(event, times)
             return
         times[step] += event.self_cpu_time_total
         for child in sorted(event.cpu_children, key=lambda e: e.time_range.start):
@@ -207,22 +202,24 @@ def middle(several: list[dict[str, float]]) -> dict[str, float]:
     return {step: share / whole for step, share in medians.items()}
 
 
-def _fused(event, area: int, times: Counter) -> None:
+def _fused(event, times: Counter) -> None:
     """The steps within a fused operator, forward or backward, by the kind of each operation and its
     place among the calls of SDPA."""
     inside = _within(event, times)
     attends = [i for i, one in enumerate(inside) if _SDPA in one.name]
     first, last = (attends[0], attends[-1]) if attends else (len(inside), len(inside))
-    ambiguous = all(_keys(inside[i]) == area for i in attends)
+    alike = [i for i in attends if _alike(inside[i])]
     for i, one in enumerate(inside):
         kind = one.name.removeprefix("aten::")
         if _SDPA in one.name:
-            # where as many keys are routed as a window has, windows come first
-            own = event.name.startswith(FUSED[0]) and _keys(one) == area
-            own = own and (i == first or not ambiguous)
+            # a window has as many queries as keys; where as many are routed, windows come first
+            own = event.name.startswith(FUSED[0]) and i in alike
+            own = own and (i == first or alike != attends)
             step = "windows" if own else "routed part"
         elif kind in _WRITES:
             step = "scatter" if i > first else "rest"
+        elif kind == "reshape":
+            step = "gather"
         elif kind in _READS | _COPIES:
             behind = i > last if kind in _READS else i > first
             step = "scatter" if behind else "gather"
@@ -246,10 +243,11 @@ def _within(event, times: Counter) -> list:
     return found
 
 
-def _keys(event) -> int:
-    """Number of keys of a call of SDPA, forward or backward."""
+def _alike(event) -> bool:
+    """Whether a call of SDPA, forward or backward, has as many keys as queries."""
     shapes = [shape for shape in event.input_shapes if len(shape) == 4]
-    return shapes[2 if "backward" in event.name else 1][2]
+    query, key = shapes[1:3] if "backward" in event.name else shapes[:2]
+    return query[2] == key[2]
 
 
 def rates(size: Map) -> dict[str, float]:
@@ -296,7 +294,7 @@ def measure(one: Part, rate: dict[str, float], budget: float) -> list[dict]:
                 "ms": 1e3 * taken,
                 "bound": flops * FLOPS[what] / rate[what] / taken,
                 "over_sdpa": full * FLOPS[what] / rate[what] / taken,
-                "shares": middle([shares(calls[what], size.window**2) for _ in range(often)]),
+                "shares": middle([shares(calls[what]) for _ in range(often)]),
                 "machine": machine(),
             }
         )
