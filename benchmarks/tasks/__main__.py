@@ -27,9 +27,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from tqdm.auto import tqdm
 
 from benchmarks.rivals.__main__ import default_photos
+from benchmarks.rivals.clusters import svg_ear
 from benchmarks.rivals.layer import Layer, Result
 from benchmarks.rivals.networks import Network
 from benchmarks.rivals.tokens import grouped, sampled, todo, window_only
@@ -57,12 +59,21 @@ class Way(NamedTuple):
         return self.call(layer, self.keys(layer.tokens)).out
 
 
+def rounded(layer: Layer, share: float) -> Result:
+    """Full attention in bfloat16: what rounding alone changes."""
+    q, k, v = (x.bfloat16().unsqueeze(0) for x in layer.qkv)
+    out = scaled_dot_product_attention(q[:, :, layer.prefix :], k, v, scale=layer.scale)
+    return Result(out[0].to(layer.q.dtype))
+
+
 WAYS = {
     report.FULL: None,
+    "full, bfloat16": Way(rounded, lambda n: 1.0),
     # a window of 16, 1/16 of the keys, and 64 probes
     "sampled, the default": Way(partial(sampled, window=16), lambda n: 1 / 16 + (256 + 64) / n),
     "sampled, window 8, 1/10": Way(partial(sampled, window=8), lambda n: 1 / 10),
     "grouped, 1/10": Way(grouped, lambda n: 1 / 10),
+    "SVG-EAR, 1/10": Way(svg_ear, lambda n: 1 / 10),
     "window only, 1/10": Way(window_only, lambda n: 1 / 10),
     "ToDo, 1/9": Way(todo, lambda n: 1 / 9),
 }
