@@ -150,7 +150,8 @@ def test_rows_are_measured_once_and_a_run_goes_on(tmp_path, monkeypatch):
         shares = {name: x for name, x in row.items() if name not in command.KEY}
         assert len(shares) in (2, 5) and all(0 < x <= 1 for x in shares.values())
         alike = row.get("segments_alike", row.get("matches_alike"))
-        assert (alike == 1) == (row["method"] == report.FULL)
+        if "bfloat16" not in row["method"]:  # which may round nothing away
+            assert (alike == 1) == (row["method"] == report.FULL)
     text = (tmp_path / "tasks_cpu.md").read_text()
     assert text.count("| ToDo, 1/9 |") == 1 and "1 mosaics; views of coffee, stereo" in text
 
