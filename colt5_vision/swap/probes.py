@@ -81,9 +81,8 @@ def probe(
     with without_autocast(q.device.type):
         query = q[:, :, at].to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
         valid = torch.ones(q.shape[0], 1, count, 1, dtype=torch.bool, device=q.device)
-        # laid out once for all products: they take (B * heads, N, head_dim)
-        key = k.to(wide).contiguous().mT
-        value = v.to(wide).flatten(0, 1).unflatten(0, v.shape[:2])
+        # copied at most once for all products, which take (B * heads, N, head_dim)
+        key, value = (x.to(wide).flatten(0, 1).unflatten(0, x.shape[:2]) for x in (k, v))
         # a masked token asks for nothing and gives nothing, whatever stands in it
         if key_mask is not None:
             valid = key_mask[:, None, at, None]
@@ -93,7 +92,7 @@ def probe(
         # their attention, a few at a time, and what each key has in it
         for start in range(0, count, _CHUNK):
             part = slice(start, start + _CHUNK)
-            logits, sees = query[:, :, part] @ key, valid[:, :, part]
+            logits, sees = query[:, :, part] @ key.mT, valid[:, :, part]
             if pair_bias is not None:
                 logits = logits + pair_bias(at[part].view(1, 1, 1, -1, 1), every).squeeze(2)
             if key_mask is not None:

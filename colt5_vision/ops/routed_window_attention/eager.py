@@ -94,8 +94,8 @@ class _Plan:
 
     areas: list[_Area]
     window_bias: Tensor | None  # (B, heads or 1, H, W, 1), of keys for their own window
-    routed: Tensor | None  # (B, heads, K, 1) index into the P + N keys
-    used: Tensor | None  # (B, heads, K, 1), False for an empty slot, a masked or removed key
+    routed: Tensor | None  # (B, heads, P + K, 1) index into the P + N keys, the prefix first
+    used: Tensor | None  # the same shape, False for an empty slot, a masked or removed key
     routed_bias: Tensor | None  # (B, heads or 1, 1, P + K)
     routed_window: Tensor | None  # (B, heads or 1, P + K) window of a routed key, -1 for the prefix
     prefix_bias: Tensor | None  # (B, 1, 1, P + N)
@@ -149,6 +149,8 @@ def _plan(
             window = _window_of_token(geo, query.device)[routed.clamp_min(0)]
             window = torch.nn.functional.pad(window, (geo.prefix, 0), value=-1)
             plan.routed_window = per_head(window, 1)
+        index = _with_prefix(routed.clamp_min(0), geo)
+        used = torch.nn.functional.pad(used, (geo.prefix, 0), value=True)
         plan.routed = index.repeat_interleave(heads // routes, 1).unsqueeze(-1)
         plan.used = used.repeat_interleave(heads // routes, 1).unsqueeze(-1)
 
@@ -167,10 +169,17 @@ def _map(x: Tensor, geo: Geometry) -> Tensor:
     return x[:, :, x.shape[2] - geo.tokens :].unflatten(2, (geo.height, geo.width))
 
 
-def _new_map(like: Tensor, geo: Geometry, width: int, dtype: torch.dtype) -> Tensor:
-    """(B, heads, N, width), not filled; the heads of a token lie side by side, as in a window."""
-    shape = (like.shape[0], geo.tokens, like.shape[1], width)
+def _new_rows(like: Tensor, geo: Geometry, width: int, dtype: torch.dtype) -> Tensor:
+    """(B, heads, P + N, width), not filled; the heads of a token lie side by side, as in a
+    window."""
+    shape = (like.shape[0], geo.prefix + geo.tokens, like.shape[1], width)
     return torch.empty(shape, dtype=dtype, device=like.device).transpose(1, 2)
+
+
+def _with_prefix(tokens: Tensor, geo: Geometry) -> Tensor:
+    """Rows of the prefix tokens and of those of the map, (..., P + K)."""
+    prefix = torch.arange(geo.prefix, device=tokens.device).expand(*tokens.shape[:-1], -1)
+    return torch.cat([prefix, tokens + geo.prefix], -1)
 
 
 def _window_bias(plan: _Plan, area: _Area) -> Tensor | None:
@@ -178,10 +187,10 @@ def _window_bias(plan: _Plan, area: _Area) -> Tensor | None:
     return None if plan.window_bias is None else area.take(plan.window_bias).mT
 
 
-def _routed_keys(x: Tensor, plan: _Plan, geo: Geometry) -> Tensor:
-    # an unused slot reads zeros, whatever stands in the token it points to
-    routed = x.gather(2, plan.routed.expand(-1, -1, -1, x.shape[-1])).masked_fill(~plan.used, 0)
-    return torch.cat([x[:, :, : geo.prefix], routed], 2) if geo.prefix else routed
+def _routed_keys(x: Tensor, plan: _Plan) -> Tensor:
+    """(B, heads, P + K, D); an unused slot reads zeros, whatever stands in the token it points
+    to."""
+    return x.gather(2, plan.routed.expand(-1, -1, -1, x.shape[-1])).masked_fill(~plan.used, 0)
 
 
 def _blank_masked(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -295,13 +304,19 @@ def forward(
     k, v = _blank_masked(k, v, key_mask)
     keys = values = None
     if plan.routed is not None:
-        keys, values = _routed_keys(k, plan, geo), _routed_keys(v, plan, geo)
+        keys, values = _routed_keys(k, plan), _routed_keys(v, plan)
+
+    # the prefix, which reads everything
+    out = _new_rows(q, geo, q.shape[-1], q.dtype)
+    lse = _new_rows(q, geo, 1, wide_dtype(q))
+    prefix = slice(0, geo.prefix)
+    if geo.prefix:
+        out[:, :, prefix], first = attend(q[:, :, prefix], k, v, plan.prefix_bias, geo.scale)
+        lse[:, :, prefix] = first.unsqueeze(-1)
 
     # the window part; where every window has a bias of its own, the routed part is joined there
     by_window = keys is not None and not geo.weight_own_window and query_indices is None
     near = [_map(x, geo) for x in (q, *_blank_removed(k, v, routed, log_weights, geo))]
-    out = _new_map(q, geo, q.shape[-1], q.dtype)
-    lse = _new_map(q, geo, 1, wide_dtype(q))
     for area in plan.areas:
         query, key, value = (area.take(x) for x in near)
         part = attend(query, key, value, _window_bias(plan, area), geo.scale)
@@ -312,16 +327,15 @@ def forward(
         area.put(part[1].unsqueeze(-1), _map(lse, geo))
 
     # the routed part, else, of the tokens that ask
-    out, lse = _queries(out, query_indices), _queries(lse, query_indices).squeeze(-1)
+    rows = None if query_indices is None else _with_prefix(query_indices, geo)
+    out, lse = _queries(out, rows), _queries(lse, rows).squeeze(-1)
     if keys is not None and not by_window:
         query = _queries(q[:, :, geo.prefix :], query_indices)
         groups = _groups(query, keys, plan, geo, query_indices)
-        _join(out, lse, query, keys, values, groups, geo.scale)
+        far = slice(geo.prefix, None)
+        _join(out[:, :, far], lse[:, :, far], query, keys, values, groups, geo.scale)
 
-    # the prefix, which reads everything
-    if geo.prefix:
-        prefix_out, prefix_lse = attend(q[:, :, : geo.prefix], k, v, plan.prefix_bias, geo.scale)
-        out, lse = torch.cat([prefix_out, out], 2), torch.cat([prefix_lse, lse], 2)
+    # no key at all
     if key_mask is None and (log_weights is None or not geo.weight_own_window):
         return out, lse  # each query sees itself
     empty = lse < masked_logit(q) / 2
@@ -374,49 +388,50 @@ def backward(
     own = (grad[:, :, geo.prefix :], out[:, :, geo.prefix :], lse[:, :, geo.prefix :])
     near = [_map(x, geo) for x in (q, *_blank_removed(k, v, routed, log_weights, geo))]
     asking = [_map(x, geo) for x in _of_every_token(*own, wide, geo)]
-    grads = [_new_map(x, geo, dim, x.dtype) for x in (q, k, v)]
+    grad_q, grad_k, grad_v = grads = [_new_rows(x, geo, dim, x.dtype) for x in (q, k, v)]
     by_window = far is not None and not geo.weight_own_window and wide is None
     for area in plan.areas:
         query, key, value = (area.take(x) for x in near)
         g, o, l = (area.take(x) for x in asking)
-        l = l.squeeze(-1)
-        parts = list(
-            attend_backward(g, query, key, value, o, l, _window_bias(plan, area), geo.scale)
-        )
+        l, bias = l.squeeze(-1), _window_bias(plan, area)
+        parts = attend_backward(g, query, key, value, o, l, bias, geo.scale)
         if by_window:
-            parts[0] = parts[0] + far.backward(g, query, o, l, _groups_of(area, query, far.k, plan))
+            groups = _groups_of(area, query, far.k, plan)
+            parts = (parts[0] + far.backward(g, query, o, l, groups), *parts[1:])
         for part, whole in zip(parts, grads):
             area.put(part, _map(whole, geo))
-    grad_q, grad_k, grad_v = grads
+
+    # the prefix, which reads everything
+    if geo.prefix:
+        rows = slice(0, geo.prefix)
+        own_rows = (grad[:, :, rows], q[:, :, rows], k, v, out[:, :, rows], lse[:, :, rows])
+        parts = attend_backward(*own_rows, plan.prefix_bias, geo.scale)
+        for whole in (grad_k, grad_v):
+            whole[:, :, rows] = 0
+        grad_q[:, :, rows] = parts[0]
+        grad_k += parts[1]
+        grad_v += parts[2]
 
     # the routed part, else
     if far is not None and not by_window:
         query = _queries(q[:, :, geo.prefix :], query_indices)
         g, o, l = own
         dq = far.backward(g, query, o, l, _groups(query, far.k, plan, geo, query_indices))
-        grad_q = grad_q + dq if wide is None else grad_q.scatter_add_(2, wide, dq)
+        tokens = grad_q[:, :, geo.prefix :]
+        if wide is None:
+            tokens += dq
+        else:
+            tokens.scatter_add_(2, wide, dq)
 
-    # its rows go where they were read
+    # its keys' gradients go where they were read
     grad_log_weights = torch.zeros_like(log_weights) if with_log_weights else None
     if far is not None:
-        dk, dv = far.dk[..., :dim], far.dv[..., :dim]
-        index = (plan.routed - geo.prefix).expand(-1, -1, -1, dim)
-        grad_k = grad_k.scatter_add(2, index, dk[:, :, geo.prefix :])
-        grad_v = grad_v.scatter_add(2, index, dv[:, :, geo.prefix :])
+        index = plan.routed.expand(-1, -1, -1, dim)
+        grad_k.scatter_add_(2, index, far.dk[..., :dim])
+        grad_v.scatter_add_(2, index, far.dv[..., :dim])
         if with_log_weights:
             dlog = far.dk[:, :, geo.prefix :, -1].unflatten(1, (routed.shape[1], -1)).sum(2)
             grad_log_weights = (dlog / geo.scale).to(log_weights.dtype)
-
-    # the prefix, which reads everything
-    if geo.prefix:
-        rows = slice(0, geo.prefix)
-        query, bias = q[:, :, rows], plan.prefix_bias
-        more = attend_backward(
-            grad[:, :, rows], query, k, v, out[:, :, rows], lse[:, :, rows], bias, geo.scale
-        )
-        grad_q = torch.cat([more[0], grad_q], 2)
-        grad_k = torch.cat([dk[:, :, rows], grad_k], 2) + more[1]
-        grad_v = torch.cat([dv[:, :, rows], grad_v], 2) + more[2]
     return grad_q, grad_k, grad_v, grad_log_weights
 
 
@@ -448,7 +463,7 @@ class _Far:
 
     def __init__(self, k: Tensor, v: Tensor, plan: _Plan, geo: Geometry, with_bias: bool):
         self.scale, self.with_bias = geo.scale, with_bias
-        self.k, self.v = (self._widened(_routed_keys(x, plan, geo)) for x in (k, v))
+        self.k, self.v = (self._widened(_routed_keys(x, plan)) for x in (k, v))
         self.dk, self.dv = torch.zeros_like(self.k), torch.zeros_like(self.v)
 
     def _widened(self, x: Tensor, value: float = 0.0) -> Tensor:
