@@ -18,6 +18,7 @@ from torch import Tensor
 from ..dtypes import wide_dtype
 from ..grid import window_of_token
 from ..sdpa import attend, attend_backward, masked_logit
+from .areas import Area, areas_of
 from .geometry import Geometry, free_keys, removed_keys
 
 _PAIRS = (
@@ -25,74 +26,11 @@ _PAIRS = (
 )  # elements held at once, of a bias or of the gradients of keys that several windows share
 
 
-@dataclass(frozen=True)
-class _Area:
-    """Windows of one size, side by side.
-
-    Attributes:
-        top, left: first token.
-        down, across: how many windows.
-        height, width: of each.
-        first, columns: number of the first window, and windows in a row of the map.
-    """
-
-    top: int
-    left: int
-    down: int
-    across: int
-    height: int
-    width: int
-    first: int
-    columns: int
-
-    @property
-    def windows(self) -> int:
-        return self.down * self.across
-
-    def numbers(self, device) -> Tensor:
-        """(windows,), as ``window_of_token`` counts them."""
-        row = torch.arange(self.down, device=device).unsqueeze(1) * self.columns
-        return (self.first + row + torch.arange(self.across, device=device)).flatten()
-
-    def view(self, x: Tensor) -> Tensor:
-        """(B, heads, H, W, D) -> (B, down, across, height, width, heads, D)."""
-        rows = slice(self.top, self.top + self.down * self.height)
-        columns = slice(self.left, self.left + self.across * self.width)
-        x = x[:, :, rows, columns].unflatten(3, (self.across, self.width))
-        return x.unflatten(2, (self.down, self.height)).permute(0, 2, 4, 3, 5, 1, 6)
-
-    def take(self, x: Tensor) -> Tensor:
-        """(B, heads, H, W, D) -> (B * windows, heads, height * width, D)."""
-        size = (x.shape[0] * self.windows, self.height * self.width, x.shape[1], x.shape[4])
-        return self.view(x).reshape(size).transpose(1, 2)
-
-    def put(self, x: Tensor, into: Tensor) -> None:
-        """The inverse of :meth:`take`, in place."""
-        view = self.view(into)
-        view.copy_(x.transpose(1, 2).reshape(view.shape))
-
-
-def _areas(geo: Geometry) -> list[_Area]:
-    """The windows of a map, from its top left: whole ones, then those that a border cuts."""
-    height, width = (min(w, n) for w, n in zip(geo.window, (geo.height, geo.width)))
-    down, across = geo.height // height, geo.width // width
-    below, beside = geo.height - down * height, geo.width - across * width
-    columns = across + (beside > 0)
-    rows = [(0, down, height, 0), (down * height, 1, below, down * columns)]
-    cols = [(0, across, width, 0), (across * width, 1, beside, across)]
-    return [
-        _Area(top, left, some, more, h, w, row + column, columns)
-        for top, some, h, row in rows
-        for left, more, w, column in cols
-        if h and w
-    ]
-
-
 @dataclass
 class _Plan:
     """Indices and biases that forward and backward share, made from the integer and bool inputs."""
 
-    areas: list[_Area]
+    areas: list[Area]
     window_bias: Tensor | None  # (B, heads or 1, H, W, 1), of keys for their own window
     routed: Tensor | None  # (B, heads, P + K, 1) index into the P + N keys, the prefix first
     used: Tensor | None  # the same shape, False for an empty slot, a masked or removed key
@@ -119,7 +57,7 @@ def _plan(
     def per_head(x: Tensor, dim: int) -> Tensor:
         return x if routes == 1 else x.repeat_interleave(heads // routes, dim)
 
-    plan = _Plan(_areas(geo), None, None, None, None, None, None)
+    plan = _Plan(areas_of(geo), None, None, None, None, None, None)
 
     # slots that hold a key
     used = routed >= 0
@@ -182,7 +120,7 @@ def _with_prefix(tokens: Tensor, geo: Geometry) -> Tensor:
     return torch.cat([prefix, tokens + geo.prefix], -1)
 
 
-def _window_bias(plan: _Plan, area: _Area) -> Tensor | None:
+def _window_bias(plan: _Plan, area: Area) -> Tensor | None:
     """(B * windows, heads or 1, 1, height * width)."""
     return None if plan.window_bias is None else area.take(plan.window_bias).mT
 
@@ -258,7 +196,7 @@ def _groups(
         yield _Group((slice(None), slice(None), rows), slice(None), 1, bias)
 
 
-def _groups_of(area: _Area, query: Tensor, keys: Tensor, plan: _Plan) -> Iterator[_Group]:
+def _groups_of(area: Area, query: Tensor, keys: Tensor, plan: _Plan) -> Iterator[_Group]:
     """The routed part of an area whose windows have a bias each: some windows of one sample at a
     time, none with much more than ``_PAIRS`` gradients of keys at once."""
     numbers = area.numbers(query.device)
