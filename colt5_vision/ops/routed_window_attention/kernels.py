@@ -97,12 +97,14 @@ def query_span(
 
 @triton.jit
 def load_queries(query_rows, query_positions, at, valid, SUBSET: tl.constexpr):
-    """Row of out and position in q of the entries ``at`` of the lists of queries."""
+    """Row of out and position in q of the entries ``at`` of the lists of queries. Unsigned: their
+    upper halves as int64 are zeros then, which no loop has to keep in registers."""
     row = tl.load(query_rows + at, mask=valid, other=0)
     if SUBSET:
-        return row, tl.load(query_positions + at, mask=valid, other=0)
+        position = tl.load(query_positions + at, mask=valid, other=0)
+        return row.to(tl.uint32), position.to(tl.uint32)
     else:  # the list of keys; one that must not be read may query
-        row = tl.where(row < 0, ~row, row)
+        row = tl.where(row < 0, ~row, row).to(tl.uint32)
         return row, row
 
 

@@ -221,7 +221,9 @@ def checked_rows(
     else:
         head = _head_size("k", k, n, "a number or a tensor")
         k_rows = torch.full((*shape[:-1], 1), k, dtype=dtype, device=scores.device)
-    return rows.reshape(-1, n), k_rows.reshape(-1, 1), num_valid.reshape(-1, 1), head
+    # over one dimension: straight to two, torch 2.11 compares strides, which an export then fixes
+    rows = rows.flatten().view(-1, n)
+    return rows, k_rows.reshape(-1, 1), num_valid.reshape(-1, 1), head
 
 
 @overridable
