@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build"
-PAGES = ("*.md", "*.png", "*.py", "*.json", "LICENSE", "CITATION.cff")
+PAGES = ("*.md", "*.png", "*.css", "*.py", "*.json", "LICENSE", "CITATION.cff")
 FOLDERS = ("docs", "benchmarks", "colt5_vision", "examples")
 ROLE = re.compile(r":(?:class|func|meth|attr|data|mod):`~?(?:[\w.]+\.)?([^`.]+)`")
 
