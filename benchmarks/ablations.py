@@ -157,7 +157,7 @@ def study(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = parser_of(__doc__, ABLATIONS)
+    parser = parser_of(__doc__, ABLATIONS, "ablations")
     parser.add_argument("--gates", action="store_true", help="only the table of the gates, printed")
     parser.set_defaults(seeds=[0, 1], steps=600)
     return exit_status(study, parse(parser, argv), argv)

@@ -72,7 +72,9 @@ def medians(rounds: int, seconds: float) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.busy", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--seconds", type=float, default=3, help="of each process")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--step", action="store_true", help=argparse.SUPPRESS)

@@ -87,7 +87,9 @@ def study(model: nn.Module, photos: dict[str, Tensor], tolerances: list[float], 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.calibrated",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--size", type=int, default=1036, help="pixels a side")
     parser.add_argument("--images", nargs="*", default=[], help="the first is calibrated on")

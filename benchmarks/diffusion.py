@@ -82,7 +82,9 @@ def compare(side: int, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.diffusion",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--sides", type=int, nargs="+", default=[64, 128], help="of the latents")
     parser.add_argument("--repeats", type=int, default=5)

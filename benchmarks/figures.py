@@ -91,7 +91,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.figures", description=__doc__, formatter_class=Help
+    )
     add = parser.add_argument
     add("--size", type=int, default=512, help="pixels a side of the terrain, a multiple of 16")
     add("--seed", type=int, default=0, help="of its noise")

@@ -248,8 +248,11 @@ def study(args: argparse.Namespace) -> None:
     print(*lines, f"wrote {stem}.json, .md, .png, {draw_scale(stem.parent)}", sep="\n")
 
 
-def parser_of(description: str, variants: dict[str, Variant]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
+def parser_of(
+    description: str, variants: dict[str, Variant], name: str = "needle"
+) -> argparse.ArgumentParser:
+    prog = f"python -m benchmarks.{name}"
+    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=Help)
 
     # what is trained, and for how long
     parser.add_argument(

@@ -445,5 +445,5 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__).parse_args()
     print(tables())

@@ -340,7 +340,9 @@ def times(model: nn.Module, photo: Path, args, record: Record) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training_free", description=__doc__, formatter_class=Help
+    )
 
     # on which inputs
     parser.add_argument(

@@ -43,7 +43,9 @@ def check() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.video",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--grid", type=int, nargs=3, default=[21, 45, 80], help="T H W in tokens")
     parser.add_argument("--heads", type=int, default=12)

@@ -2,7 +2,8 @@
 
 The pages lie there as in the repository, so that their links lead where they lead on a host of
 repositories. The sources lie there as they are installed, with ``models/`` and ``pipelines/``
-inside of the package, and without the roles of reStructuredText that mkdocstrings does not read.
+inside of the package, and without what mkdocstrings reads otherwise: roles of reStructuredText, and
+sources of several lines, which it takes for a box with a title.
 """
 
 import re
@@ -11,8 +12,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build"
-PAGES = ("*.md", "*.png", "*.py", "*.json", "LICENSE", "CITATION.cff")
+PAGES = ("*.md", "*.png", "*.css", "*.py", "*.json", "LICENSE", "CITATION.cff")
 FOLDERS = ("docs", "benchmarks", "colt5_vision", "examples")
+SOURCE = re.compile(r"^( *)(Source: .*)((?:\n\1 {4}\S.*)+)", re.MULTILINE)
 ROLE = re.compile(r":(?:class|func|meth|attr|data|mod):`~?(?:[\w.]+\.)?([^`.]+)`")
 
 
@@ -36,7 +38,14 @@ def sources() -> None:
     for room in ("models", "pipelines"):
         shutil.copytree(ROOT / room, target / room)
     for path in target.rglob("*.py"):
-        path.write_text(ROLE.sub(r"`\1`", path.read_text()))
+        text = ROLE.sub(r"`\1`", path.read_text())
+        path.write_text(SOURCE.sub(_flush, text))
+
+
+def _flush(source: re.Match) -> str:
+    """A source whose further lines are not indented."""
+    indent, first, further = source.groups()
+    return indent + first + further.replace("\n    ", "\n")
 
 
 if __name__ == "__main__":

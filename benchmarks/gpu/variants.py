@@ -269,7 +269,9 @@ def report() -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.variants", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--output", type=Path, default=RESULT)
     path = parser.parse_args().output
     lines = []

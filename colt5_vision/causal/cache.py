@@ -31,7 +31,8 @@ class AutoregressiveCache:
             query) and ``pending_valid`` (B, o).
         threshold: of the window before, for queries. ``used`` (B,): queries routed in the window in
             progress.
-        count_q, count_kv: the numbers of tokens that the sequence was begun with.
+        count_q: the number of routed queries that the sequence was begun with.
+        count_kv: the same of routed keys.
     """
 
     position: int

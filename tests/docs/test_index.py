@@ -1,6 +1,7 @@
 """The index of benchmarks/results names every file, and the pages link to every page."""
 
-import importlib
+import contextlib
+import importlib.util
 import re
 
 import pytest
@@ -41,5 +42,17 @@ def test_every_public_name_is_in_the_reference(name):
         pytest.importorskip("diffusers.models")
     module = importlib.import_module(f"colt5_vision{name}")
     pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
-    listed = set(re.findall(rf"^::: {re.escape(module.__name__)}\.(\w+)$", pages, re.MULTILINE))
+    entry = rf"^::: {re.escape(module.__name__)}\.(?:(\w+)\.)?(\w+)$"
+    found = re.findall(entry, pages, re.MULTILINE)
+    # in a file or folder with the name of one: ops.join.join
+    listed = {name for folder, name in found if folder in ("", *module.__all__)}
     assert listed == set(module.__all__)
+
+
+def test_no_entry_of_the_reference_is_a_module():
+    """Of ``ops.join``, a function and a folder, mkdocstrings would show the folder."""
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    entries = re.findall(r"^::: (.+)$", pages, re.MULTILINE)
+    for entry in entries:
+        with contextlib.suppress(ModuleNotFoundError):  # the parent may be no module, or not there
+            assert importlib.util.find_spec(entry) is None, f"{entry} is a module"

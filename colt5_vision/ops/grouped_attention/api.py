@@ -39,7 +39,8 @@ class PooledKeys(NamedTuple):
     """Keys of a group that stand for several, C of them a head.
 
     Attributes:
-        keys, values: (B, heads, G, C, head_dim), in the dtype of q.
+        keys: (B, heads, G, C, head_dim), in the dtype of q.
+        values: the same.
         log_mass: (B, heads, G, C), added to their logits: the log of how many keys each stands
             for, or more, as float32 can hold it in any dtype of q. -inf: none.
     """
