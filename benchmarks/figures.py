@@ -61,14 +61,14 @@ def error(picture: Tensor, full: Tensor) -> float:
 
 def draw_five_ways(path: Path, made: dict[str, Tensor]) -> None:
     """A panel for each attention, all on the scale of the first one."""
-    figure = Figure(figsize=(12.5, 3.1), layout="constrained")
+    figure = Figure(figsize=(10.5, 2.75), layout="constrained")
     full = made["full attention"]
     for axis, (name, picture) in zip(figure.subplots(1, len(made)), made.items()):
         axis.imshow(picture, cmap="terrain", vmin=full.min(), vmax=full.max())
         axis.set(xticks=[], yticks=[])
         below = "the picture to keep" if picture is full else f"error {error(picture, full):.3f}"
-        axis.set_title(f"{name}\n{below}", fontsize=11)
-    figure.savefig(path, dpi=100)
+        axis.set_title(f"{name}\n{below}", fontsize=13)
+    figure.savefig(path, dpi=130)
 
 
 def run(args: argparse.Namespace) -> None:
