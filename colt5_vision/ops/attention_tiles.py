@@ -18,7 +18,7 @@ _CONFIGS = {
     "ampere": {
         "forward": {
             16: _tiles(128, 64, 8, 3),
-            32: _tiles(128, 64, 8, 3),
+            32: _tiles(64, 64, 4, 3),
             64: _tiles(128, 64, 8, 3),
             128: _tiles(128, 32, 8, 3),
             256: _tiles(64, 32, 8, 2),
@@ -64,7 +64,8 @@ _CONFIGS = {
 }
 # Hopper and datacentre Blackwell have the shared memory for wider tiles
 _CONFIGS["hopper"] = _CONFIGS["ampere"] | {
-    "forward": _CONFIGS["ampere"]["forward"] | {128: _tiles(128, 64, 8, 3)},
+    "forward": _CONFIGS["ampere"]["forward"]
+    | {32: _tiles(128, 64, 8, 3), 128: _tiles(128, 64, 8, 3)},
     "backward_keys": _CONFIGS["ampere"]["backward_keys"] | {64: _tiles(64, 128, 8, 2)},
 }
 _CONFIGS["blackwell"] = _CONFIGS["hopper"] | {
