@@ -32,13 +32,13 @@ from .report import machine
 FORWARD, BACKWARD = PASSES
 OPERATOR = Map(109, 6, 64, window=14)
 Calls = tuple[Callable, Callable, Callable]
-"""The library's, what it is compared to, and the same parts by SDPA's kernel alone."""
+"""The library's, what it is compared to, and what no code around SDPA's kernel can do without."""
 HOW = (
-    "Three calls take turns: the library's, its peer, and SDPA's own kernel on the library's parts "
-    "of tensors that lie ready, without routing, copies and joins. *Ratio*: the median over rounds "
-    "of the peer's time over the library's. *Ceiling*: the same over that of the parts: no code "
-    "around that kernel can do better. *Of bound*: the ratio over that of the FLOPs, where the "
-    "target is a part of it."
+    "Three calls take turns: the library's, its peer, and what no code around SDPA's kernel can do "
+    "without: that kernel on the same parts, and in a forward a copy of each window in and out. "
+    "*Ratio*: the median over rounds of the peer's time over the library's. *Ceiling*: the same "
+    "over that of the parts, without routing and joins. *Of bound*: the ratio over that of the "
+    "FLOPs, where the target is a part of it."
 )
 
 

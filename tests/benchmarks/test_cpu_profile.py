@@ -165,7 +165,7 @@ def test_the_parts_of_a_ceiling_are_the_pairs_of_the_operator(side, monkeypatch)
     pairs["sampled"] = pairs["operator"] + 2 * parts.PROBES * side**2
     found = []
 
-    def attend(q, k, v):
+    def attend(q, k, v, attn_mask=None):
         found.append(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
         return v
 
