@@ -2,7 +2,6 @@
 and in a forward a copy of each window in and out, for it takes no rows of two strides. A backward's
 tensors lie ready."""
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -28,16 +27,16 @@ def _run(calls: list[Callable]) -> Callable:
 
 
 def _attention(
-    what: str,
-    batch: int,
-    size: Map,
-    queries: int,
-    keys: int,
-    bias: torch.Tensor | None = None,
+    what: str, batch: int, size: Map, queries: int, keys: int, *, biased: bool = False
 ) -> Callable:
+    """SDPA; biased: the same keys for all of the batch, with log weights."""
     shapes = [(batch, size.heads, n, size.head_dim) for n in (queries, keys, keys, queries)]
     q, k, v, grad = (torch.randn(shape) for shape in shapes)
-    return both(partial(scaled_dot_product_attention, attn_mask=bias), [q, k, v], grad)[what]
+    if not biased or what != PASSES[0]:
+        return both(scaled_dot_product_attention, [q, k, v], grad)[what]
+    k, v = (x[:1].expand_as(x) for x in (k, v))
+    attend = partial(scaled_dot_product_attention, attn_mask=torch.zeros(batch, 1, 1, keys))
+    return both(attend, [q, k, v], grad)[what]
 
 
 def _copies(size: Map) -> Callable:
@@ -56,30 +55,38 @@ def _copies(size: Map) -> Callable:
     return run
 
 
+def _areas(size: Map) -> list[tuple[int, int]]:
+    """Of windows of one size: how many of all samples, and tokens of each."""
+    whole, rest = divmod(size.side, size.window)
+    sides = [(size.window, whole), (rest, 1)] if rest else [(size.window, whole)]
+    return [(size.batch * m * n, a * b) for (a, m), (b, n) in product(sides, repeat=2)]
+
+
 def windows(size: Map, what: str) -> Callable:
     """Every token to its window; windows of one size in one call."""
-    whole, rest = divmod(size.side, size.window)
-    sides = Counter({size.window: whole, rest: 1} if rest else {size.window: whole})
     calls = [_copies(size)] if what == PASSES[0] else []
-    for (height, down), (width, across) in product(sides.items(), repeat=2):
-        tokens = height * width
-        calls.append(_attention(what, size.batch * down * across, size, tokens, tokens))
+    calls += [_attention(what, count, size, area, area) for count, area in _areas(size)]
     return _run(calls)
 
 
 def operator(size: Map, what: str) -> Callable:
-    """Windows, and every token to the routed keys with their log weights."""
+    """Windows, and every token to the routed keys."""
     keys = size.tokens // size.share
-    bias = torch.zeros(1, 1, 1, keys) if what == PASSES[0] else None
-    routed = _attention(what, size.batch, size, size.tokens, keys, bias)
+    routed = _attention(what, size.batch, size, size.tokens, keys, biased=size.batch == 1)
     return _run([windows(size, what), routed])
 
 
 def sampled(size: Map, what: str) -> Callable:
-    """The operator's, and a few probes to all keys, and all tokens to the probes."""
-    probes = _attention(what, size.batch, size, PROBES, size.tokens)
-    back = _attention(what, size.batch, size, size.tokens, PROBES)
-    return _run([operator(size, what), probes, back])
+    """Windows, and each of them to the routed keys: which of them it does not count twice is its
+    own. A few probes to all keys, and all tokens to the probes."""
+    keys = size.tokens // size.share
+    calls = [windows(size, what)]
+    calls += [
+        _attention(what, count, size, area, keys, biased=True) for count, area in _areas(size)
+    ]
+    calls.append(_attention(what, size.batch, size, PROBES, size.tokens))
+    calls.append(_attention(what, size.batch, size, size.tokens, PROBES))
+    return _run(calls)
 
 
 def in_place_of_attention(model: Callable, parts: Callable) -> Callable:
