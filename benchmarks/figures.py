@@ -67,7 +67,7 @@ def draw_five_ways(path: Path, made: dict[str, Tensor]) -> None:
         axis.imshow(picture, cmap="terrain", vmin=full.min(), vmax=full.max())
         axis.set(xticks=[], yticks=[])
         below = "the picture to keep" if picture is full else f"error {error(picture, full):.3f}"
-        axis.set_title(f"{name}\n{below}", fontsize=13)
+        axis.set_title(f"{name}\n{below}", fontsize=12)
     figure.savefig(path, dpi=130)
 
 
