@@ -23,12 +23,12 @@ def join(
     filled = (indices >= 0).unsqueeze(-1)
     rows = torch.where(filled, heavy, 0) * gates.unsqueeze(-1)
     if null is not None:
-        rows = rows - filled * null
+        rows = rows - filled.to(null.dtype) * null  # one dtype: ONNX of torch 2.11 wants no other
     rows = rows.to(light.dtype)
     index = indices.clamp_min(0).unsqueeze(-1).expand_as(rows)
 
     # the fresh map; this zero has vmap's dimension if anything has, or vmap refuses to add in place
-    zero = rows.new_zeros(()) + index.new_zeros(())
+    zero = rows.new_zeros(()) + index.new_zeros((), dtype=rows.dtype)
     out = light + (zero if null is None else null + zero)
     return out.scatter_add_(1, index, rows)
 
