@@ -71,7 +71,7 @@ _CONFIGS["hopper"] = _CONFIGS["ampere"] | {
 _CONFIGS["blackwell"] = _CONFIGS["hopper"] | {
     "forward": _CONFIGS["hopper"]["forward"] | {128: _tiles(128, 64, 8, 2)},
     "backward_query": _CONFIGS["hopper"]["backward_query"]
-    | {64: _tiles(128, 32, 8, 2), 128: _tiles(128, 32, 4, 2)},
+    | {64: _tiles(128, 32, 8, 3), 128: _tiles(128, 32, 4, 2)},
     "backward_keys": _CONFIGS["hopper"]["backward_keys"] | {128: _tiles(32, 128, 8, 1)},
 }
 _FAMILIES = {
