@@ -122,7 +122,7 @@ def test_all_keys_are_stock_attention_and_fewer_are_not(edit, router):
         found = run(model, call)
         assert report.calls.routed == len(report) and not report.calls.exact, report
         if share == 1.0:
-            close(found, expected, 2e-5)
+            close(found, expected, 1e-5)
         else:
             assert found.isfinite().all() and (found - expected).abs().max() > 1e-3
         unroute_attention(model)
@@ -185,7 +185,7 @@ def test_images_that_differ_in_a_batch_are_seen_by_all():
     expected = run(model, call)
     report = route_attention(model, config(1.0))
     seen = watched(model)
-    close(run(model, call), expected, 2e-5)
+    close(run(model, call), expected, 1e-5)
     assert report.calls.routed == len(report)
     assert seen[0][:2] == ((4, 6), TEXT + 1 + 23)
 
@@ -198,7 +198,7 @@ def test_what_is_no_raster_is_seen_by_all():
     expected = run(model, call)
     report = route_attention(model, config(1.0))
     seen = watched(model)
-    close(run(model, call), expected, 2e-5)
+    close(run(model, call), expected, 1e-5)
     assert report.calls.routed == len(report)
     assert seen[0][:2] == (((1, 4, 6), (1, 3, 5)), TEXT + 8)
 
@@ -212,7 +212,7 @@ def test_a_controlnet_that_is_told_of_images_it_is_not_given():
     )
     expected = run(model, call)
     report = route_attention(model, config(1.0))
-    close(run(model, call), expected, 2e-5)
+    close(run(model, call), expected, 1e-5)
     assert report.calls.routed == len(report)
 
 
@@ -239,5 +239,5 @@ def test_compiled_blocks_serve_images_of_other_sizes():
     torch.compiler.reset()
     model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
     for call, one in zip(calls, expected, strict=True):
-        close(run(model, call), one, 2e-5)
+        close(run(model, call), one, 1e-5)
     torch.compiler.reset()
