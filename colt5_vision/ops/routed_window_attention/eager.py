@@ -203,14 +203,13 @@ def _groups_of(area: Area, query: Tensor, keys: Tensor, plan: _Plan) -> Iterator
     step = max(1, _PAIRS // max(1, keys[0].numel()))
     for sample in range(keys.shape[0]):
         one = slice(sample, sample + 1)
-        bias = plan.routed_bias[one].transpose(1, 2)  # (1, 1, heads or 1, P + K)
+        bias = plan.routed_bias[one].squeeze(2)  # (1, heads or 1, P + K)
         for start in range(0, area.windows, step):
             window = numbers[start : start + step]
-            own = plan.routed_window[one] == window.view(-1, 1, 1)
+            own = plan.routed_window[one] == window.view(-1, 1, 1)  # (windows, heads or 1, P + K)
+            beyond = bias.masked_fill(own, masked_logit(query)).unsqueeze(2)
             first = sample * area.windows + start
-            rows = slice(first, first + len(window))
-            off = bias.squeeze(1).masked_fill(own, masked_logit(query)).unsqueeze(2)
-            yield _Group((rows,), one, len(window), off)
+            yield _Group((slice(first, first + len(window)),), one, len(window), beyond)
 
 
 def _spread(x: Tensor, group: _Group) -> Tensor:
