@@ -26,7 +26,7 @@ def test_pictures(monkeypatch, tmp_path, capsys):
     assert tuple(errors) == figures.ORDER and errors["full attention"] == 0
     assert len(set(errors.values())) == 5
     wide, square = (Image.open(tmp_path / name) for name in ("five_ways.png", "heavy_keys.png"))
-    assert wide.width == 1250 and 0.8 < square.width / square.height < 1.2
+    assert wide.width == 1365 and 0.8 < square.width / square.height < 1.2
 
     with pytest.raises(SystemExit):
         figures.main(["--size", "100"])
