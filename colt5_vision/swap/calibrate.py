@@ -52,20 +52,25 @@ class Calibration(NamedTuple):
         expected_error: the same of 256 queries, which would have told it with no full attention but
             their own. They are not the router's probes: keys are chosen by those, so that they see
             too little of the error.
+        expected_speedup: what the cost model would have told, see :mod:`~colt5_vision.swap.cost`;
+            None: it knows no costs of the device and dtype.
     """
 
     config: RoutedAttentionConfig | None
     error: float
     speedup: float
     expected_error: float
+    expected_speedup: float | None
 
     def __str__(self) -> str:
         how = self.config
         window = "x".join(map(str, how.window_size))
+        foretold = self.expected_speedup
+        foretold = "" if foretold is None else f" ({foretold:.1f} expected)"
         return (
             f"{how.router}, window {window}, keys {how.num_heavy_tokens_kv:.4g}, "
             f"error {self.error:.2g} ({self.expected_error:.2g} expected), "
-            f"{self.speedup:.1f} times as fast"
+            f"{self.speedup:.1f} times as fast{foretold}"
         )
 
 
@@ -79,8 +84,9 @@ class _Findings:
 
     def __init__(self, path: str | os.PathLike | None, about: dict[str, Any]):
         self.path, self.about = None if path is None else Path(path), about
-        # (3, 1 + settings) of each call: squared norm of full attention and squared errors of the
-        # settings; the same at a few queries; seconds of all; NaN: a setting does not fit
+        # (4, 1 + settings) of each call: squared norm of full attention and squared errors of the
+        # settings; the same at a few queries; seconds of all; seconds by the cost model where full
+        # attention takes what it took; NaN: a setting does not fit, or has no known costs
         self.calls: dict[str, list[list[list[float]]]] = {}
         if self.path is not None and self.path.exists():
             self.calls = self._read()
@@ -103,7 +109,7 @@ class _Findings:
     def _read(self) -> dict[str, list]:
         try:
             before = json.loads(self.path.read_text())
-            calls, shape = before["calls"], (3, 1 + len(before["settings"]))
+            calls, shape = before["calls"], (4, 1 + len(before["settings"]))
             if any(torch.tensor(found).shape[1:] != shape for found in calls.values()):
                 raise ValueError("its numbers are not of its settings")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -126,6 +132,7 @@ class _Trials:
     def __init__(
         self, settings: Sequence[RoutedAttentionConfig], repeats: int, findings: _Findings
     ):
+        self.settings = settings
         self.attentions = [config.attention() for config in settings]
         self.repeats, self.findings = repeats, findings
         self.numbers: Counter[str] = Counter()  # calls of each layer so far
@@ -162,7 +169,7 @@ class _Trials:
             return exact
 
         # in turns: what they take, and at first what they get wrong
-        found = torch.full((3, 1 + len(self.attentions)), float("nan"), dtype=torch.float64)
+        found = torch.full((4, 1 + len(self.attentions)), float("nan"), dtype=torch.float64)
         found[:2, 0] = norms
         for turn in range(self.repeats):
             for i, call in calls.items():
@@ -171,22 +178,28 @@ class _Trials:
                     error = out.to(wide_dtype(q)) - exact.to(wide_dtype(q))
                     found[:2, i] = _squares(error, mask)
                 found[2, i] = seconds if turn == 0 else min(seconds, found[2, i].item())
+        for i in calls:
+            found[3, i] = found[2, 0] / self._foretold(i, q, how["num_prefix_tokens"])
         self.findings.add(layer.name, found)
         return exact
 
-    def best(
-        self,
-        name: str,
-        settings: Sequence[RoutedAttentionConfig],
-        tolerance: float,
-        min_speedup: float,
-    ) -> Calibration:
+    def _foretold(self, i: int, q: Tensor, others: int) -> float:
+        """Speed-up of a setting by the cost model, 1 for full attention (0); NaN: not known."""
+        if i == 0:
+            return 1.0
+        place, tokens = (q.device.type, q.dtype), q.shape[2] - others
+        channels = q.shape[1] * q.shape[3]
+        speedup = self.settings[i - 1].expected_speedup(tokens, channels, place, others)
+        return math.nan if speedup is None else speedup
+
+    def best(self, name: str, tolerance: float, min_speedup: float) -> Calibration:
         """The fastest setting of small enough an error, or full attention."""
-        squares, few, seconds = self.findings.total(name, self.numbers[name])
-        error, expected = ((x[1:] / x[0].clamp_min(1e-30)).sqrt().tolist() for x in (squares, few))
-        speedup = (seconds[0] / seconds[1:].clamp_min(1e-12)).tolist()
-        best = Calibration(None, 0.0, 1.0, 0.0)
-        for one in map(Calibration, settings, error, speedup, expected):
+        squares, few, seconds, foretold = self.findings.total(name, self.numbers[name])
+        error, few = ((x[1:] / x[0].clamp_min(1e-30)).sqrt().tolist() for x in (squares, few))
+        speedup, foretold = ((x[0] / x[1:].clamp_min(1e-12)).tolist() for x in (seconds, foretold))
+        foretold = [None if math.isnan(x) else x for x in foretold]
+        best = Calibration(None, 0.0, 1.0, 0.0, 1.0)
+        for one in map(Calibration, self.settings, error, speedup, few, foretold):
             if one.error <= tolerance and one.speedup >= max(min_speedup, best.speedup):
                 best = one
         return best
@@ -256,7 +269,7 @@ def calibrate_routing(
     try:
         # what a checkpoint must agree with
         layers = routed_layers(model)
-        about = {"format": [1, _HELD_OUT], "model": [type(model).__name__, *layers]}
+        about = {"format": [2, _HELD_OUT], "model": [type(model).__name__, *layers]}
         about["repeats"] = repeats
         first = next((p.device.type for whole in wholes for p in whole.parameters()), "cpu")
         about["device"] = [first, torch.get_num_threads()]
@@ -278,9 +291,7 @@ def calibrate_routing(
 
     # the best setting of each
     found = {
-        name: trials.best(name, settings, tolerance, min_speedup)
-        for name in layers
-        if trials.numbers[name]
+        name: trials.best(name, tolerance, min_speedup) for name in layers if trials.numbers[name]
     }
     if not found:
         raise ValueError(f"inputs: none reached a map of at least {min_tokens} tokens")

@@ -26,11 +26,10 @@ SETTINGS = [
 ]
 
 
-def vit():
+def vit(**how):
     torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=160, depth=3, embed_dim=64, num_heads=2, num_classes=5
-    )
+    how |= {"img_size": 160, "depth": 3, "embed_dim": 64, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model("vit_tiny_patch16_224", **how)
     for name, parameter in model.named_parameters():
         if "qkv.weight" in name:
             parameter.data *= 8  # attention that matters
@@ -76,7 +75,8 @@ def test_the_fastest_that_is_exact_enough_is_taken(monkeypatch):
             assert (layer.config.router, layer.config.num_heavy_tokens_kv) == ("sampled", keys)
             found = report.calibration[name]
             assert found.error <= tolerance and found.speedup == 2 / keys
-            assert f"{found.speedup:.1f} times as fast" in str(report)
+            told = f"{found.speedup:.1f} times as fast ({found.expected_speedup:.1f} expected)"
+            assert told in str(report)
             assert f"{found.error:.2g} ({found.expected_error:.2g} expected)" in str(report)
         unroute_attention(model)
 
@@ -126,6 +126,24 @@ def test_a_few_queries_tell_about_the_error_of_all(monkeypatch):
         report = calibrate_routing(vit(), images(), **how, progress=False)
     for found in report.calibration.values():
         assert found.expected_error == pytest.approx(found.error, rel=1e-12)
+
+
+def test_the_cost_model_tells_the_speedup_of_each_layer(monkeypatch):
+    """Of every router, over images of several sizes; None where it knows no costs."""
+    monkeypatch.setattr(calibrate, "_timed", lambda call, device: (call(), 1.0))
+    small, large = torch.randn(1, 3, 80, 80), torch.randn(1, 3, 160, 160)
+    for one in (SETTINGS[0], SETTINGS[2]):
+        how = {"settings": [one], "tolerance": 1e3, "min_tokens": 1, "min_speedup": 0.1}
+        report = calibrate_routing(
+            vit(dynamic_img_size=True), [small, large], **how, progress=False
+        )
+        config = RoutedAttentionConfig.from_dict(one, whole=False)
+        told = [config.expected_speedup(n, 64, ("cpu", torch.float32), others=1) for n in (25, 100)]
+        mean = 2 / sum(1 / speedup for speedup in told)
+        for found in report.calibration.values():
+            assert found.expected_speedup == pytest.approx(mean, rel=1e-9)
+        unknown = calibrate_routing(vit().double(), [large.double()], **how, progress=False)
+        assert all(found.expected_speedup is None for found in unknown.calibration.values())
 
 
 def test_layers_choose_for_themselves_and_are_saved_so(monkeypatch, tmp_path):
