@@ -7,12 +7,15 @@
 DINOv2's ViT-S/14 on photographs and a consistency UNet on noise (see ``examples``). Every single
 attention on inputs it has under full attention, then whole networks with a method in all large
 attentions. The first photograph and the first noise are for choosing, the others are not looked at
-before. Each row is written at once to ``rivals_cpu.jsonl``; ``rivals_cpu.md`` and ``.png`` are made
+before. Sizes after the first: the last input, the first density, every third attention, and no
+oracle. Each row is written at once to ``rivals_cpu.jsonl``; ``rivals_cpu.md`` and ``.png`` are made
 from it.
 """
 
 import argparse
+import copy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -76,18 +79,34 @@ def study(args: argparse.Namespace) -> None:
     rows = Rows(stem.with_suffix(".jsonl"), KEY, args.resume)
     photos = {path.stem: path for path in args.photos}
     try:
-        for kind in args.networks:
+        for kind, size, inputs, how in runs(args):
             if kind == "DINOv2":
-                net, size = networks.vit(args.cache, args.vit_size, photos), args.vit_size
+                net = networks.vit(args.cache, size, photos)
             else:
-                net, size = networks.unet(args.cache, args.unet_size), args.unet_size
-            for name in photos if kind == "DINOv2" else map(str, args.noises):
+                net = networks.unet(args.cache, size)
+            for name in inputs:
                 for step in args.steps:
-                    {"layers": single, "whole": whole}[step](net, size, name, args, rows)
+                    {"layers": single, "whole": whole}[step](net, size, name, how, rows)
                     report.write(rows.rows, stem)
     except OSError as error:
         raise UserError(f"weights: {error}") from error
     print(report.write(rows.rows, stem), f"wrote {stem}.jsonl, .md, .png", sep="\n")
+
+
+def runs(args: argparse.Namespace) -> Iterator[tuple[str, int, list[str], argparse.Namespace]]:
+    """Network, size, names of its inputs, and the arguments that hold there."""
+    less = copy.copy(args)
+    less.densities = args.densities[:1]
+    less.methods = [method for method in args.methods if method != "oracle per query"]
+    less.layers = args.layers or list(range(0, 12, 3))
+    for kind in args.networks:
+        if kind == "DINOv2":
+            inputs, (first, *more) = [path.stem for path in args.photos], args.vit_size
+        else:
+            inputs, (first, *more) = [str(seed) for seed in args.noises], args.unet_size
+        yield kind, first, inputs, args
+        for size in more:
+            yield kind, size, inputs[-1:], less
 
 
 def default_photos() -> list[Path]:
@@ -118,8 +137,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", nargs="+", choices=("layers", "whole"), default=None)
 
     # on which inputs
-    parser.add_argument("--vit-size", type=int, default=1036, help="pixels, a multiple of 14")
-    parser.add_argument("--unet-size", type=int, default=256, help="pixels, a multiple of 16")
+    parser.add_argument(
+        "--vit-size", nargs="+", type=int, default=[1036, 1526], help="pixels, multiples of 14"
+    )
+    parser.add_argument(
+        "--unet-size", nargs="+", type=int, default=[256, 512], help="pixels, multiples of 16"
+    )
     parser.add_argument("--images", nargs="*", default=[], help="photos or folders of photos")
     parser.add_argument("--noises", nargs="+", type=int, default=[91, 92], help="seeds")
 
@@ -137,10 +160,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for density in args.densities:
         if not 0 < density <= 1:
             parser.error(f"--densities: expected shares in (0, 1], got {density}")
-    for name, step in (("vit_size", 14), ("unet_size", 16)):
-        if getattr(args, name) < step or getattr(args, name) % step:
-            option = name.replace("_", "-")
-            parser.error(f"--{option}: expected a multiple of {step}, got {getattr(args, name)}")
+    for name, step in (("vit-size", 14), ("unet-size", 16)):
+        for size in getattr(args, name.replace("-", "_")):
+            if size < step or size % step:
+                parser.error(f"--{name}: expected a multiple of {step}, got {size}")
     at_least(parser, args, 1, "draws", "threads")
 
     # what was not given
@@ -148,7 +171,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.steps = args.steps or ["layers", "whole"]
     args.photos = find_photos(args.images) if args.images else default_photos()
     if args.quick:
-        args.vit_size, args.unet_size = min(args.vit_size, 518), min(args.unet_size, 128)
+        args.vit_size, args.unet_size = [min(*args.vit_size, 518)], [min(*args.unet_size, 128)]
         args.photos, args.noises, args.densities = args.photos[:1], args.noises[:1], [0.25]
         args.layers = args.layers or [2]
     args.output = args.output or ("runs/rivals" if args.quick else "benchmarks/results")

@@ -116,6 +116,24 @@ def test_a_method_sees_the_network_it_replaces():
     assert seen == [(0, (12, 12)), (1, (12, 12))]
 
 
+def test_larger_maps_are_measured_on_what_was_not_looked_at():
+    """And on less of it."""
+    found = list(command.runs(command.parse(["--noises", "7", "8"])))
+    sizes = [(kind, size, inputs) for kind, size, inputs, _ in found]
+    photos = [path.stem for path in command.default_photos()]
+    assert sizes == [
+        ("DINOv2", 1036, photos),
+        ("DINOv2", 1526, photos[-1:]),
+        ("UNet", 256, ["7", "8"]),
+        ("UNet", 512, ["8"]),
+    ]
+    for _, size, _, how in found:
+        large = size in (1526, 512)
+        assert len(how.densities) == (1 if large else 2)
+        assert how.layers == ([0, 3, 6, 9] if large else None)
+        assert ("oracle per query" in how.methods) != large
+
+
 def test_bad_arguments_are_told(capsys):
     for words in (["--vit-size", "100"], ["--densities", "2"], ["--draws", "0"]):
         with pytest.raises(SystemExit):
