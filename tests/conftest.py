@@ -1,8 +1,12 @@
 import os
 from importlib.util import find_spec
 
+import pytest
 import torch
 from hypothesis import settings
+
+from colt5_vision._torch_internals import function_modes
+from colt5_vision.swap.reroute import RerouteMode
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
@@ -13,3 +17,11 @@ settings.load_profile("colt5")
 collect_ignore = [
     name for name in ("diffusers", "timm", "transformers") if find_spec(f"{name}.models") is None
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_mode_of_torch_stays():
+    """One that stays, as of an export that failed, changes what later tests see."""
+    yield
+    left = [type(mode).__name__ for mode in function_modes() if not isinstance(mode, RerouteMode)]
+    assert not left

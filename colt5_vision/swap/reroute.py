@@ -191,17 +191,25 @@ class RerouteMode(TorchFunctionMode):
         self.held: list[Held] = []  # the layer's switches
         # whether the layer itself would exchange parts of the sequence, and is kept from it
         self.exchanges = False
-        # of the forward; an interrupted one (KeyboardInterrupt) leaves the mode behind
+        # of the forward; an interrupted one (KeyboardInterrupt, a failed export) leaves the mode
+        # behind
         self.frame: FrameType | None = None
+        self.failed = False  # in an export
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not _SDPA or self.left_behind():
+        if func is not _SDPA or self.failed or self.left_behind():
             return func(*args, **kwargs)
         call = Call(*args, **kwargs)
         if isinstance(call.query, torch.fx.Proxy):
             return _traced(self, call)
-        return self.routed.attend(self, call)
+        if torch.compiler.is_dynamo_compiling() or not is_compiling():
+            return self.routed.attend(self, call)
+        try:
+            return self.routed.attend(self, call)
+        except BaseException:
+            self.failed = True
+            raise
 
     def hold(self, switches: tuple[Switch, ...]) -> bool:
         """Set switches of the layer; whether one had a value that is not None."""
@@ -246,9 +254,11 @@ class EnterHook:
             mode = RerouteMode(routed, layer, now)
             if torch.compiler.is_dynamo_compiling():
                 self.keep_switches()
-            else:
+                mode.__enter__()
+            else:  # an export that fails does not call the hook that leaves
                 mode.hold(routed.spec.switches)
-            mode.__enter__()
+                mode.frame = sys._getframe(1)
+                push_function_mode_below(mode)
             return
 
         # an interrupted forward may have left something behind

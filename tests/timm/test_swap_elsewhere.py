@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from colt5_vision import route_attention, routed_layers, unroute_attention, why_not
 from colt5_vision._torch_internals import function_modes
-from colt5_vision.swap.reroute import NOT_CALLED
+from colt5_vision.swap.reroute import NOT_CALLED, RerouteMode
 from tests.support.marks import further
 from tests.support.swap_cases import (
     CASES,
@@ -125,6 +125,40 @@ def test_a_forward_that_fails_leaves_nothing_behind():
     with torch.no_grad():
         for size, out in zip(SIZES[::-1], expected[::-1]):
             close(model(at(size)), out)
+
+
+@pytest.mark.parametrize("where", ["attention", "layer"])
+def test_an_export_that_fails_leaves_nothing_behind(where):
+    """It calls no hooks that leave: torch's own mode, and all that runs later, must not mind."""
+    torch.compiler.reset()
+    model = routed(build(CASES["vit"]), router="grouped")
+    x = image(CASES["vit"])
+    expected = model(x).detach()
+
+    def fail(*_):
+        raise ValueError("out of memory")
+
+    # the attention refuses an open size, or a module of the layer fails
+    of, open_size = "grid_size", {"x": {2: 16 * torch.export.Dim("rows", min=4, max=20)}}
+    if where == "layer":
+        of, open_size = "out of memory", None
+        hook = model.blocks[0].attn.proj.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match=of):
+        torch.export.export(model, (x,), dynamic_shapes=open_size, strict=False)
+    if where == "layer":
+        hook.remove()
+    assert all(isinstance(mode, RerouteMode) for mode in function_modes())
+
+    # others, then the model itself
+    q = torch.randn(1, 2, 36, 8)
+    attend = nn.functional.scaled_dot_product_attention
+    assert torch.equal(attend(q, q, q), attend(q, q, q))
+    if where == "attention":
+        compiled = torch.compile(lambda q: attend(q, q, q), fullgraph=True, backend="eager")
+        close(compiled(q), attend(q, q, q))
+    with torch.no_grad():
+        close(model(x), expected)
+    assert function_modes() == []
 
 
 def test_a_layer_called_past_its_hooks_is_told():
