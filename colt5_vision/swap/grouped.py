@@ -38,6 +38,7 @@ _TILES = 25  # about, at most
 _HALVINGS = 2  # of a tile, into groups of alike queries
 _SKETCH = 32  # keys whose logits tell how alike queries are
 _STEPS = 2  # of the power iteration for the direction of a cut
+_AT_ONCE = 8  # tiles whose probes are asked together
 # of the importance, the share that all tiles have in common: a few keys that every query attends to
 # matter to queries that no probe stands for
 _COMMON = 0.3
@@ -46,9 +47,9 @@ _COMMON = 0.3
 class _Probes(NamedTuple):
     """What the mean queries of G groups tell, in float32 (float64 for float64)."""
 
-    attention: Tensor  # (B, heads, G, P + N)
+    attention: list[Tensor]  # (B, heads, groups of some tiles, P + N) each
     out: Tensor  # (B, heads, G, head_dim)
-    importance: Tensor  # (B, G, N), squared
+    importance: Tensor  # (B, tiles, N), squared, summed over the groups of a tile
 
 
 class GroupedAttention(nn.Module):
@@ -150,12 +151,12 @@ class GroupedAttention(nn.Module):
         with torch.no_grad(), without_autocast(q.device.type):
             by = checked_scale(scale, q.shape[-1])
             groups = alike_groups(q, k, tiles, curve, prefix, key_mask, by)
-            probes = _probe(q, k, v, groups, prefix, key_mask, by)
+            probes = _probe(q, k, v, groups, tiles.shape[0], prefix, key_mask, by)
 
             # keys of each tile, and what they get wrong at the probes
             mask = None if key_mask is None else key_mask[:, prefix:]
             generator = generator or self.generator
-            keys, log_weights = _draw(probes, tiles.shape[0], slots, curve, mask, generator)
+            keys, log_weights = _draw(probes, slots, curve, mask, generator)
             missing = probes.out - _estimate(probes, v, keys, log_weights, prefix, key_mask)
         if self.recorder is not None:
             self.recorder(keys.flatten(1), log_weights.flatten(1), tuple(grid_size))
@@ -264,6 +265,7 @@ def _probe(
     k: Tensor,
     v: Tensor,
     groups: Tensor,
+    tiles: int,
     prefix: int,
     key_mask: Tensor | None,
     scale: float,
@@ -282,23 +284,32 @@ def _probe(
     # means of the groups
     at = groups.clamp_min(0).flatten(1)[:, None, :, None].expand(-1, q.shape[1], -1, dim)
     rows = query.gather(2, at).unflatten(2, groups.shape[1:]) * there[:, None, ..., None]
-    mean = rows.sum(3) / there.sum(2).clamp_min(1)[:, None, :, None]
+    mean = rows.sum(3) / there.sum(2).clamp_min(1)[:, None, :, None] * scale
+    empty = ~there.any(2).unsqueeze(-1)
 
-    # attention, and what each key has in the outputs of all heads
-    logits = mean * scale @ key.mT
-    if key_mask is not None:
-        logits = logits.masked_fill(~key_mask[:, None, None], torch.finfo(wide).min)
-    attention = logits.softmax(-1)
-    out, own = attention @ value, value[:, :, prefix:]
-    apart = own.square().sum(-1).unsqueeze(2) + out.square().sum(-1, keepdim=True)
-    apart = (apart - 2 * out @ own.mT).clamp_min(0)
-    importance = (attention[..., prefix:].square() * apart).sum(1)
-    return _Probes(attention, out, importance * there.any(2).unsqueeze(-1))
+    # their attention, some tiles at a time
+    own, found, outs, importance = value[:, :, prefix:], [], [], []
+    square, each = own.square().sum(-1).unsqueeze(2), groups.shape[1] // tiles
+    for start in range(0, groups.shape[1], _AT_ONCE * each):
+        part = slice(start, start + _AT_ONCE * each)
+        logits = mean[:, :, part] @ key.mT
+        if key_mask is not None:
+            logits = logits.masked_fill(~key_mask[:, None, None], torch.finfo(wide).min)
+        attention = logits.softmax(-1)
+        out = attention @ value
+
+        # what each key has in the outputs of all heads
+        apart = square + out.square().sum(-1, keepdim=True) - 2 * out @ own.mT
+        part_of = (attention[..., prefix:].square() * apart.clamp_min_(0)).sum(1)
+        part_of = part_of.masked_fill(empty[:, part], 0)
+        importance.append(part_of.unflatten(1, (-1, each)).sum(2))
+        found.append(attention)
+        outs.append(out)
+    return _Probes(found, torch.cat(outs, 2), torch.cat(importance, 1))
 
 
 def _draw(
     probes: _Probes,
-    tiles: int,
     slots: int,
     curve: Tensor,
     mask: Tensor | None,
@@ -306,14 +317,14 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     """Keys of each tile: (indices, log_weights), both (B, tiles, K), -1 for an empty slot."""
     # of a tile's importance, a part is what all tiles have in common
-    squared = probes.importance.unflatten(1, (tiles, -1)).sum(2)
+    squared = probes.importance
     own, common = squared.sqrt(), squared.mean(1, keepdim=True).sqrt()
     tiny = torch.finfo(own.dtype).tiny
     own, common = (x / x.sum(-1, keepdim=True).clamp_min(tiny) for x in (own, common))
     logits = ((1 - _COMMON) * own + _COMMON * common).clamp_min(tiny).log()
 
     # a sample for each tile
-    whole = None if mask is None else mask.repeat_interleave(tiles, 0)
+    whole = None if mask is None else mask.repeat_interleave(squared.shape[1], 0)
     gates = inclusion_gates(logits.flatten(0, 1), slots, whole).view_as(logits)
     indices, valid = sample_tokens(gates, slots, curve, mask=mask, generator=generator)
     weights = gates.gather(-1, indices).clamp_min(tiny).log().neg()
@@ -332,14 +343,16 @@ def _estimate(
     value = v.to(probes.out.dtype)
     if key_mask is not None:
         value = value.masked_fill(~key_mask[:, None, :, None], 0)
-    weight = torch.where(keys < 0, 0, log_weights.exp())
-    dense = weight.new_zeros(*keys.shape[:2], v.shape[2] - prefix)
-    dense = dense.scatter_add(2, keys.clamp_min(0), weight)
-    dense = nn.functional.pad(dense, (prefix, 0), value=1.0)
-    per_tile = probes.out.shape[2] // keys.shape[1]
-    attention = probes.attention * dense.repeat_interleave(per_tile, 1).unsqueeze(1)
-    whole = attention.sum(-1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny)
-    return attention @ value / whole
+    weights, outs = torch.where(keys < 0, 0, log_weights.exp()), []
+    parts = (x.split(_AT_ONCE, 1) for x in (keys.clamp_min(0), weights))
+    for attention, index, weight in zip(probes.attention, *parts):
+        dense = weight.new_zeros(*index.shape[:2], v.shape[2] - prefix)
+        dense = nn.functional.pad(dense.scatter_add(2, index, weight), (prefix, 0), value=1.0)
+        share = attention.unflatten(2, (dense.shape[1], -1)) * dense[:, None, :, None]
+        share = share.flatten(2, 3)
+        whole = share.sum(-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
+        outs.append(share @ value / whole)
+    return torch.cat(outs, 2)
 
 
 def _by_token(x: Tensor, groups: Tensor, tokens: int) -> Tensor:
