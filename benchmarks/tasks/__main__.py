@@ -45,6 +45,7 @@ from .sampling import denoised
 
 TASKS = ("segments", "views", "denoise")
 KEY = ("task", "size", "input", "method")
+BY_LAYER = "sampled in two layers, then grouped, 1/10"  # of a ViT
 Row = Callable[[str], dict[str, float]]
 """Measures a way on one input."""
 
@@ -55,8 +56,11 @@ class Way(NamedTuple):
     call: Callable[[Layer, float], Result]
     keys: Callable[[int], float]
 
+    first: Callable[[Layer, float], Result] | None = None  # in the first two attentions
+
     def attend(self, number: int, layer: Layer) -> Tensor:
-        return self.call(layer, self.keys(layer.tokens)).out
+        call = self.first if self.first is not None and number < 2 else self.call
+        return call(layer, self.keys(layer.tokens)).out
 
 
 def rounded(layer: Layer, share: float) -> Result:
@@ -72,7 +76,9 @@ WAYS = {
     # a window of 16, 1/16 of the keys, and 64 probes
     "sampled, the default": Way(partial(sampled, window=16), lambda n: 1 / 16 + (256 + 64) / n),
     "sampled, window 8, 1/10": Way(partial(sampled, window=8), lambda n: 1 / 10),
+    "sampled, 1/4": Way(partial(sampled, window=16), lambda n: 1 / 4),
     "grouped, 1/10": Way(grouped, lambda n: 1 / 10),
+    BY_LAYER: Way(grouped, lambda n: 1 / 10, first=partial(sampled, window=14)),
     "SVG-EAR, 1/10": Way(svg_ear, lambda n: 1 / 10),
     "window only, 1/10": Way(window_only, lambda n: 1 / 10),
     "ToDo, 1/9": Way(todo, lambda n: 1 / 9),
@@ -170,7 +176,8 @@ def study(args: argparse.Namespace) -> None:
     def measure(task: str, size: int, name: str, begin: Callable) -> None:
         """The rows of an input that are not there yet."""
         of = {"task": task, "size": size, "input": name}
-        ways = [way for way in args.ways if (task, way) != ("denoise", report.FULL)]
+        skipped = (report.FULL, BY_LAYER) if task == "denoise" else ()
+        ways = [way for way in args.ways if way not in skipped]
         left = [way for way in ways if not rows.has(**of, method=way)]
         row = begin(name) if left else None
         for way in tqdm(left, f"{task}, {name}"):

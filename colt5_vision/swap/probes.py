@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch_internals import is_exporting
 from ..ops.autocast import without_autocast
 from ..ops.dtypes import wide_dtype
 from ..ops.grid import window_of_token
@@ -90,8 +91,10 @@ def probe(
             value = value.masked_fill(~key_mask[:, None, :, None], 0)
 
         # their attention, a few at a time, and what each key has in it
-        for start in range(0, count, _CHUNK):
-            part = slice(start, start + _CHUNK)
+        parts = [slice(start, start + _CHUNK) for start in range(0, count, _CHUNK)]
+        if is_exporting():  # torch 2.11 loses count of the parts of a map of any size
+            parts = [slice(None)]
+        for part in parts:
             logits, sees = query[:, :, part] @ key.mT, valid[:, :, part]
             if pair_bias is not None:
                 logits = logits + pair_bias(at[part].view(1, 1, 1, -1, 1), every).squeeze(2)

@@ -54,9 +54,6 @@ def test_backbone_of_any_size(name, options, sizes, tmp_path):
     check(timm.create_model(name, num_classes=7, **options), sizes, tmp_path)
 
 
-@pytest.mark.skipif(
-    torch.__version__.startswith("2.11."), reason="its exporter asks whether an open map is empty"
-)
 @pytest.mark.parametrize(
     ("router", "sizes"),
     [
