@@ -3,6 +3,7 @@ and in a forward a copy of each window in and out, for it takes no rows of two s
 tensors lie ready."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from unittest import mock
@@ -14,7 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.gpu.measure import PASSES, Map, both
 from colt5_vision.ops.routed_window_attention.areas import areas_of
 from colt5_vision.ops.routed_window_attention.geometry import Geometry
+from colt5_vision.swap.grouped import tiles_of
 
+GROUPS = 4  # of a tile, each with a probe
 PROBES = 64  # queries that attend to everything, and correct all others
 
 
@@ -76,6 +79,18 @@ def operator(size: Map, what: str) -> Callable:
     return _run([windows(size, what), routed])
 
 
+def layer(size: Map, what: str) -> Callable:
+    """As the operator, with log weights that want gradients: SDPA has none for a bias, so in a
+    backward rows have features more, of which the kernels want eight."""
+    keys = size.tokens // size.share
+    if what == PASSES[0]:
+        routed = _attention(what, size.batch, size, size.tokens, keys, biased=True)
+    else:
+        wider = replace(size, head_dim=size.head_dim + 8)
+        routed = _attention(what, size.batch, wider, size.tokens, keys)
+    return _run([windows(size, what), routed])
+
+
 def sampled(size: Map, what: str) -> Callable:
     """Windows, and each of them to the routed keys: which of them it does not count twice is its
     own. A few probes to all keys, and all tokens to the probes."""
@@ -87,6 +102,18 @@ def sampled(size: Map, what: str) -> Callable:
     calls.append(_attention(what, size.batch, size, PROBES, size.tokens))
     calls.append(_attention(what, size.batch, size, size.tokens, PROBES))
     return _run(calls)
+
+
+def grouped(size: Map, what: str) -> Callable:
+    """Every tile to its keys, and the probes to all keys."""
+    side = (size.side, size.side)
+    tiles, area = tiles_of(side, (size.window, size.window), None).shape
+    return _run(
+        [
+            _attention(what, size.batch * tiles, size, area, size.tokens // size.share),
+            _attention(what, size.batch, size, GROUPS * tiles, size.tokens),
+        ]
+    )
 
 
 def in_place_of_attention(model: Callable, parts: Callable) -> Callable:

@@ -26,16 +26,18 @@ from support.measure import table
 from . import parts
 from .cases import CPU
 from .fit import calls_of
-from .layers import fixed, ours, subsampled
+from .layers import dense_layer, fixed, ours, subsampled
 from .report import machine
 
 FORWARD, BACKWARD = PASSES
 OPERATOR = Map(109, 6, 64, window=14)
+GROUPED = (Map(109, 6, 64, share=20), Map(128, 8, 40, share=20))
 Calls = tuple[Callable, Callable, Callable]
 """The library's, what it is compared to, and what no code around SDPA's kernel can do without."""
 HOW = (
     "Three calls take turns: the library's, its peer, and what no code around SDPA's kernel can do "
     "without: that kernel on the same parts, and in a forward a copy of each window in and out. "
+    "In the layer, weights of keys want gradients, which cost it eight features a head. "
     "*Ratio*: the median over rounds of the peer's time over the library's. *Ceiling*: the same "
     "over that of the parts, without routing and joins. *Of bound*: the ratio over that of the "
     "FLOPs, where the target is a part of it."
@@ -80,8 +82,10 @@ def todo(what: str) -> Calls:
     grad = torch.ones_like(x)
     mine = both(layer, [x], grad, tuple(layer.parameters()))[what]
     other = both(peer, [x], grad, used)[what]
-    near = parts.windows(size, what)
-    return mine, other, lambda: (other(), near())
+    # projections and norm, which both have, and the attention of ours alone
+    around = both(dense_layer(layer.attend, lambda q, k, v: q + k + v), [x], grad, used)[what]
+    attention = parts.layer(size, what)
+    return mine, other, lambda: (around(), attention())
 
 
 def diffusion(side: int) -> Calls:
@@ -136,6 +140,12 @@ def targets(quick: bool) -> list[Target]:
         )
         for name, kind, what, share in goals
     ]
+
+    # keys chosen by tile: one in twenty
+    grouped = (size, Map(24, 2, 16, window=8)) if quick else GROUPED
+    for one, least in zip(grouped, (2.5, 3.0)):
+        name = f"grouped keys, routing included, {FORWARD}, {one}"
+        found.append(Target(name, least, lambda one=one: attention("grouped", FORWARD, one)))
 
     # a layer, against a peer
     for what in PASSES:

@@ -12,6 +12,7 @@ from benchmarks.cpu import __main__ as command
 from benchmarks.cpu import fit, parts, profile, targets
 from benchmarks.gpu.measure import PASSES, Map
 from colt5_vision.swap import cost
+from colt5_vision.swap.grouped import tiles_of
 
 SIZE = Map(32, 2, 16, window=8)
 # steps that a part has beyond those of every part, by its name
@@ -147,11 +148,11 @@ def test_the_targets_are_listed_beside_what_was_measured(tmp_path, monkeypatch, 
         assert f">= {row['least']:.3g} | {share} | {ceiling} | {verdict} |" in text
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(11))
 def test_the_calls_of_a_target_run(index, monkeypatch):
     monkeypatch.setattr(targets, "fixed", lambda side, keys: Map(16, 2, 16, window=8))
     every = targets.targets(quick=True)
-    assert len(every) == 9
+    assert len(every) == 11
     for call in every[index].make():
         call()
 
@@ -162,6 +163,7 @@ def test_the_parts_of_a_ceiling_are_the_pairs_of_the_operator(side, monkeypatch)
     sides = [4] * (side // 4) + [side % 4]
     pairs = {"windows": sum((h * w) ** 2 for h in sides for w in sides)}
     pairs["operator"] = pairs["windows"] + side**2 * (side**2 // 4)
+    pairs["layer"] = pairs["operator"]
     pairs["sampled"] = pairs["operator"] + 2 * parts.PROBES * side**2
     found = []
 
@@ -174,3 +176,10 @@ def test_the_parts_of_a_ceiling_are_the_pairs_of_the_operator(side, monkeypatch)
         found.clear()
         getattr(parts, name)(size, targets.FORWARD)()
         assert sum(found) == 2 * size.heads * number, name
+
+    # of tiles, each of which has as many keys, and four probes
+    found.clear()
+    parts.grouped(size, targets.FORWARD)()
+    tiles, area = tiles_of((side, side), (4, 4), None).shape
+    number = tiles * (area * (side**2 // 4) + 4 * side**2)
+    assert sum(found) == 2 * size.heads * number
