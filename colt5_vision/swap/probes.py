@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch_internals import is_exporting
+from .._torch_internals import is_compiling, is_exporting
 from ..ops.autocast import without_autocast
 from ..ops.dtypes import wide_dtype
 from ..ops.grid import window_of_token
@@ -16,7 +16,7 @@ from ..positions import morton_order
 from .heads import Group, over_heads
 
 _PROBES = 64  # spread over the map
-_CHUNK = 32  # of them at once
+_CHUNK = 32  # of them at once, where all heads are
 # of the interpolation between them, over the mean square distance of their queries from the mean
 _SHARPNESS = 4.0
 _FARTHEST = 500.0  # in that unit; beyond it one probe has all the weight, and float16 overflows
@@ -64,8 +64,8 @@ def probe(
     Source: optimal allocation (Neyman 1934), to a ratio of sums.
     """
     prefix, length = num_prefix_tokens, k.shape[2]
-    tokens, wide = length - prefix, wide_dtype(q)
-    lowest, tiny = torch.finfo(wide).min, torch.finfo(wide).tiny
+    wide = wide_dtype(q)
+    tiny = torch.finfo(wide).tiny
 
     # queries spread over the map, and what lies beyond their windows
     curve = morton_order(*grid_size, q.device) if curve is None else curve
@@ -76,45 +76,66 @@ def probe(
     at = rows + prefix
     every = torch.arange(length, device=q.device).view(1, 1, 1, 1, -1)
 
-    # sums over the probes
-    squared = torch.zeros(*k.shape[:2], tokens, dtype=wide, device=q.device)
-    outs, valids = [], []
+    # some probes of some heads at a time: on a CPU those of a head, which its cache holds
+    by_head = q.device.type == "cpu" and not is_compiling()
+    heads = [slice(h, h + 1) for h in range(k.shape[1])] if by_head else [slice(None)]
+    parts = [slice(None)]  # torch 2.11 exports no parts of an open number of probes
+    if not by_head and not is_exporting():
+        parts = [slice(start, start + _CHUNK) for start in range(0, count, _CHUNK)]
+
+    # sums over the probes, of each slice of the heads
+    squared, outs, valids = [0.0] * len(heads), [], []
     with without_autocast(q.device.type):
         query = q[:, :, at].to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
         valid = torch.ones(q.shape[0], 1, count, 1, dtype=torch.bool, device=q.device)
-        # copied at most once for all products, which take (B * heads, N, head_dim)
-        key, value = (x.to(wide).flatten(0, 1).unflatten(0, x.shape[:2]) for x in (k, v))
+        key, value = (x.to(wide) for x in (k, v))
+        if not by_head:  # copied at most once for all products, which take (B * heads, N, head_dim)
+            key, value = (x.flatten(0, 1).unflatten(0, x.shape[:2]) for x in (key, value))
         # a masked token asks for nothing and gives nothing, whatever stands in it
         if key_mask is not None:
             valid = key_mask[:, None, at, None]
             query = query.masked_fill(~valid, 0)
             value = value.masked_fill(~key_mask[:, None, :, None], 0)
 
-        # their attention, a few at a time, and what each key has in it
-        parts = [slice(start, start + _CHUNK) for start in range(0, count, _CHUNK)]
-        if is_exporting():  # torch 2.11 loses count of the parts of a map of any size
-            parts = [slice(None)]
+        # their attention, and what each key has in it
         for part in parts:
-            logits, sees = query[:, :, part] @ key.mT, valid[:, :, part]
+            bias = None
             if pair_bias is not None:
-                logits = logits + pair_bias(at[part].view(1, 1, 1, -1, 1), every).squeeze(2)
-            if key_mask is not None:
-                logits = logits.masked_fill(~key_mask[:, None, None], lowest)
-            if key_mask is not None or pair_bias is not None:
-                logits = logits.clamp_min(lowest)  # a row of -inf would give NaN
-                sees = sees & (logits.amax(-1, keepdim=True) > lowest / 2)
+                bias = pair_bias(at[part].view(1, 1, 1, -1, 1), every).squeeze(2)
+            for i, own in enumerate(heads):
+                logits = query[:, own, part] @ key[:, own].mT
+                if bias is not None:
+                    logits = logits + (bias if bias.shape[1] == 1 else bias[:, own])
+                attention, sees = _softmax(logits, valid[:, :, part], key_mask, bias is not None)
+                outs.append(attention @ value[:, own])
+                valids.append(sees)
 
-            attention = logits.softmax(-1)
-            outs.append(attention @ value)
-            valids.append(sees)
-            squared = squared + attention[..., prefix:].square().mul_(beyond[part] & sees).sum(2)
+                own_part = attention[..., prefix:].square().mul_(beyond[part] & sees).sum(2)
+                squared[i] = squared[i] + own_part
 
         # times the distance of its value from their mean
-        value, weight = value[:, :, prefix:], squared.sqrt().unsqueeze(2)
-        mean = weight @ value / weight.sum(-1, keepdim=True).clamp_min(tiny)
-        square = over_heads(squared * (value - mean).square_().sum(-1), group)
-        importance = square.clamp_min(tiny).log() / 2
-    return Probes(rows, torch.cat(valids, 2), torch.cat(outs, 2), importance)
+        total = 0.0
+        for own, square in zip(heads, squared):
+            values, weight = value[:, own, prefix:], square.sqrt().unsqueeze(2)
+            mean = weight @ values / weight.sum(-1, keepdim=True).clamp_min(tiny)
+            apart = (values - mean).square_().sum(-1)
+            total = total + (square * apart).sum(1, keepdim=True)
+        importance = over_heads(total, group).clamp_min(tiny).log() / 2
+    together = 1 if by_head else 2  # the dimension of what was done apart
+    return Probes(rows, torch.cat(valids, together), torch.cat(outs, together), importance)
+
+
+def _softmax(
+    logits: Tensor, valid: Tensor, key_mask: Tensor | None, biased: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention of the probes, and which of the valid ones see something."""
+    lowest = torch.finfo(logits.dtype).min
+    if key_mask is not None:
+        logits = logits.masked_fill(~key_mask[:, None, None], lowest)
+    if key_mask is not None or biased:
+        logits = logits.clamp_min(lowest)  # a row of -inf would give NaN
+        valid = valid & (logits.amax(-1, keepdim=True) > lowest / 2)
+    return logits.softmax(-1), valid
 
 
 @torch.no_grad()
