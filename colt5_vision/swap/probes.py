@@ -76,9 +76,9 @@ def probe(
     at = rows + prefix
     every = torch.arange(length, device=q.device).view(1, 1, 1, 1, -1)
 
-    # some probes of some heads at a time: on a CPU those of a head, which its cache holds
-    by_head = q.device.type == "cpu" and not is_compiling()
-    heads = [slice(h, h + 1) for h in range(k.shape[1])] if by_head else [slice(None)]
+    # head by head, or some probes of all heads at a time
+    heads = heads_at_once(q)
+    by_head = len(heads) > 1
     parts = [slice(None)]  # torch 2.11 exports no parts of an open number of probes
     if not by_head and not is_exporting():
         parts = [slice(start, start + _CHUNK) for start in range(0, count, _CHUNK)]
@@ -121,8 +121,16 @@ def probe(
             apart = (values - mean).square_().sum(-1)
             total = total + (square * apart).sum(1, keepdim=True)
         importance = over_heads(total, group).clamp_min(tiny).log() / 2
-    together = 1 if by_head else 2  # the dimension of what was done apart
-    return Probes(rows, torch.cat(valids, together), torch.cat(outs, together), importance)
+    dim = 1 if by_head else 2  # of what was done apart
+    return Probes(rows, torch.cat(valids, dim), torch.cat(outs, dim), importance)
+
+
+def heads_at_once(q: Tensor) -> list[slice]:
+    """Of (B, heads, N, head_dim): one head at a time on a CPU, whose cache then holds the logits;
+    all elsewhere, and in a graph."""
+    if q.device.type == "cpu" and not is_compiling():
+        return [slice(head, head + 1) for head in range(q.shape[1])]
+    return [slice(None)]
 
 
 def _softmax(
