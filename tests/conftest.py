@@ -6,7 +6,6 @@ import torch
 from hypothesis import settings
 
 from colt5_vision._torch_internals import function_modes
-from colt5_vision.swap.reroute import RerouteMode
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
@@ -23,5 +22,4 @@ collect_ignore = [
 def no_mode_of_torch_stays():
     """One that stays, as of an export that failed, changes what later tests see."""
     yield
-    left = [type(mode).__name__ for mode in function_modes() if not isinstance(mode, RerouteMode)]
-    assert not left
+    assert function_modes() == []

@@ -49,7 +49,12 @@ def single(net: Network, size: int, name: str, args, rows: Rows) -> None:
                 bar.update()
         return layer.full
 
-    cases = [(d, m) for d in args.densities for m in args.methods]
+    cases = [
+        (density, method)
+        for density in args.densities
+        for method in args.methods
+        if METHODS[method].fits(net.tokens, density)
+    ]
     first = min(args.layers or [0])
     with tqdm(desc=f"{net.name}, {name}, single attentions", unit="row") as bar:
         net.outputs(name, attend)
@@ -62,6 +67,7 @@ def whole(net: Network, size: int, name: str, args, rows: Rows) -> None:
         (density, method, draw)
         for density in args.densities
         for method in args.methods
+        if METHODS[method].fits(net.tokens, density)
         for draw in range(args.draws if METHODS[method].draws else 1)
     ]
     for density, method, draw in tqdm(cases, f"{net.name}, {name}, whole"):

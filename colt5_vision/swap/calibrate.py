@@ -53,7 +53,7 @@ class Calibration(NamedTuple):
             their own. They are not the router's probes: keys are chosen by those, so that they see
             too little of the error.
         expected_speedup: what the cost model would have told, see :mod:`~colt5_vision.swap.cost`;
-            None: it knows no costs of the device and dtype.
+            None: it knows no costs of the device and dtype, or of routed queries.
     """
 
     config: RoutedAttentionConfig | None
@@ -63,14 +63,16 @@ class Calibration(NamedTuple):
     expected_speedup: float | None
 
     def __str__(self) -> str:
+        if self.config is None:
+            return "full attention"
         how = self.config
         window = "x".join(map(str, how.window_size))
-        foretold = self.expected_speedup
-        foretold = "" if foretold is None else f" ({foretold:.1f} expected)"
+        gain = f"{self.speedup:.1f} times as fast"
+        if self.expected_speedup is not None:
+            gain += f" ({self.expected_speedup:.1f} by the cost model)"
         return (
             f"{how.router}, window {window}, keys {how.num_heavy_tokens_kv:.4g}, "
-            f"error {self.error:.2g} ({self.expected_error:.2g} expected), "
-            f"{self.speedup:.1f} times as fast{foretold}"
+            f"error {self.error:.2g} ({self.expected_error:.2g} by a few queries), {gain}"
         )
 
 
@@ -109,20 +111,37 @@ class _Findings:
     def _read(self) -> dict[str, list]:
         try:
             before = json.loads(self.path.read_text())
-            calls, shape = before["calls"], (4, 1 + len(before["settings"]))
-            if any(torch.tensor(found).shape[1:] != shape for found in calls.values()):
-                raise ValueError("its numbers are not of its settings")
+            calls, found = before["calls"], {name: before.get(name) for name in self.about}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"checkpoint: {self.path} is damaged or not of calibrate_routing: {error!r}"
-            ) from error
+            raise self._damaged(error) from error
+
+        # what it agrees with
         for name, value in self.about.items():
-            if (was := before.get(name)) != value:
-                was, value = reprlib.repr(was), reprlib.repr(value)
+            was, value = reprlib.repr(found[name]), reprlib.repr(value)
+            if found[name] == self.about[name]:
+                continue
+            if name == "format":
                 raise ValueError(
-                    f"{name}: expected that of the checkpoint {self.path}, {was}, got {value}"
+                    f"checkpoint: {self.path} was written by another version of calibrate_routing, "
+                    f"{was} for {value}; remove it to measure anew"
                 )
+            raise ValueError(
+                f"{name}: expected that of the checkpoint {self.path}, {was}, got {value}"
+            )
+
+        # its numbers
+        try:
+            shape = (4, 1 + len(before["settings"]))
+            if any(torch.tensor(call).shape[1:] != shape for call in calls.values()):
+                raise ValueError("its numbers are not of its settings")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise self._damaged(error) from error
         return calls
+
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(
+            f"checkpoint: {self.path} is damaged or not of calibrate_routing: {error!r}"
+        )
 
 
 class _Trials:
@@ -247,8 +266,8 @@ def calibrate_routing(
 
     Raises:
         TypeError, ValueError: for an argument that does not fit; if no input reaches a map of
-            ``min_tokens``; for a checkpoint of another model, device, inputs or settings, or that
-            is damaged. The model is then as it was.
+            ``min_tokens``; for a checkpoint of another model, device, version, inputs or settings,
+            or that is damaged. The model is then as it was.
     """
     try:
         from tqdm.auto import tqdm

@@ -191,25 +191,16 @@ class RerouteMode(TorchFunctionMode):
         self.held: list[Held] = []  # the layer's switches
         # whether the layer itself would exchange parts of the sequence, and is kept from it
         self.exchanges = False
-        # of the forward; an interrupted one (KeyboardInterrupt, a failed export) leaves the mode
-        # behind
-        self.frame: FrameType | None = None
-        self.failed = False  # in an export
+        self.frame: FrameType | None = None  # of the forward
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not _SDPA or self.failed or self.left_behind():
+        if func is not _SDPA or self.left_behind():
             return func(*args, **kwargs)
         call = Call(*args, **kwargs)
         if isinstance(call.query, torch.fx.Proxy):
             return _traced(self, call)
-        if torch.compiler.is_dynamo_compiling() or not is_compiling():
-            return self.routed.attend(self, call)
-        try:
-            return self.routed.attend(self, call)
-        except BaseException:
-            self.failed = True
-            raise
+        return self.routed.attend(self, call)
 
     def hold(self, switches: tuple[Switch, ...]) -> bool:
         """Set switches of the layer; whether one had a value that is not None."""
@@ -223,12 +214,29 @@ class RerouteMode(TorchFunctionMode):
         self.held = []
 
     def left_behind(self) -> bool:
+        """Whether its forward is over without the hook that leaves: interrupted, or exported and
+        failed."""
         if self.frame is None:
             return False
+        if torch.compiler.is_dynamo_compiling() and self.seen_left_behind():
+            return True
         frame = sys._getframe(1)
         while frame is not None and frame is not self.frame:
             frame = frame.f_back
         return frame is None
+
+    @torch.compiler.assume_constant_result
+    def seen_left_behind(self) -> bool:
+        """The same, asked by a graph of somebody else's, which can hold no frames."""
+        return self.left_behind()
+
+
+def forget_left_behind() -> None:
+    """Leave the modes of this thread whose forwards are over."""
+    for mode in function_modes():
+        if isinstance(mode, RerouteMode) and mode.left_behind():
+            pop_function_mode(mode)
+            mode.release()
 
 
 class EnterHook:
@@ -256,18 +264,14 @@ class EnterHook:
                 self.keep_switches()
                 mode.__enter__()
             else:  # an export that fails does not call the hook that leaves
+                forget_left_behind()
                 mode.hold(routed.spec.switches)
                 mode.frame = sys._getframe(1)
                 push_function_mode_below(mode)
             return
 
-        # an interrupted forward may have left something behind
-        for old in function_modes():
-            if isinstance(old, RerouteMode) and old.left_behind():
-                pop_function_mode(old)
-                old.release()
-
         # the layer's switches, and the mode
+        forget_left_behind()
         mode = RerouteMode(routed, layer, now)
         mode.hold(routed.spec.switches)
         if shards is not None:

@@ -17,7 +17,7 @@ from .config import MIN_TOKENS, TOO_LITTLE_GAIN, RoutedAttentionConfig
 from .cost import Place
 from .grouped import GroupedAttention
 from .report import RoutedAttentionReport, Warned
-from .reroute import EnterHook, LeaveHook, RoutedLayer
+from .reroute import EnterHook, LeaveHook, RoutedLayer, forget_left_behind
 from .sampled import SampledAttention
 from .site import ClockHook, EntranceHook, ExitHook, MarkHook, Scope
 from .switches import Switches
@@ -82,6 +82,7 @@ def unroute_attention(model: Any) -> None:
             switches = layer.spec.switches + layer.spec.exchange
             layer.switches.reset(layer.name, module, switches)
         remove_hooks(module, _KEYS)
+    forget_left_behind()
     forget_compiled_graphs()
 
 

@@ -134,6 +134,15 @@ def test_larger_maps_are_measured_on_what_was_not_looked_at():
         assert ("oracle per query" in how.methods) != large
 
 
+@every
+def test_a_density_that_a_method_cannot_hold_is_not_asked_of_it(name):
+    """No run is lost by it: 5 % of a small map is less than a window."""
+    small, density = layer(grid=(64, 64), prefix=0), 0.05
+    assert METHODS[name].fits(small.tokens, density) == ("window 14" not in name)
+    if METHODS[name].fits(small.tokens, density):
+        assert measure.run(METHODS[name], small, density, 0).out.isfinite().all()
+
+
 def test_bad_arguments_are_told(capsys):
     for words in (["--vit-size", "100"], ["--densities", "2"], ["--draws", "0"]):
         with pytest.raises(SystemExit):

@@ -128,8 +128,9 @@ def test_a_forward_that_fails_leaves_nothing_behind():
 
 
 @pytest.mark.parametrize("where", ["attention", "layer"])
-def test_an_export_that_fails_leaves_nothing_behind(where):
-    """It calls no hooks that leave: torch's own mode, and all that runs later, must not mind."""
+@pytest.mark.parametrize("then", ["forward", "export", "unroute"])
+def test_an_export_that_fails_harms_nothing(where, then):
+    """It calls no hooks that leave: our mode stays, says nothing, and goes with the next act."""
     torch.compiler.reset()
     model = routed(build(CASES["vit"]), router="grouped")
     x = image(CASES["vit"])
@@ -143,21 +144,28 @@ def test_an_export_that_fails_leaves_nothing_behind(where):
     if where == "layer":
         of, open_size = "out of memory", None
         hook = model.blocks[0].attn.proj.register_forward_pre_hook(fail)
-    with pytest.raises(ValueError, match=of):
-        torch.export.export(model, (x,), dynamic_shapes=open_size, strict=False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=of):
+            torch.export.export(model, (x,), dynamic_shapes=open_size, strict=False)
     if where == "layer":
         hook.remove()
-    assert all(isinstance(mode, RerouteMode) for mode in function_modes())
+    assert [type(mode) for mode in function_modes()] == [RerouteMode]
 
-    # others, then the model itself
+    # others do not mind, compiled or not
     q = torch.randn(1, 2, 36, 8)
     attend = nn.functional.scaled_dot_product_attention
     assert torch.equal(attend(q, q, q), attend(q, q, q))
-    if where == "attention":
-        compiled = torch.compile(lambda q: attend(q, q, q), fullgraph=True, backend="eager")
-        close(compiled(q), attend(q, q, q))
-    with torch.no_grad():
-        close(model(x), expected)
+    compiled = torch.compile(lambda q: attend(q, q, q), fullgraph=True, backend="eager")
+    close(compiled(q), attend(q, q, q))
+
+    # the model does what it did, and takes the mode away
+    if then == "export":
+        close(torch.export.export(model, (x,), strict=False).module()(x).detach(), expected)
+    elif then == "unroute":
+        unroute_attention(model)
+    else:
+        with torch.no_grad():
+            close(model(x), expected)
     assert function_modes() == []
 
 
