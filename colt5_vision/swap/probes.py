@@ -98,6 +98,7 @@ def probe(
             value = value.masked_fill(~key_mask[:, None, :, None], 0)
 
         # their attention, and what each key has in it
+        every_sees = key_mask is None and pair_bias is None
         for part in parts:
             bias = None
             if pair_bias is not None:
@@ -109,8 +110,8 @@ def probe(
                 attention, sees = _softmax(logits, valid[:, :, part], key_mask, bias is not None)
                 outs.append(attention @ value[:, own])
                 valids.append(sees)
-
-                own_part = attention[..., prefix:].square().mul_(beyond[part] & sees).sum(2)
+                counted = beyond[part] if every_sees else beyond[part] & sees
+                own_part = attention[..., prefix:].square().mul_(counted).sum(2)
                 squared[i] = squared[i] + own_part
 
         # times the distance of its value from their mean
