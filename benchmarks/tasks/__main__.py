@@ -55,7 +55,6 @@ class Way(NamedTuple):
 
     call: Callable[[Layer, float], Result]
     keys: Callable[[int], float]
-
     first: Callable[[Layer, float], Result] | None = None  # in the first two attentions
 
     def attend(self, number: int, layer: Layer) -> Tensor:

@@ -38,7 +38,7 @@ _TILES = 25  # about, at most
 _HALVINGS = 2  # of a tile, into groups of alike queries
 _SKETCH = 32  # keys whose logits tell how alike queries are
 _STEPS = 2  # of the power iteration for the direction of a cut
-_AT_ONCE = 8  # tiles whose probes are asked together
+_AT_ONCE = 8  # tiles whose probes are asked together: only their attention is kept of all
 # of the importance, the share that all tiles have in common: a few keys that every query attends to
 # matter to queries that no probe stands for
 _COMMON = 0.3

@@ -16,7 +16,7 @@ from ..positions import morton_order
 from .heads import Group, over_heads
 
 _PROBES = 64  # spread over the map
-_CHUNK = 32  # of them at once, where all heads are
+_CHUNK = 32  # of them at once, where all heads are asked together
 # of the interpolation between them, over the mean square distance of their queries from the mean
 _SHARPNESS = 4.0
 _FARTHEST = 500.0  # in that unit; beyond it one probe has all the weight, and float16 overflows
