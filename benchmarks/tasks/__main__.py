@@ -228,7 +228,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     # checks
-    least = 37 * dinov2.PATCH  # a tenth of the keys are a window of 8, 64 probes and a few more
+    least = 52 * dinov2.PATCH  # a tenth of the keys are a window of 14, 64 probes and a few more
     if args.vit_size < least or args.vit_size % dinov2.PATCH:
         parser.error(f"--vit-size: expected a multiple of 14 from {least} on, got {args.vit_size}")
     if args.unet_size < 256 or args.unet_size % 16:

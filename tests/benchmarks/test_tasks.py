@@ -116,12 +116,12 @@ class Pictures(command.Pictures):
     """With an attention of colours in place of DINOv2."""
 
     def __init__(self):
-        self.side, self.columns, self.mosaics = 518, 37, 1
+        self.side, self.columns, self.mosaics = 728, 52, 1
         self.photos = {"coffee": skimage_photo("coffee.png")}
         self.decoder = lambda features, size: torch.nn.functional.interpolate(
             features[:, :1].sigmoid(), size=size
         )
-        self.net = Network("DINOv2", 37**2, 1, lambda x: x, self.run)
+        self.net = Network("DINOv2", 52**2, 1, lambda x: x, self.run)
 
     def run(self, image):
         patches = torch.nn.functional.pixel_unshuffle(torch.nn.functional.avg_pool2d(image, 7), 2)
@@ -140,7 +140,7 @@ def test_rows_are_measured_once_and_a_run_goes_on(tmp_path, monkeypatch):
         "--output",
         str(tmp_path),
         "--vit-size",
-        "518",
+        "728",
     ]
     assert command.main(words) == 0
     path = tmp_path / "tasks_cpu.jsonl"
@@ -190,7 +190,12 @@ def test_the_table_tells_the_mean_and_what_is_farthest_from_full_attention(tmp_p
 
 
 def test_bad_arguments_are_told(capsys):
-    for words in (["--vit-size", "1000"], ["--unet-size", "128"], ["--mosaics", "0"]):
+    for words in (
+        ["--vit-size", "1000"],
+        ["--vit-size", "714"],
+        ["--unet-size", "128"],
+        ["--mosaics", "0"],
+    ):
         with pytest.raises(SystemExit):
             command.parse(words)
         assert f"{words[0]}: expected" in capsys.readouterr().err
