@@ -82,12 +82,10 @@ def operator(size: Map, what: str) -> Callable:
 def layer(size: Map, what: str) -> Callable:
     """As the operator, with log weights that want gradients: SDPA has none for a bias, so in a
     backward rows have features more, of which the kernels want eight."""
-    keys = size.tokens // size.share
     if what == PASSES[0]:
-        routed = _attention(what, size.batch, size, size.tokens, keys, biased=True)
-    else:
-        wider = replace(size, head_dim=size.head_dim + 8)
-        routed = _attention(what, size.batch, wider, size.tokens, keys)
+        return operator(size, what)
+    wider, keys = replace(size, head_dim=size.head_dim + 8), size.tokens // size.share
+    routed = _attention(what, size.batch, wider, size.tokens, keys)
     return _run([windows(size, what), routed])
 
 

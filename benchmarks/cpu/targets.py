@@ -36,7 +36,8 @@ Calls = tuple[Callable, Callable, Callable]
 """The library's, what it is compared to, and what no code around SDPA's kernel can do without."""
 HOW = (
     "Three calls take turns: the library's, its peer, and what no code around SDPA's kernel can do "
-    "without: that kernel on the same parts, and in a forward a copy of each window in and out. "
+    "without. That is the kernel on the same parts, and in a forward a copy of each window in and "
+    "out. "
     "In the layer, weights of keys want gradients, which cost it eight features a head. "
     "*Ratio*: the median over rounds of the peer's time over the library's. *Ceiling*: the same "
     "over that of the parts, without routing and joins. *Of bound*: the ratio over that of the "
@@ -84,8 +85,8 @@ def todo(what: str) -> Calls:
     other = both(peer, [x], grad, used)[what]
     # projections and norm, which both have, and the attention of ours alone
     around = both(dense_layer(layer.attend, lambda q, k, v: q + k + v), [x], grad, used)[what]
-    attention = parts.layer(size, what)
-    return mine, other, lambda: (around(), attention())
+    within = parts.layer(size, what)
+    return mine, other, lambda: (around(), within())
 
 
 def diffusion(side: int) -> Calls:

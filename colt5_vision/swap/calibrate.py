@@ -117,9 +117,9 @@ class _Findings:
 
         # what it agrees with
         for name, value in self.about.items():
-            was, value = reprlib.repr(found[name]), reprlib.repr(value)
-            if found[name] == self.about[name]:
+            if found[name] == value:
                 continue
+            was, value = reprlib.repr(found[name]), reprlib.repr(value)
             if name == "format":
                 raise ValueError(
                     f"checkpoint: {self.path} was written by another version of calibrate_routing, "
