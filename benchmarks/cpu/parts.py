@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.gpu.measure import PASSES, Map, both
 from colt5_vision.ops.routed_window_attention.areas import areas_of
 from colt5_vision.ops.routed_window_attention.geometry import Geometry
-from colt5_vision.swap.grouped import tiles_of
+from colt5_vision.swap.tiles import tiles_of
 
 GROUPS = 4  # of a tile, each with a probe
 PROBES = 64  # queries that attend to everything, and correct all others
@@ -73,9 +73,8 @@ def windows(size: Map, what: str) -> Callable:
 
 
 def operator(size: Map, what: str) -> Callable:
-    """Windows, and every token to the routed keys."""
-    keys = size.tokens // size.share
-    routed = _attention(what, size.batch, size, size.tokens, keys, biased=size.batch == 1)
+    """Windows, and every token to the routed keys, whose weights are 1."""
+    routed = _attention(what, size.batch, size, size.tokens, size.tokens // size.share)
     return _run([windows(size, what), routed])
 
 

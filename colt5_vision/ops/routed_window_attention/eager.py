@@ -125,10 +125,19 @@ def _window_bias(plan: _Plan, area: Area) -> Tensor | None:
     return None if plan.window_bias is None else area.take(plan.window_bias).mT
 
 
+def _unless_zero(bias: Tensor | None) -> Tensor | None:
+    """None for zeros, where looking costs nothing: the kernel is faster without a bias."""
+    if bias is None or bias.device.type != "cpu" or bool(bias.any()):
+        return bias
+    return None
+
+
 def _routed_keys(x: Tensor, plan: _Plan) -> Tensor:
     """(B, heads, P + K, D); an unused slot reads zeros, whatever stands in the token it points
     to."""
-    return x.gather(2, plan.routed.expand(-1, -1, -1, x.shape[-1])).masked_fill(~plan.used, 0)
+    batch, heads = (torch.arange(n, device=x.device) for n in x.shape[:2])
+    rows = x[batch[:, None, None], heads[:, None], plan.routed.squeeze(-1)]
+    return rows.masked_fill_(~plan.used, 0)
 
 
 def _blank_masked(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -173,7 +182,7 @@ class _Group:
     rows: tuple
     keys: slice  # of the batch
     spread: int  # how often those keys stand side by side: the windows
-    bias: Tensor
+    bias: Tensor | None
 
 
 def _groups(
@@ -183,7 +192,7 @@ def _groups(
     once."""
     # one bias for all
     if geo.weight_own_window:
-        yield _Group((slice(None),), slice(None), 1, plan.routed_bias)
+        yield _Group((slice(None),), slice(None), 1, _unless_zero(plan.routed_bias))
         return
 
     # some rows of all samples at a time
@@ -237,6 +246,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out (B, heads, P + Q, D) and lse (B, heads, P + Q); lse is +inf for a query without any key
     (out 0)."""
+    log_weights = _unless_zero(log_weights)  # as gates that go straight through are
     plan = _plan(q, routed, log_weights, key_mask, geo)
     k, v = _blank_masked(k, v, key_mask)
     keys = values = None
