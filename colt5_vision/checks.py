@@ -19,7 +19,16 @@ TokenCount = int | float
 """An int >= 1, that many tokens, or a float in (0, 1], that share of the map."""
 
 
-ROUTERS = ("learned", "sampled", "grouped", "mean_query", "random", "grid", "window")
+ROUTERS = (
+    "learned",
+    "sampled",
+    "grouped",
+    "learned_grouped",
+    "mean_query",
+    "random",
+    "grid",
+    "window",
+)
 """Every kind of routing there is; a layer or a swap takes some of them."""
 
 

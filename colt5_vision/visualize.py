@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .checks import check_int, check_pair
 from .router import CoordinateDescentRouter
 from .routing import Routing
+from .swap.grouped import GROUPED
 from .swap.verb import routed_layers
 from .swap.window import Grid, several
 from .swap.wrappers import models_of
@@ -129,7 +130,7 @@ def record_routing(model: nn.Module) -> Iterator[list[RoutingRecord]]:
     # recorded while the caller runs the model
     handles = [m.register_forward_hook(hook(name), with_kwargs=True) for name, m in routers.items()]
     for name, layer in layers.items():
-        layer.attention.recorder = layer_hook(name, layer.config.router == "grouped")
+        layer.attention.recorder = layer_hook(name, layer.config.router in GROUPED)
     try:
         yield records
     finally:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from colt5_vision.swap.adapter import LayerSpec, Place
 from colt5_vision.swap.config import RoutedAttentionConfig
+from colt5_vision.swap.learned import LEARNED
 from colt5_vision.swap.report import Calls
 from colt5_vision.swap.reroute import RerouteMode, RoutedLayer
 from colt5_vision.swap.site import Pass, Scope, Site, image_site
@@ -55,8 +56,10 @@ class RoutedAttnProcessor:
             raise TypeError(
                 f"config: expected a RoutedAttentionConfig, got {type(config).__name__}"
             )
-        if config.router == "learned":
-            raise ValueError("config: router='learned' needs route_attention, got a processor")
+        if config.router in LEARNED:
+            raise ValueError(
+                f"config: router={config.router!r} needs route_attention, got a processor"
+            )
         if place not in ("map", "before", "behind"):
             raise ValueError(f"place: expected 'map', 'before' or 'behind', got {place!r}")
         self.config, self.grid_size, self.place = config, grid_size, place

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from colt5_vision import ConditionalRoutedImageAttention
 from colt5_vision.ops import grouped_attention, routed_window_attention
 from colt5_vision.softmax_fusion import SoftmaxFusion
-from colt5_vision.swap.grouped import tiles_of
+from colt5_vision.swap.tiles import tiles_of
 
 from .measure import (
     PASSES,

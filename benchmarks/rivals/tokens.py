@@ -5,8 +5,9 @@ from torch import Tensor
 
 from colt5_vision.ops import window_attention
 from colt5_vision.ops.grid import window_of_token
-from colt5_vision.swap.grouped import GroupedAttention, tiles_of
+from colt5_vision.swap.grouped import GroupedAttention
 from colt5_vision.swap.sampled import SampledAttention
+from colt5_vision.swap.tiles import tiles_of
 from support.peers import merged_keys, subsampled_keys
 
 from .layer import Layer, Result

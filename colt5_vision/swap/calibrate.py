@@ -23,6 +23,7 @@ from .batches import check_batches, run_batch
 from .config import RoutedAttentionConfig
 from .full import full_attention
 from .grouped import GroupedAttention
+from .learned import LEARNED
 from .report import RoutedAttentionReport
 from .reroute import RoutedLayer
 from .verb import apply, plan, route_attention, routed_layers, unroute_attention
@@ -343,9 +344,9 @@ def _check_settings(settings: Any, min_tokens: int) -> list[RoutedAttentionConfi
             one = RoutedAttentionConfig.from_dict(one, whole=False)
         if not isinstance(one, RoutedAttentionConfig):
             raise TypeError(f"settings: expected configurations, got {one!r} among them")
-        if one.layers is not None or one.schedule or one.router == "learned":
+        if one.layers is not None or one.schedule or one.router in LEARNED:
             raise ValueError(
-                "settings: expected configurations without layers, schedule or router='learned', "
+                "settings: expected configurations without layers, schedule or a learned router, "
                 f"got {one}"
             )
         checked.append(dataclasses.replace(one, min_tokens=min_tokens))

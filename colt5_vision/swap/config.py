@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checks import ROUTERS, TokenCount, check_int, check_router, check_token_count
 from .cost import Costs, Place, known_costs
-from .grouped import GroupedAttention
+from .grouped import GROUPED, GroupedAttention
 from .sampled import SampledAttention
 from .window import check_window
 
@@ -116,6 +116,7 @@ class RoutedAttentionConfig:
             ``"sampled"`` and is trained by :func:`~colt5_vision.distill_routers`. ``"grouped"``
             draws keys for each tile of the map, ``window_size`` its least side, see
             :class:`~colt5_vision.swap.grouped.GroupedAttention`; all tokens query.
+            ``"learned_grouped"`` starts as that, and is trained likewise.
         min_tokens: maps of fewer tokens get full attention, and ``min_speedup`` does not matter.
             None: as many as a layer needs for an expected speed-up of ``min_speedup``; 1024 where
             no costs are known: on a GPU, with ``num_heavy_tokens_q``, for a layer of unknown width,
@@ -157,7 +158,7 @@ class RoutedAttentionConfig:
         object.__setattr__(self, "min_speedup", bar)
         object.__setattr__(self, "layers", _check_layers(self.layers))
         object.__setattr__(self, "schedule", _check_schedule(self.schedule))
-        if self.router in (GroupedAttention.router, "window"):
+        if self.router in (*GROUPED, "window"):
             for given in (self, *self.schedule):
                 if given.num_heavy_tokens_q is not None:
                     raise ValueError(
@@ -172,10 +173,10 @@ class RoutedAttentionConfig:
             where: ``dim`` and ``device`` of a learned router.
         """
         how = {"window_size": self.window_size, "num_heavy_tokens_kv": self.num_heavy_tokens_kv}
-        if self.router == GroupedAttention.router:
+        how |= {"router": self.router, **where}
+        if self.router in GROUPED:
             return GroupedAttention(**how)
-        how |= {"num_heavy_tokens_q": self.num_heavy_tokens_q, "router": self.router}
-        return SampledAttention(**how, **where)
+        return SampledAttention(num_heavy_tokens_q=self.num_heavy_tokens_q, **how)
 
     @property
     def needs_timestep(self) -> bool:

@@ -163,7 +163,12 @@ def _grouped(work: Work) -> dict[str, float]:
 AMOUNTS = {"full": _full, "operator": _operator, "sampled": _operator, "grouped": _grouped}
 """By kind of attention, its amounts of work. ``"operator"``: keys are chosen already. Choosing a
 sample costs in proportion to what is copied, and in each call."""
-_KINDS = {"sampled": "sampled", "learned": "sampled", "grouped": "grouped"}  # of routers
+_KINDS = {  # of routers
+    "sampled": "sampled",
+    "learned": "sampled",
+    "grouped": "grouped",
+    "learned_grouped": "grouped",
+}
 
 
 def known_costs() -> dict[Place, Costs]:

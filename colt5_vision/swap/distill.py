@@ -12,129 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from ..checks import TokenCount, check_int, check_positive, token_count
-from ..ops.autocast import without_autocast
-from ..ops.dtypes import wide_dtype
+from ..checks import check_int, check_positive
 from ..store import save_atomically
 from .batches import check_batches, run_batch
-from .full import full_attention
-from .heads import Group, over_heads
+from .learned import LEARNED
 from .reroute import RoutedLayer
-from .sampling import inclusion_gates
+from .teacher import Teacher
 from .verb import routed_layers
-from .volume import window_of_token
-from .window import Grid, check_window, window_of_grid
 
 __all__ = ["distill_routers"]
-
-
-def sampling_error(
-    logits: Tensor, cost: Tensor, count: TokenCount, *, mask: Tensor | None = None
-) -> Tensor:
-    """(B,) expected squared error of the attention output when ``count`` keys are sampled by
-    ``logits``, up to a factor.
-
-    A key sampled with probability π_j and weighted 1/π_j adds a variance of
-    ``(1/π_j - 1) · cost_j``, where ``cost_j`` is what a query's output loses without the key,
-    squared and summed over queries (delta method of the ratio of sums).
-
-    Args:
-        logits, cost: (B, N).
-        mask: (B, N) bool, True = valid.
-    """
-    slots = token_count("num_heavy_tokens_kv", count, logits.shape[-1])
-    gates = inclusion_gates(logits, slots, mask).clamp_min(1e-12)
-    return ((1 / gates - 1) * cost).sum(-1)
-
-
-class Teacher:
-    """Stands in for the routed attention of a layer: gives the full attention's output and trains
-    the router on it."""
-
-    def __init__(self, num_queries: int):
-        self.num_queries = num_queries
-        self.generator = torch.Generator()
-        self.errors: dict[RoutedLayer, tuple[float, float]] = {}
-
-    def __call__(
-        self,
-        layer: RoutedLayer,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        grid_size: Grid,
-        num_prefix_tokens: int,
-        features: Tensor,
-        key_mask: Tensor | None,
-        pair_bias,
-        scale: float | None,
-        group: Group,
-        window_size: int | tuple[int, ...] | None = None,
-        num_heavy_tokens_kv: TokenCount | None = None,
-        num_heavy_tokens_q: TokenCount | None = None,  # every query tells what it needs
-    ) -> Tensor:
-        attention = layer.attention
-        window = attention.window_size if window_size is None else window_size
-        window = window_of_grid(check_window("window_size", window), grid_size)
-        count = (
-            attention.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
-        )
-        how = {"num_prefix_tokens": num_prefix_tokens, "pair_bias": pair_bias, "scale": scale}
-        how |= {"key_mask": key_mask, "grid_size": grid_size, "window_size": window}
-        mask = None if key_mask is None else key_mask[:, num_prefix_tokens:]
-
-        # what full attention gives, and what it would lose without each key
-        out = full_attention(q, k, v, **how)
-        with without_autocast(q.device.type):
-            cost = over_heads(self._cost(q, k, v, out, **how), group)
-
-        # the router's error, over that of the router as it began
-        with torch.enable_grad(), without_autocast(q.device.type):
-            importance = attention.importance(q, k, v, **how, group=group)
-            logits = attention.logits(importance, features)
-            error = sampling_error(logits, cost, count, mask=mask).mean()
-            base = (logits - attention.correct(features)).detach()
-            reference = sampling_error(base, cost, count, mask=mask).mean()
-            (error / reference.clamp_min(1e-30)).backward()
-        self.errors[layer] = (error.item(), reference.item())
-        return out
-
-    def _cost(
-        self, q, k, v, out, *, num_prefix_tokens, key_mask, pair_bias, scale, grid_size, window_size
-    ) -> Tensor:
-        """(B, heads, N): sum over sampled queries outside key j's window of
-        ``(p_ij |v_j - o_i|)²``."""
-        # some queries of the map, their attention
-        prefix, tokens = num_prefix_tokens, q.shape[2] - num_prefix_tokens
-        rows = torch.randperm(tokens, generator=self.generator)[: self.num_queries].to(q.device)
-        at = rows + prefix
-        # half precision overflows unscaled
-        wide = wide_dtype(q)
-        query = q[:, :, at].to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        logits = query @ k.to(wide).mT
-        if pair_bias is not None:
-            every = torch.arange(k.shape[2], device=q.device)
-            bias = pair_bias(at.view(1, 1, 1, -1, 1), every.view(1, 1, 1, 1, -1))
-            logits = logits + bias.squeeze(2)
-        values = v[:, :, prefix:].to(wide)
-        if key_mask is not None:
-            logits = logits.masked_fill(~key_mask[:, None, None], torch.finfo(wide).min)
-            values = values.masked_fill(~key_mask[:, None, prefix:, None], 0)
-        p = logits.softmax(-1)[..., prefix:]
-
-        # squared distance of each value from the output
-        o = out[:, :, at].to(wide)
-        squares = values.square().sum(-1).unsqueeze(2) + o.square().sum(-1, keepdim=True)
-        distance = (squares - 2 * o @ values.mT).clamp_min(0)
-
-        # of keys outside the query's window alone
-        window = window_of_token(grid_size, window_size, q.device)
-        outside = window[rows].unsqueeze(-1) != window
-        loss = p.square() * distance * outside
-        if key_mask is not None:  # a masked token asks for nothing
-            loss = loss.masked_fill(~key_mask[:, None, at, None], 0)
-        return loss.sum(2)
 
 
 def distill_routers(
@@ -154,18 +40,17 @@ def distill_routers(
 
     The model is frozen and runs with full attention; every layer's router minimises the expected
     squared error that sampling by its logits makes in that layer's output. Routers start as
-    ``"sampled"``. Layers train on maps of at least ``min_tokens``, with the settings that the
-    schedule gives them. In a process group the processes' gradients are averaged; the first one
-    shows the bar and saves.
+    ``"sampled"`` or ``"grouped"``. Layers train on maps of at least ``min_tokens``, with the
+    settings that the schedule gives them. In a process group the processes' gradients are averaged;
+    the first one shows the bar and saves.
 
-    The gain is small: in a ViT 7 % of a layer's expected squared error, as much as 7 % more keys
-    would bring. The outputs of two networks got better at some sizes and worse at others. Compare
-    yours.
+    ``"learned_grouped"`` gains most. See ``docs/choosing.md``, and compare your own outputs.
 
     Args:
         model: a timm, transformers or diffusers model through
-            :func:`~colt5_vision.route_attention` with ``router="learned"``. Its mode and its
-            parameters' ``requires_grad`` come back as they were.
+            :func:`~colt5_vision.route_attention` with ``router="learned"`` or
+            ``"learned_grouped"``. Its mode and its parameters' ``requires_grad`` come back as they
+            were.
         inputs: what ``model`` takes, on its device: tensors, or mappings of its arguments by name;
             an iterable that starts over, a list or a data loader. It is repeated until ``steps``.
             In a process group, this process's own.
@@ -179,7 +64,7 @@ def distill_routers(
         progress: show a bar.
 
     Returns:
-        One dict a step, name of a layer to its error over that of ``"sampled"`` (below 1: better).
+        One dict a step, name of a layer to its error over that before training (below 1: better).
 
     Raises:
         TypeError, ValueError: for an argument that does not fit; a checkpoint of other
@@ -202,13 +87,11 @@ def distill_routers(
     check_positive("lr", lr)
 
     # which layers
-    layers = {
-        n: one for n, one in routed_layers(model).items() if one.attention.router == "learned"
-    }
+    layers = {n: one for n, one in routed_layers(model).items() if one.attention.router in LEARNED}
     if not layers:
         raise ValueError(
             "model: has no learned router, expected one that went through "
-            "route_attention(router='learned')"
+            "route_attention(router='learned') or 'learned_grouped'"
         )
 
     # what is trained, and what a checkpoint must agree with
@@ -266,7 +149,7 @@ def distill_routers(
             # what is shown, and saved
             bar.update()
             error = sum(ratios.values()) / len(ratios)
-            bar.set_postfix(error_vs_sampled=f"{error:.3f}")
+            bar.set_postfix(error_vs_untrained=f"{error:.3f}")
             if len(history) % save_every == 0 or len(history) == steps:
                 save()
     except KeyboardInterrupt:

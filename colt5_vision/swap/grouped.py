@@ -23,30 +23,32 @@ import torch
 from torch import Tensor, nn
 
 from .._torch_internals import is_exporting
-from ..checks import TokenCount, check_token_count, token_count
+from ..checks import TokenCount, check_int, check_router, check_token_count, token_count
 from ..ops import grouped_attention
 from ..ops.attention_checks import check_qkv, checked_mask, checked_scale
 from ..ops.autocast import without_autocast
 from ..ops.dtypes import wide_dtype
+from .learned import corrector
 from .sampling import inclusion_gates, sample_tokens
-from .volume import cells_of, curve_of, one_after_another
-from .window import Grid, check_grid, check_window, maps_of, window_of_grid
+from .tiles import FARTHEST, alike_groups, away_from, group_of_token, tiles_of
+from .volume import curve_of
+from .window import Grid, check_grid, check_window, window_of_grid
 
-__all__ = ["GroupedAttention"]
+__all__ = ["GROUPED", "GroupedAttention"]
 
-_TILES = 25  # about, at most
-_HALVINGS = 2  # of a tile, into groups of alike queries
-_SKETCH = 32  # keys whose logits tell how alike queries are
-_STEPS = 2  # of the power iteration for the direction of a cut
+GROUPED = ("grouped", "learned_grouped")
+"""Kinds of routing with a choice of keys for each tile."""
+
 _AT_ONCE = 8  # tiles whose probes are asked together: only their attention is kept of all
 # of the importance, the share that all tiles have in common: a few keys that every query attends to
 # matter to queries that no probe stands for
 _COMMON = 0.3
 
 
-class _Probes(NamedTuple):
+class Probes(NamedTuple):
     """What the mean queries of G groups tell, in float32 (float64 for float64)."""
 
+    groups: Tensor  # (B, G, S) raster indices of queries, -1 for none; tile by tile
     attention: list[Tensor]  # (B, heads, groups of some tiles, P + N) each
     out: Tensor  # (B, heads, G, head_dim)
     importance: Tensor  # (B, tiles, N), squared, summed over the groups of a tile
@@ -59,6 +61,10 @@ class GroupedAttention(nn.Module):
         window_size: least side of the tiles in tokens, (height, width), or (frames, height, width).
             Large maps have larger tiles.
         num_heavy_tokens_kv: keys of each tile, an int or a float in (0, 1], that share of the map.
+        router: ``"grouped"``, as described above; ``"learned_grouped"``, whose importance is
+            corrected by two small trained networks: of the key, and of how far from the tile it is.
+        dim: channels of ``features``, for ``router="learned_grouped"``; else None.
+        device: of these networks; else None.
 
     Attributes:
         generator: draws the samples where a call gives no generator; None: the same input gives the
@@ -73,14 +79,38 @@ class GroupedAttention(nn.Module):
         clustered attention (arXiv 2007.04825).
     """
 
-    router = "grouped"
-
-    def __init__(self, *, window_size: int | tuple[int, ...], num_heavy_tokens_kv: TokenCount):
+    def __init__(
+        self,
+        *,
+        window_size: int | tuple[int, ...],
+        num_heavy_tokens_kv: TokenCount,
+        router: str = "grouped",
+        dim: int | None = None,
+        device=None,
+    ):
         super().__init__()
+        self.router = check_router(router, GROUPED)
         self.window_size = check_window("window_size", window_size)
         self.num_heavy_tokens_kv = check_token_count("num_heavy_tokens_kv", num_heavy_tokens_kv)
         self.generator: torch.Generator | None = None
         self.recorder: Callable[[Tensor, Tensor, Grid], None] | None = None
+        if self.learns:
+            self.correction = corrector(check_int("dim", dim), 64, device)
+            self.place = corrector(4, 16, device)
+        else:
+            self._check_none(dim=dim, device=device)
+
+    @property
+    def learns(self) -> bool:
+        """Whether importance is corrected by what was trained."""
+        return self.router == "learned_grouped"
+
+    def _check_none(self, **given) -> None:
+        """What this router does not read must be None."""
+        for name, value in given.items():
+            if value is not None:
+                got = type(value).__name__
+                raise ValueError(f"{name}: expected None with router={self.router!r}, got {got}")
 
     def extra_repr(self) -> str:
         return (
@@ -96,7 +126,7 @@ class GroupedAttention(nn.Module):
         *,
         grid_size: Grid,
         num_prefix_tokens: int = 0,
-        features: None = None,
+        features: Tensor | None = None,
         key_mask: Tensor | None = None,
         pair_bias: None = None,
         scale: float | None = None,
@@ -114,11 +144,12 @@ class GroupedAttention(nn.Module):
             grid_size: (H, W), or (T, H, W), whose product is N; or several (T, H, W), of maps that
                 follow each other.
             num_prefix_tokens: P.
+            features: (B, N, dim), what ``router="learned_grouped"`` reads; else None.
             key_mask: (B, N) or (B, P + N) bool, True = may be attended to.
             scale: factor of the logits, default head_dim ** -0.5.
             generator: draws the sample; default: the module's.
             window_size, num_heavy_tokens_kv: of this call; default: the module's.
-            features, pair_bias, num_heavy_tokens_q, group: None, they are for other routers.
+            pair_bias, num_heavy_tokens_q, group: None, they are for other routers.
 
         Returns:
             (B, heads, P + N, head_dim).
@@ -128,10 +159,9 @@ class GroupedAttention(nn.Module):
         """
         # checks
         check_qkv(q, k, v)
-        further = {"features": features, "pair_bias": pair_bias, "group": group}
-        for name, value in (further | {"num_heavy_tokens_q": num_heavy_tokens_q}).items():
-            if value is not None:
-                raise ValueError(f"{name}: expected None with router='grouped', got {value!r}")
+        self._check_none(pair_bias=pair_bias, group=group, num_heavy_tokens_q=num_heavy_tokens_q)
+        if not self.learns:
+            self._check_none(features=features)
         prefix = num_prefix_tokens
         grid_size = check_grid("grid_size", grid_size, q.shape[2] - prefix)
         if is_exporting() and any(isinstance(side, torch.SymInt) for side in grid_size):
@@ -145,18 +175,18 @@ class GroupedAttention(nn.Module):
         count = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
         slots = token_count("num_heavy_tokens_kv", count, q.shape[2] - prefix)
 
-        # groups of alike queries, and what their means tell
+        # what the means of alike queries tell
         tiles = tiles_of(grid_size, window, q.device)
-        curve = curve_of(grid_size, q.device)
         with torch.no_grad(), without_autocast(q.device.type):
-            by = checked_scale(scale, q.shape[-1])
-            groups = alike_groups(q, k, tiles, curve, prefix, key_mask, by)
-            probes = _probe(q, k, v, groups, tiles.shape[0], prefix, key_mask, by)
+            probes = self.probe(q, k, v, tiles, grid_size, prefix, key_mask, scale)
 
             # keys of each tile, and what they get wrong at the probes
             mask = None if key_mask is None else key_mask[:, prefix:]
-            generator = generator or self.generator
-            keys, log_weights = _draw(probes, slots, curve, mask, generator)
+            logits = log_importance(probes)
+            if self.learns:
+                logits = logits + self.correct(logits, tiles, grid_size, features)
+            curve = curve_of(grid_size, q.device)
+            keys, log_weights = _draw(logits, slots, curve, mask, generator or self.generator)
             missing = probes.out - _estimate(probes, v, keys, log_weights, prefix, key_mask)
         if self.recorder is not None:
             self.recorder(keys.flatten(1), log_weights.flatten(1), tuple(grid_size))
@@ -166,98 +196,48 @@ class GroupedAttention(nn.Module):
             q,
             k,
             v,
-            groups.unflatten(1, (tiles.shape[0], -1)).flatten(2).unsqueeze(1),
+            probes.groups.unflatten(1, (tiles.shape[0], -1)).flatten(2).unsqueeze(1),
             keys.unsqueeze(1),
             log_weights=log_weights.unsqueeze(1),
             key_mask=key_mask,
             num_prefix_tokens=prefix,
             scale=scale,
         )
-        correction = _by_token(missing, groups, q.shape[2] - prefix)
+        group = group_of_token(probes.groups, q.shape[2] - prefix)[:, None, :, None]
+        correction = missing.gather(2, group.expand(-1, q.shape[1], -1, q.shape[3]))
         return out + nn.functional.pad(correction, (0, 0, prefix, 0)).to(out.dtype)
 
+    def probe(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiles: Tensor,
+        grid_size: Grid,
+        prefix: int,
+        key_mask: Tensor | None,
+        scale: float | None,
+    ) -> Probes:
+        """What the mean queries of groups of alike ones tell, of each tile (tiles, S)."""
+        scale, curve = checked_scale(scale, q.shape[-1]), curve_of(grid_size, q.device)
+        groups = alike_groups(q, k, tiles, curve, prefix, key_mask, scale)
+        return _probe(q, k, v, groups, tiles.shape[0], prefix, key_mask, scale)
 
-def tiles_of(grid: Grid, window: tuple[int, ...], device) -> Tensor:
-    """(tiles, S) raster indices of balanced tiles of a map or a volume, or of several, -1 where one
-    is smaller.
-
-    Args:
-        window: least sides of a tile; S is a multiple of the groups that a tile is cut into.
-    """
-    grids = maps_of(grid)
-    area, tiles = sum(map(math.prod, grids)) / _TILES, []
-    for one in grids:
-        sides = _sides(one, window, area)
-        counts = [(length + side - 1) // side for length, side in zip(one, sides)]
-        # all of about one size
-        sides = [(length + count - 1) // count for length, count in zip(one, counts)]
-        tiles.append(cells_of(one, sides, device))
-    index = one_after_another(grids, tiles)
-    return nn.functional.pad(index, (0, -index.shape[1] % 2**_HALVINGS), value=-1)
-
-
-def _sides(grid: tuple[int, ...], window: tuple[int, ...], area: float) -> list[int]:
-    """Of tiles: at least those of the window, and of about ``area`` tokens."""
-    sides = list(window)
-    for count, axis in enumerate(sorted(range(len(grid)), key=grid.__getitem__)):
-        least = min(grid[axis], math.ceil(area ** (1 / (len(grid) - count))))
-        sides[axis] = max(window[axis], least)
-        area = max(1.0, area / least)
-    return sides
-
-
-def alike_groups(
-    q: Tensor,
-    k: Tensor,
-    tiles: Tensor,
-    curve: Tensor,
-    prefix: int,
-    key_mask: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """(B, tiles * 4, S / 4) raster indices of alike queries, -1 for none, for all heads in common;
-    those of a tile follow each other.
-
-    Queries are alike that give alike logits, in all heads, to a few keys spread over the map. Each
-    tile is cut in halves across the direction in which these vary most, and the halves again.
-
-    Args:
-        tiles: (tiles, S) raster indices, -1 for none.
-    """
-    # logits to a few keys, (B, N, heads * keys)
-    few = min(_SKETCH, curve.shape[0])
-    rows = curve[(torch.arange(few, device=q.device) * 2 + 1) * curve.shape[0] // (2 * few)]
-    key = k[:, :, rows + prefix].to(wide_dtype(q)) * scale
-    query = q[:, :, prefix:].to(key.dtype)
-    if key_mask is not None:  # a masked token has no say, whatever stands in it
-        key = key.masked_fill(~key_mask[:, None, rows + prefix, None], 0)
-        query = query.masked_fill(~key_mask[:, None, prefix:, None], 0)
-    logits = (query @ (key - key.mean(2, keepdim=True)).mT).transpose(1, 2).flatten(2)
-
-    members = tiles.expand(q.shape[0], -1, -1)
-    for _ in range(_HALVINGS):
-        members = _halves(logits, members)
-    return members
-
-
-def _halves(x: Tensor, members: Tensor) -> Tensor:
-    """Cut groups (B, G, S) of rows of (B, N, F) across their first principal direction: (B, 2 G,
-    S / 2)."""
-    there = (members >= 0).unsqueeze(-1)
-    at = members.clamp_min(0).flatten(1).unsqueeze(-1).expand(-1, -1, x.shape[-1])
-    rows = x.gather(1, at).unflatten(1, members.shape[1:]) * there
-    mean = rows.sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp_min(1)
-    rows = (rows - mean) * there
-
-    # power iteration, from the row farthest from the mean
-    far = rows.square().sum(-1).argmax(-1)[:, :, None, None].expand(-1, -1, -1, x.shape[-1])
-    direction = rows.gather(2, far)
-    for _ in range(_STEPS):
-        direction = (rows @ direction.mT).mT @ rows
-        norm = direction.norm(dim=-1, keepdim=True)
-        direction = direction / norm.clamp_min(torch.finfo(x.dtype).tiny)
-    place = (rows @ direction.mT).squeeze(-1).masked_fill(~there.squeeze(-1), float("inf"))
-    return members.gather(2, place.argsort(-1)).unflatten(2, (2, -1)).flatten(1, 2)
+    def correct(
+        self, logits: Tensor, tiles: Tensor, grid_size: Grid, features: Tensor | None
+    ) -> Tensor:
+        """(B, tiles, N), what training has added to the log importance, of the same shape."""
+        if features is None:
+            raise ValueError(f"features: needed by router={self.router!r}")
+        of_key = self.correction(features.detach()).mT  # (B, 1, N)
+        away = away_from(tiles, grid_size)
+        level = (logits.detach() + math.log(logits.shape[-1])) / 5  # 0: as much as the others
+        found = []
+        for some, own in zip(level.split(_AT_ONCE, 1), away.split(_AT_ONCE)):
+            place = own / FARTHEST, (own < 1).to(own.dtype), (-own).exp()
+            known = [x.expand_as(some) for x in place] + [some]
+            found.append(self.place(torch.stack(known, -1)).squeeze(-1))
+        return of_key + torch.cat(found, 1)
 
 
 def _probe(
@@ -269,7 +249,7 @@ def _probe(
     prefix: int,
     key_mask: Tensor | None,
     scale: float,
-) -> _Probes:
+) -> Probes:
     """Full attention of the mean query of each group."""
     wide, dim = wide_dtype(q), q.shape[-1]
     key, value, there = k.to(wide), v.to(wide), groups >= 0
@@ -305,34 +285,34 @@ def _probe(
         importance.append(part_of.unflatten(1, (-1, each)).sum(2))
         found.append(attention)
         outs.append(out)
-    return _Probes(found, torch.cat(outs, 2), torch.cat(importance, 1))
+    return Probes(groups, found, torch.cat(outs, 2), torch.cat(importance, 1))
+
+
+def log_importance(probes: Probes) -> Tensor:
+    """(B, tiles, N). Of a tile's importance, a part is what all tiles have in common."""
+    squared, tiny = probes.importance, torch.finfo(probes.importance.dtype).tiny
+    parts = squared.sqrt(), squared.mean(1, keepdim=True).sqrt()
+    own, common = (x / x.sum(-1, keepdim=True).clamp_min(tiny) for x in parts)
+    return ((1 - _COMMON) * own + _COMMON * common).clamp_min(tiny).log()
 
 
 def _draw(
-    probes: _Probes,
+    logits: Tensor,
     slots: int,
     curve: Tensor,
     mask: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     """Keys of each tile: (indices, log_weights), both (B, tiles, K), -1 for an empty slot."""
-    # of a tile's importance, a part is what all tiles have in common
-    squared = probes.importance
-    own, common = squared.sqrt(), squared.mean(1, keepdim=True).sqrt()
-    tiny = torch.finfo(own.dtype).tiny
-    own, common = (x / x.sum(-1, keepdim=True).clamp_min(tiny) for x in (own, common))
-    logits = ((1 - _COMMON) * own + _COMMON * common).clamp_min(tiny).log()
-
-    # a sample for each tile
-    whole = None if mask is None else mask.repeat_interleave(squared.shape[1], 0)
+    whole = None if mask is None else mask.repeat_interleave(logits.shape[1], 0)
     gates = inclusion_gates(logits.flatten(0, 1), slots, whole).view_as(logits)
     indices, valid = sample_tokens(gates, slots, curve, mask=mask, generator=generator)
-    weights = gates.gather(-1, indices).clamp_min(tiny).log().neg()
+    weights = gates.gather(-1, indices).clamp_min(torch.finfo(gates.dtype).tiny).log().neg()
     return torch.where(valid, indices, -1), weights.masked_fill(~valid, 0)
 
 
 def _estimate(
-    probes: _Probes,
+    probes: Probes,
     v: Tensor,
     keys: Tensor,
     log_weights: Tensor,
@@ -353,12 +333,3 @@ def _estimate(
         whole = share.sum(-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
         outs.append(share @ value / whole)
     return torch.cat(outs, 2)
-
-
-def _by_token(x: Tensor, groups: Tensor, tokens: int) -> Tensor:
-    """(B, heads, G, D), each token with what its group has: (B, heads, N, D)."""
-    number = torch.arange(groups.shape[1], device=x.device)[:, None].expand_as(groups)
-    group = groups.new_zeros(groups.shape[0], tokens + 1)
-    token = torch.where(groups < 0, tokens, groups)
-    group = group.scatter(1, token.flatten(1), number.flatten(1))[:, :tokens]
-    return x.gather(2, group[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

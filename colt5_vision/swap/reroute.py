@@ -32,8 +32,9 @@ from ..ops.sdpa import scaled_dot_product_attention
 from .adapter import LayerSpec, Switch
 from .call import Call, arrange, dense_bias, restore, whole_sequence, with_heads
 from .config import RoutedAttentionConfig
-from .grouped import GroupedAttention
+from .grouped import GROUPED, GroupedAttention
 from .heads import all_heads, return_tokens
+from .learned import LEARNED
 from .report import Calls
 from .sampled import SampledAttention
 from .site import Pass, Scope, Site
@@ -122,11 +123,12 @@ class RoutedLayer:
         how = arrange(call, site, self.spec.place, self.spec.masks, bias)
         if isinstance(how, str):
             return how
-        if self.attention.router == "grouped":
+        if self.attention.router in GROUPED:
             if how.pair_bias is not None:
-                return "a bias of pairs, which router='grouped' cannot take"
+                return f"a bias of pairs, which router={self.attention.router!r} cannot take"
             if site.group is not None:
-                return "heads in several processes, which router='grouped' cannot take"
+                router = self.attention.router
+                return f"heads in several processes, which router={router!r} cannot take"
 
         # attention over the map, in place
         attend = self.attention if self.teacher is None else partial(self.teacher, self)
@@ -157,7 +159,7 @@ class RoutedLayer:
 
     def _features(self, features: Tensor, site: Site) -> Tensor | None:
         """What a learned router reads."""
-        if self.attention.router != "learned":
+        if self.attention.router not in LEARNED:
             return None
         return all_heads(features, self.spec.key_channels, site.group)
 

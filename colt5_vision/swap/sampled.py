@@ -16,7 +16,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .._torch_internals import is_compiling
 from ..checks import TokenCount, check_int, check_router, check_token_count, token_count
 from ..gates import only_gradient
 from ..ops import route_topk, routed_window_attention
@@ -27,6 +26,7 @@ from ..ops.routed_window_attention.gathered import PairBias
 from ..positions import morton_order
 from .controls import CONTROLS, control_keys
 from .heads import Group, over_heads
+from .learned import corrector
 from .probes import Probes, correction, probe
 from .sampling import inclusion_gates, sample_tokens
 from .volume import Volume, fold_grid
@@ -46,15 +46,6 @@ _READ_BY = {  # arguments that are not for every router
     "curve": (*_DRAWING, "grid"),
     "num_heavy_tokens_q": tuple(kind for kind in KINDS if kind != "window"),
 }
-
-
-class _Linear(nn.Linear):
-    """Takes any dtype and device: the router lies beside the model, which may be moved."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.weight.device != x.device and not is_compiling():
-            self.to(x.device)
-        return super().forward(x.to(self.weight.dtype))
 
 
 class SampledAttention(nn.Module):
@@ -108,12 +99,7 @@ class SampledAttention(nn.Module):
         self.recorder: Callable[[Tensor, Tensor, Grid], None] | None = None
         self._check_read(dim=dim, device=device, num_heavy_tokens_q=num_heavy_tokens_q)
         if router == "learned":
-            width = check_int("dim", dim)
-            where = {"device": device, "dtype": torch.float32}
-            hidden, last = _Linear(width, 64, **where), _Linear(64, 1, **where)
-            self.correction = nn.Sequential(hidden, nn.GELU(), last)
-            nn.init.zeros_(last.weight)  # starts as router="sampled"
-            nn.init.zeros_(last.bias)
+            self.correction = corrector(check_int("dim", dim), 64, device)
 
     def extra_repr(self) -> str:
         return (

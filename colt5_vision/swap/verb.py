@@ -15,7 +15,8 @@ from ..checks import check_pair, token_count
 from .adapter import LayerSpec, Part, adapters_of
 from .config import MIN_TOKENS, TOO_LITTLE_GAIN, RoutedAttentionConfig
 from .cost import Place
-from .grouped import GroupedAttention
+from .grouped import GROUPED, GroupedAttention
+from .learned import LEARNED
 from .report import RoutedAttentionReport, Warned
 from .reroute import EnterHook, LeaveHook, RoutedLayer, forget_left_behind
 from .sampled import SampledAttention
@@ -382,7 +383,7 @@ def _place(one: Chosen) -> Place:
 
 def _note(config: RoutedAttentionConfig, tokens: int) -> str | None:
     """Why a layer of so many tokens cannot gain anything on any device."""
-    if config.router != GroupedAttention.router and math.prod(config.window_size[-2:]) >= tokens:
+    if config.router not in GROUPED and math.prod(config.window_size[-2:]) >= tokens:
         return "no more than a window has: nothing is saved"
     keys = token_count("num_heavy_tokens_kv", config.num_heavy_tokens_kv, tokens)
     if keys == tokens and config.router != "window":
@@ -394,9 +395,11 @@ def _attention(
     name: str, one: Chosen, config: RoutedAttentionConfig
 ) -> SampledAttention | GroupedAttention:
     where = {}
-    if config.router == "learned":
+    if config.router in LEARNED:
         if one.spec.key_channels is None:
-            raise ValueError(f"router: the width of the keys of {name} is unknown to 'learned'")
+            raise ValueError(
+                f"router: the width of the keys of {name} is unknown to {config.router!r}"
+            )
         weights = one.part.model.get_submodule(one.path).parameters()
         device = next((p.device for p in weights), None)
         # an offloaded layer lies on no device

@@ -12,7 +12,7 @@ from benchmarks.cpu import __main__ as command
 from benchmarks.cpu import fit, parts, profile, targets
 from benchmarks.gpu.measure import PASSES, Map
 from colt5_vision.swap import cost
-from colt5_vision.swap.grouped import tiles_of
+from colt5_vision.swap.tiles import tiles_of
 
 SIZE = Map(32, 2, 16, window=8)
 # steps that a part has beyond those of every part, by its name

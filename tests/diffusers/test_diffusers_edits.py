@@ -113,7 +113,7 @@ def watched(model) -> list[tuple[tuple, int, torch.Tensor, torch.Tensor]]:
 
 
 @every_edit
-@pytest.mark.parametrize("router", ["sampled", "learned", "grouped"])
+@pytest.mark.parametrize("router", ["sampled", "learned", "grouped", "learned_grouped"])
 def test_all_keys_are_stock_attention_and_fewer_are_not(edit, router):
     model, call = build(edit.name), described(edit)
     expected = run(model, call)

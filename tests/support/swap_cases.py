@@ -14,6 +14,7 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from timm.models.volo import VOLO
 
 from colt5_vision import route_attention, routed_layers, unroute_attention
+from colt5_vision.swap.learned import LEARNED
 
 SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}
 DYNAMIC = SMALL | {"dynamic_img_size": True}
@@ -184,7 +185,7 @@ def routed_case(case=CASES["vit"], share=0.25, dtype=torch.float32, trained=True
     """A routed model; a learned router's correction is random unless it is not ``trained``."""
     model = routed(build(case, dtype), share, **{"router": "learned", **how})
     for layer in routed_layers(model).values():
-        if layer.attention.router == "learned" and trained:
+        if layer.attention.router in LEARNED and trained:
             torch.nn.init.normal_(layer.attention.correction[2].weight, std=3)
     return model
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from colt5_vision import RoutedAttentionConfig, route_attention, unroute_attention
+from colt5_vision.checks import ROUTERS
 from colt5_vision.swap import cost
 from colt5_vision.swap.config import BESIDE_OTHERS, MIN_TOKENS, TOO_LITTLE_GAIN, TOO_SMALL
 from colt5_vision.swap.report import RoutedAttentionReport
 
 CPU = ("cpu", torch.float32)
-ROUTERS = ("sampled", "learned", "grouped", "mean_query", "random", "grid", "window")
 
 
 def constants(**changed) -> dict:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from colt5_vision import RoutedAttentionConfig
-from colt5_vision.swap.grouped import GroupedAttention, alike_groups, tiles_of
+from colt5_vision.swap.grouped import GroupedAttention
 from colt5_vision.swap.sampled import SampledAttention
+from colt5_vision.swap.tiles import alike_groups, tiles_of
 from tests.support.attention_cases import leaves, randn
 
 GRIDS = [(6, 7), (13, 5), (2, 5, 4), (1, 1)]

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colt5_vision.swap.grouped import GroupedAttention, tiles_of
+from colt5_vision.swap.grouped import GROUPED, GroupedAttention
+from colt5_vision.swap.learned import LEARNED
 from colt5_vision.swap.sampled import KINDS, SampledAttention
+from colt5_vision.swap.tiles import tiles_of
 from colt5_vision.swap.volume import curve_of, fold_maps, window_of_token
 from tests.support.attention_cases import leaves, randn
 
@@ -22,9 +24,8 @@ GRIDS = [
 
 def attention(window, keys=0.25, router="sampled", **how):
     torch.manual_seed(0)
-    kind = GroupedAttention if router == "grouped" else SampledAttention
-    how |= {"window_size": window, "num_heavy_tokens_kv": keys}
-    return kind(**how) if router == "grouped" else kind(**how, router=router)
+    kind = GroupedAttention if router in GROUPED else SampledAttention
+    return kind(window_size=window, num_heavy_tokens_kv=keys, router=router, **how)
 
 
 def count(grids):
@@ -69,21 +70,21 @@ def test_windows_are_dense_attention_under_the_mask_of_blocks(grids, window, pre
     close(found, torch.where(sees, expected, 0))
 
 
-@pytest.mark.parametrize("router", [r for r in (*KINDS, "grouped") if r != "window"])
+@pytest.mark.parametrize("router", [r for r in (*KINDS, *GROUPED) if r != "window"])
 @pytest.mark.parametrize(("grids", "window"), GRIDS)
 def test_every_key_routed_is_full_attention(grids, window, router):
-    if router == "grouped":  # in a tile of four, every query is a probe
+    if router in GROUPED:  # in a tile of four, every query is a probe
         window = 8
     q, k, v = tensors(grids, 2)
     call = {"grid_size": grids, "num_prefix_tokens": 2}
     how = {"router": router}
-    if router == "learned":
+    if router in LEARNED:
         how, call = how | {"dim": 4}, call | {"features": randn(2, count(grids), 4)}
     full = F.scaled_dot_product_attention(q, k, v)
     close(attention(window, 1.0, **how)(q, k, v, **call), full, 1e-10)
     few = attention(window, 0.2, **how)(q, k, v, **call)
     assert few.isfinite().all() and (few - full).abs().max() > 1e-3
-    if router != "grouped":
+    if router not in GROUPED:
         some = attention(window, 0.2, num_heavy_tokens_q=0.5, **how)(q, k, v, **call)
         assert some.isfinite().all() and (some - few).abs().max() > 1e-3
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from colt5_vision import distill_routers, routed_layers
-from colt5_vision.swap import distill, probes
+from colt5_vision.swap import probes, teacher
 from tests.support.swap_cases import CASES, build, picture, trace
 from tests.support.swap_cases import routed_case as routed
 
@@ -44,10 +44,12 @@ def same(model, before):
     return all(torch.equal(value, before[key]) for key, value in state(model).items())
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_distillation_betters_the_mean_query_and_changes_only_routers(training, monkeypatch):
+@pytest.mark.parametrize(("training", "router"), [(False, "learned"), (True, "learned_grouped")])
+def test_distillation_betters_what_it_starts_from_and_changes_only_routers(
+    training, router, monkeypatch
+):
     monkeypatch.setattr(probes, "_PROBES", 2)
-    model = toy().train(training)
+    model = toy(router=router).train(training)
     model.head.weight.requires_grad_(False)
     flags = [(p.requires_grad, p.grad) for p in model.parameters()]
     modes, before, random = (
@@ -124,7 +126,7 @@ def test_an_interruption_within_a_forward_is_resumed_bit_for_bit(loader, tmp_pat
     straight = toy()
     expected = distill_routers(straight, batches, **call)
     call["checkpoint"] = tmp_path / "state.pt"
-    calls, cost = [], distill.Teacher._cost
+    calls, cost = [], teacher._ask_map
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -133,7 +135,7 @@ def test_an_interruption_within_a_forward_is_resumed_bit_for_bit(loader, tmp_pat
         return cost(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill.Teacher, "_cost", interrupted)
+        patch.setattr(teacher, "_ask_map", interrupted)
         distill_routers(toy(), batches, **call)
     fresh = toy()
     assert distill_routers(fresh, batches, **call) == expected

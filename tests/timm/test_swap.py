@@ -9,6 +9,7 @@ import timm
 import torch
 
 from colt5_vision import route_attention, routed_layers, unroute_attention
+from colt5_vision.checks import ROUTERS
 from colt5_vision.swap import probes
 from colt5_vision.swap.report import NEVER_ROUTED
 from tests.support.one_token import one_token
@@ -111,9 +112,7 @@ def test_copies_and_pickles_route_on_their_own(case):
         assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize(
-    "router", ["sampled", "grouped", "learned", "mean_query", "random", "grid", "window"]
-)
+@pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_runs_and_keeps_the_mode_and_dtype(router):
     case = CASES["vit"]
     model, x = build(case, torch.bfloat16).train(), image(case, dtype=torch.bfloat16)

@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from colt5_vision import route_attention, routed_layers, unroute_attention, why_not
 from colt5_vision._torch_internals import function_modes
+from colt5_vision.checks import ROUTERS
+from colt5_vision.swap.grouped import GROUPED
+from colt5_vision.swap.learned import LEARNED
 from colt5_vision.swap.reroute import NOT_CALLED, RerouteMode
 from tests.support.marks import further
 from tests.support.swap_cases import (
@@ -309,9 +312,9 @@ class NoFloat64(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("router", ["sampled", "learned", "mean_query", "random", "grid", "window"])
+@pytest.mark.parametrize("router", ROUTERS)
 def test_no_float64_is_made_where_there_is_none(router):
-    queries = None if router == "window" else 0.5
+    queries = None if router in ("window", *GROUPED) else 0.5
     model = routed(build(CASES["vit"], torch.float32), router=router, num_heavy_tokens_q=queries)
     x = image(CASES["vit"], dtype=torch.float32)
     with NoFloat64(), torch.no_grad():
@@ -402,11 +405,12 @@ def test_lora_before_or_after(before):
         close(found(unrouted(model))[0], stock[0])
 
 
-def test_state_dict_and_parameters_stay_the_models():
+@pytest.mark.parametrize("router", LEARNED)
+def test_state_dict_and_parameters_stay_the_models(router):
     model = build(CASES["vit"])
     state, names = list(model.state_dict()), [n for n, _ in model.named_modules()]
     kinds = [type(m) for m in model.modules()]
-    routed(model, router="learned")
+    routed(model, router=router)
     assert list(model.state_dict()) == state
     assert [n for n, _ in model.named_modules()] == names
     assert [type(m) for m in model.modules()] == kinds
