@@ -1,4 +1,5 @@
-"""Routed attention whose keys are chosen per tile of the map, for ``router="grouped"``.
+"""Routed attention whose keys are chosen per tile of the map, for ``router="grouped"`` and
+``"learned_grouped"``.
 
 The map is cut into at most about 25 tiles, and the queries of each tile, by content, into four
 groups of alike ones. The mean query of a group is its *probe*: it attends to everything.
@@ -12,7 +13,7 @@ groups of alike ones. The mean query of a group is its *probe*: it attends to ev
 Keys are sampled as :class:`~colt5_vision.swap.sampled.SampledAttention` does it, with a Horvitz-
 Thompson weight each, but by what the tile's own probes attend to. What the estimate gets wrong at a
 probe is known, and added for all queries of its group. The number of probes does not grow with the
-map, so time and memory are O(N).
+map, so time and memory are O(N). ``"learned_grouped"`` corrects the importance by what was trained.
 """
 
 import math
@@ -166,8 +167,8 @@ class GroupedAttention(nn.Module):
         grid_size = check_grid("grid_size", grid_size, q.shape[2] - prefix)
         if is_exporting() and any(isinstance(side, torch.SymInt) for side in grid_size):
             raise ValueError(
-                "grid_size: torch.export holds router='grouped' of one size alone, expected fixed "
-                "height and width, or router='sampled'"
+                f"grid_size: torch.export holds router={self.router!r} of one size alone, expected "
+                "fixed height and width, or router='sampled'"
             )
         key_mask = checked_mask(key_mask, q, prefix)
         window = self.window_size if window_size is None else window_size

@@ -77,12 +77,14 @@ class Teacher:
         out = full_attention(q, k, v, **how)
         tokens = q.shape[2] - num_prefix_tokens
         rows = torch.randperm(tokens, generator=self.generator)[: self.num_queries].to(q.device)
+        mask = None if key_mask is None else key_mask[:, num_prefix_tokens:]
+        if mask is not None:  # what is not read has no gradient
+            features = features.masked_fill(~mask.unsqueeze(-1), 0)
         ask = _ask_tiles if attention.router in GROUPED else _ask_map
         with torch.enable_grad(), without_autocast(q.device.type):
             asked = ask(attention, q, k, v, out, rows, features=features, group=group, **how)
 
             # the router's error, over that of the router as it began
-            mask = None if key_mask is None else key_mask[:, num_prefix_tokens:]
             if mask is not None:
                 mask = mask.repeat_interleave(asked[0].shape[1], 0)
             logits, correction, cost = (x.flatten(0, 1) for x in asked)

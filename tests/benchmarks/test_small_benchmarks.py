@@ -3,10 +3,13 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import busy, video
+from tests.support.swap_cases import CASES, build, picture
 
 
 def test_the_table_of_a_video_has_a_ratio_for_each_window(tmp_path, monkeypatch, capsys):
@@ -54,3 +57,29 @@ def test_growth_is_the_slope_of_what_was_measured(tmp_path, monkeypatch, capsys)
     )
     million = 2.0**20 * 1024**2.2 + 4 * 64 * 1024**2
     assert f"{million / 2**30:.2f} GiB at the peak" in text
+
+
+def test_trained_routers_stand_beside_what_they_started_from(tmp_path):
+    """Rows of each size and router; a second run trains no more."""
+    distilled = pytest.importorskip("benchmarks.distilled")
+    model = build(CASES["vit"], torch.float32).eval()
+    x = {size: picture(size=(size, size), seed=1) for size in (64, 96)}
+    study = distilled.Study(
+        "toy of a ViT",
+        model,
+        2,
+        [picture(seed=seed) for seed in (2, 3)],
+        {size: [lambda one=one: model(one).detach()] for size, one in x.items()},
+        lambda out, full: ((out - full).norm() / full.norm()).item(),
+    )
+    args = SimpleNamespace(steps=4, draws=2, min_tokens=0, output=tmp_path)
+    rows = distilled.rows_of(study, args)
+    assert [row[2] for row in rows] == [f'`"{one}"`' for one in distilled.ROUTERS for _ in x]
+    for row in rows:
+        assert 0 < float(row[4]) <= float(row[5]) and float(row[6]) > 0
+        assert (row[3] == "–") == ("learned" not in row[2])
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = distilled.rows_of(study, args)
+    assert [row[:6] for row in again] == [row[:6] for row in rows]
+    assert {path.name for path in written} == {"toy_learned.pt", "toy_learned_grouped.pt"}
+    assert all(path.stat().st_mtime_ns == when for path, when in written.items())
