@@ -33,6 +33,9 @@ ROUTERS = ("sampled", "learned", "grouped", "learned_grouped")
 TILE = 16  # least side of what ``"grouped"`` chooses keys for
 HEAD = ["network", "size", "router", "squared error of a layer", "error", "worst", "times as fast"]
 HOW = (
+    "Keys 1/16. Windows of 14 (DINOv2) and 8 (UNet); tiles of at least 16 for the grouped routers. "
+    f"DINOv2 is trained on {', '.join(PHOTOS)}, and tried on coffee, china, retina and Hubble's "
+    "deep field. The UNet is trained on the noises 10 to 15, and tried on 0 to 2. "
     "Relative errors of the outputs, the geometric mean over inputs and draws, and the worst. "
     "*Squared error of a layer*: what is expected on the training inputs, over that before "
     "training. *Times as fast* as full attention, the whole forward, of one run."
@@ -44,6 +47,7 @@ class Study:
     """A network, what its routers are trained on and tried on.
 
     Attributes:
+        size: of the training inputs.
         routed: the module whose attention is routed.
         window: of the routers with windows.
         training: inputs of ``routed``.
@@ -52,6 +56,7 @@ class Study:
     """
 
     name: str
+    size: int
     routed: nn.Module
     window: int
     training: list[Any]
@@ -64,11 +69,12 @@ def vit(cache: Path, sizes: list[int]) -> Study:
     model = dinov2.load(cache)[0]
 
     def photos(paths: Iterable[Path], size: int) -> list[Tensor]:
-        return [dinov2.open_photo(path, size) for path in paths if path.exists()]
+        return [dinov2.open_photo(path, size) for path in paths]
 
     others = [*default_photos(), *find_photos([])]
     return Study(
         "DINOv2 ViT-S/14",
+        sizes[0],
         model,
         14,
         photos(map(skimage_photo, PHOTOS), sizes[0]),
@@ -92,6 +98,7 @@ def unet(cache: Path, sizes: list[int]) -> Study:
         training = [net.inputs(terrain.noise(sizes[0], seed), sigma) for seed in NOISES]
     return Study(
         "UNet of terrain",
+        sizes[0],
         net.unet,
         8,
         training,
@@ -124,8 +131,8 @@ def rows_of(study: Study, args) -> list[list[str]]:
         route_attention(study.routed, min_tokens=args.min_tokens, **how)
         trained = "–"
         if router.startswith("learned"):
-            file = args.output / f"{study.name.split()[0].lower()}_{router}.pt"
-            trained = train(study, args.steps, file)
+            name = f"{study.name.split()[0].lower()}_{study.size}_{router}_{args.steps}.pt"
+            trained = train(study, args.steps, args.output / name)
         for size, calls in study.held_out.items():
             errors, seconds = [], 0.0
             for draw in range(args.draws):
@@ -164,8 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = rows_of(vit(args.cache, args.vit_sizes), args)
     rows += rows_of(unet(args.cache, args.unet_sizes), args)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    about = f"{machine}, not run on a GPU. Keys 1/16, {args.steps} steps of training."
-    lines = ["# Trained routers on inputs that they were not trained on", "", about, "", HOW, ""]
+    lines = ["# Trained routers on inputs that they were not trained on", ""]
+    lines += [f"{machine}, not run on a GPU. {args.steps} steps of training.", "", HOW, ""]
     lines += table(HEAD, rows)
     (args.output / "distilled.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -7,7 +7,9 @@ a compiled graph.
 
 import math
 import numbers
+import os
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -93,6 +95,13 @@ def check_rotary(name: str, dim_head, multiple: int, rotary_emb: bool) -> int:
     if rotary_emb and dim_head % multiple:
         raise ValueError(f"{name}: rotary_emb needs a multiple of {multiple}, got {dim_head}")
     return dim_head
+
+
+def check_path(name: str, value) -> Path:
+    """``value`` as a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}: expected a path, got {type(value).__name__}")
+    return Path(value)
 
 
 def check_int(name: str, value, *, minimum: int = 1) -> int:

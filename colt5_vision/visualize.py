@@ -62,7 +62,7 @@ class RoutingRecord(NamedTuple):
     @property
     def role(self) -> str:
         """``"kv_router"``, ``"q_router"`` or ``"router"``, of feed-forwards. A layer that went
-        through ``route_attention`` routes keys, with ``router="grouped"`` ``"tile_keys"``."""
+        through ``route_attention`` routes keys, with a choice for each tile ``"tile_keys"``."""
         return "tile_keys" if self.by_tile else _role(self.name)
 
     def num_routed(self) -> int:

@@ -10,13 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_int, check_positive
+from ..checks import check_int, check_path, check_positive
 from ..ops.dtypes import wide_dtype
 from ..store import save_atomically
 from .batches import check_batches, run_batch
@@ -86,7 +85,7 @@ class _Findings:
     """
 
     def __init__(self, path: str | os.PathLike | None, about: dict[str, Any]):
-        self.path, self.about = None if path is None else Path(path), about
+        self.path, self.about = None if path is None else check_path("checkpoint", path), about
         # (4, 1 + settings) of each call: squared norm of full attention and squared errors of the
         # settings; the same at a few queries; seconds of all; seconds by the cost model where full
         # attention takes what it took; NaN: a setting does not fit, or has no known costs

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from ..checks import check_int, check_positive
+from ..checks import check_int, check_path, check_positive
 from ..store import save_atomically
 from .batches import check_batches, run_batch
 from .learned import LEARNED
@@ -64,11 +64,13 @@ def distill_routers(
         progress: show a bar.
 
     Returns:
-        One dict a step, name of a layer to its error over that before training (below 1: better).
+        One dict a step, name of a layer to its error over that of its untrained router (below 1:
+        better).
 
     Raises:
         TypeError, ValueError: for an argument that does not fit; a checkpoint of other
             layers or settings; an error that is not finite, before it reaches a router.
+        RuntimeError: within ``torch.inference_mode``.
 
     Source: layer-wise distillation (FitNets, arXiv 1412.6550); optimal sampling by Neyman (1934).
     """
@@ -85,6 +87,9 @@ def distill_routers(
         check_int(name, value)
     check_int("seed", seed, minimum=0)
     check_positive("lr", lr)
+    file = None if checkpoint is None else check_path("checkpoint", checkpoint)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("distill_routers: it trains, expected no torch.inference_mode around it")
 
     # which layers
     layers = {n: one for n, one in routed_layers(model).items() if one.attention.router in LEARNED}
@@ -98,7 +103,7 @@ def distill_routers(
     routers = nn.ModuleDict({name.replace(".", "/"): one.attention for name, one in layers.items()})
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "num_queries": num_queries, "seed": seed}
     for name, one in layers.items():
-        settings[name] = repr(one.attention) + json.dumps(one.config.to_dict(), sort_keys=True)
+        settings[name] = json.dumps(one.config.to_dict(), sort_keys=True)
 
     # how
     optimizer = torch.optim.Adam(routers.parameters(), lr=lr)
@@ -108,11 +113,11 @@ def distill_routers(
 
     # all of it, to go on from
     def save() -> None:
-        if checkpoint is not None and rank == 0:
+        if file is not None and rank == 0:
             state = {"routers": routers, "optimizer": optimizer, "schedule": schedule}
             state = {name: part.state_dict() for name, part in state.items()}
             state |= {"history": history, "settings": settings}
-            save_atomically(Path(checkpoint), lambda path: torch.save(state, path))
+            save_atomically(file, lambda path: torch.save(state, path))
 
     # the model stands still, its layers have a teacher
     frozen = {p: p.requires_grad for p in model.parameters()}
@@ -124,8 +129,8 @@ def distill_routers(
     # training, from where a checkpoint left off
     bar = tqdm(total=steps, desc="distil routers", disable=not progress or rank > 0)
     try:
-        if checkpoint is not None and Path(checkpoint).exists():
-            _resume(Path(checkpoint), settings, routers, optimizer, schedule, history)
+        if file is not None and file.exists():
+            _resume(file, settings, routers, optimizer, schedule, history)
             bar.update(len(history))
         _start_alike(routers)
         batches = _repeat(inputs, skip=len(history))
@@ -169,9 +174,11 @@ def distill_routers(
 
 
 def _ratios(teacher: Teacher, layers: dict[str, RoutedLayer], step: int) -> dict[str, float]:
-    """Each layer's error over that of ``"sampled"``."""
+    """Each layer's error over that of its router as it began."""
     if not teacher.errors:
-        raise ValueError(f"inputs: batch {step} reached no map that is routed")
+        reasons = dict.fromkeys(reason for layer in layers.values() for reason in layer.calls.exact)
+        because = "".join(f"; exact so far: {reason}" for reason in reasons)
+        raise ValueError(f"inputs: batch {step} reached no map that is routed{because}")
     names = {layer: name for name, layer in layers.items()}
     ratios = {
         names[layer]: error / max(reference, 1e-30)
@@ -228,8 +235,9 @@ def _resume(
     try:
         state = torch.load(path, weights_only=True)
         saved, own, before = state["routers"], routers.state_dict(), state["settings"]
-        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
-            raise KeyError(f"its layers are {sorted({k.split('.')[0] for k in saved})}")
+        layers = {key.split(".")[0] for key in saved}
+        if layers != {key.split(".")[0] for key in own}:
+            raise KeyError(f"its layers are {sorted(layers)}")
     except (
         RuntimeError,
         KeyError,
@@ -249,6 +257,8 @@ def _resume(
             raise ValueError(
                 f"{name}: expected that of the checkpoint {path}, {before.get(name)}, got {value}"
             )
+    if {key: x.shape for key, x in saved.items()} != {key: x.shape for key, x in own.items()}:
+        raise ValueError(f"checkpoint: {path} does not belong to these routers: other widths")
 
     # go on from there
     routers.load_state_dict(saved)

@@ -29,7 +29,7 @@ from ..ops import grouped_attention
 from ..ops.attention_checks import check_qkv, checked_mask, checked_scale
 from ..ops.autocast import without_autocast
 from ..ops.dtypes import wide_dtype
-from .learned import corrector
+from .learned import check_features, corrector
 from .sampling import inclusion_gates, sample_tokens
 from .tiles import FARTHEST, alike_groups, away_from, group_of_token, tiles_of
 from .volume import curve_of
@@ -63,7 +63,9 @@ class GroupedAttention(nn.Module):
             Large maps have larger tiles.
         num_heavy_tokens_kv: keys of each tile, an int or a float in (0, 1], that share of the map.
         router: ``"grouped"``, as described above; ``"learned_grouped"``, whose importance is
-            corrected by two small trained networks: of the key, and of how far from the tile it is.
+            corrected by two small networks: of the key, and of how far from the tile it is and how
+            important it seemed. :func:`~colt5_vision.distill_routers` alone trains them: a loss of
+            the model does not reach them.
         dim: channels of ``features``, for ``router="learned_grouped"``; else None.
         device: of these networks; else None.
 
@@ -161,10 +163,13 @@ class GroupedAttention(nn.Module):
         # checks
         check_qkv(q, k, v)
         self._check_none(pair_bias=pair_bias, group=group, num_heavy_tokens_q=num_heavy_tokens_q)
-        if not self.learns:
-            self._check_none(features=features)
         prefix = num_prefix_tokens
         grid_size = check_grid("grid_size", grid_size, q.shape[2] - prefix)
+        if self.learns:
+            tokens = q.shape[2] - prefix
+            check_features(features, q.shape[0], tokens, self.correction, self.router)
+        else:
+            self._check_none(features=features)
         if is_exporting() and any(isinstance(side, torch.SymInt) for side in grid_size):
             raise ValueError(
                 f"grid_size: torch.export holds router={self.router!r} of one size alone, expected "
@@ -224,12 +229,8 @@ class GroupedAttention(nn.Module):
         groups = alike_groups(q, k, tiles, curve, prefix, key_mask, scale)
         return _probe(q, k, v, groups, tiles.shape[0], prefix, key_mask, scale)
 
-    def correct(
-        self, logits: Tensor, tiles: Tensor, grid_size: Grid, features: Tensor | None
-    ) -> Tensor:
+    def correct(self, logits: Tensor, tiles: Tensor, grid_size: Grid, features: Tensor) -> Tensor:
         """(B, tiles, N), what training has added to the log importance, of the same shape."""
-        if features is None:
-            raise ValueError(f"features: needed by router={self.router!r}")
         of_key = self.correction(features.detach()).mT  # (B, 1, N)
         away = away_from(tiles, grid_size)
         level = (logits.detach() + math.log(logits.shape[-1])) / 5  # 0: as much as the others

@@ -19,6 +19,14 @@ class _Linear(nn.Linear):
         return super().forward(x.to(self.weight.dtype))
 
 
+def check_features(features, batch: int, tokens: int, network: nn.Sequential, router: str) -> None:
+    """``features`` are (B, N, dim), what ``network`` reads."""
+    expected = (batch, tokens, network[0].in_features)
+    got = tuple(features.shape) if isinstance(features, Tensor) else repr(features)
+    if got != expected:
+        raise ValueError(f"features: expected {expected} for router={router!r}, got {got}")
+
+
 def corrector(dim: int, hidden: int, device) -> nn.Sequential:
     """(..., dim) -> (..., 1), which is 0 until it is trained."""
     where = {"device": device, "dtype": torch.float32}

@@ -26,7 +26,7 @@ from ..ops.routed_window_attention.gathered import PairBias
 from ..positions import morton_order
 from .controls import CONTROLS, control_keys
 from .heads import Group, over_heads
-from .learned import corrector
+from .learned import check_features, corrector
 from .probes import Probes, correction, probe
 from .sampling import inclusion_gates, sample_tokens
 from .volume import Volume, fold_grid
@@ -170,6 +170,9 @@ class SampledAttention(nn.Module):
         prefix = num_prefix_tokens
         grid_size = check_grid("grid_size", grid_size, q.shape[2] - prefix)
         key_mask = checked_mask(key_mask, q, prefix)
+        if self.router == "learned":
+            tokens = q.shape[2] - prefix
+            check_features(features, q.shape[0], tokens, self.correction, self.router)
 
         # this call's settings, else the module's
         window = self.window_size if window_size is None else window_size
@@ -253,10 +256,8 @@ class SampledAttention(nn.Module):
                 return importance + self.correct(features)
         return importance
 
-    def correct(self, features: Tensor | None) -> Tensor:
+    def correct(self, features: Tensor) -> Tensor:
         """(B, N), what training has added to the logits."""
-        if features is None:
-            raise ValueError("features: needed by router='learned'")
         return self.correction(features.detach()).squeeze(-1)
 
     def route(

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checks import check_path
 from ..store import save_atomically
 from .config import RoutedAttentionConfig
 from .report import RoutedAttentionReport
@@ -39,7 +40,7 @@ def save_routing(model: Any, directory: str | os.PathLike) -> None:
     from safetensors.torch import save
 
     # what is routed, and which layers differ from the first
-    directory = _directory(directory)
+    directory = check_path("directory", directory)
     routed = routed_layers(model)
     if not routed:
         raise ValueError("model: nothing is routed, expected one that went through route_attention")
@@ -97,7 +98,7 @@ def load_routing(
         TypeError, ValueError: if the files are not there, cut short, foreign, or of another model;
             ``model`` is then untouched.
     """
-    directory = _directory(directory)
+    directory = check_path("directory", directory)
     before = routed_layers(model)  # checks the type
     about, tensors = _read(directory)
     kind = type(model).__name__
@@ -155,12 +156,6 @@ def _shapes(states: dict[str, dict[str, Tensor]]) -> dict[str, tuple[int, ...]]:
         for name, state in states.items()
         for key, x in state.items()
     }
-
-
-def _directory(directory: Any) -> Path:
-    if not isinstance(directory, (str, os.PathLike)):
-        raise TypeError(f"directory: expected a path, got {type(directory).__name__}")
-    return Path(directory)
 
 
 def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:

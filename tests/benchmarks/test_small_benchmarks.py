@@ -66,6 +66,7 @@ def test_trained_routers_stand_beside_what_they_started_from(tmp_path):
     x = {size: picture(size=(size, size), seed=1) for size in (64, 96)}
     study = distilled.Study(
         "toy of a ViT",
+        64,
         model,
         2,
         [picture(seed=seed) for seed in (2, 3)],
@@ -81,5 +82,5 @@ def test_trained_routers_stand_beside_what_they_started_from(tmp_path):
     written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     again = distilled.rows_of(study, args)
     assert [row[:6] for row in again] == [row[:6] for row in rows]
-    assert {path.name for path in written} == {"toy_learned.pt", "toy_learned_grouped.pt"}
+    assert {path.name for path in written} == {"toy_64_learned_4.pt", "toy_64_learned_grouped_4.pt"}
     assert all(path.stat().st_mtime_ns == when for path, when in written.items())

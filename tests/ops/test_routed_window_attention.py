@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colt5_vision.ops import window_attention
+from colt5_vision.ops import routed_window_attention, window_attention
+from colt5_vision.ops.routed_window_attention.reference import (
+    routed_window_attention as reference,
+)
 from tests.support.attention_cases import (
     assert_same,
     dense,
@@ -376,3 +379,36 @@ def test_log_weights_without_a_gradient_change_no_other(queries, own):
     want = out_and_grads(operator(**call), [*inputs, weights.clone().requires_grad_()])
     found = out_and_grads(lambda *x: operator(**call)(*x, weights), inputs)
     assert_same(found, want[: len(found)])
+
+
+def test_weights_of_one_give_the_kernel_no_bias(monkeypatch):
+    """On a CPU; a removed key or an empty slot does, and the gradient of zeros is what it was."""
+    q, k, v = (randn(1, 2, 35, 4, seed=i) for i in range(3))
+    place = {"grid_size": (5, 7), "window_size": 3}
+    routed = torch.tensor([[3, 11, 20, 34]])
+    biases, attend = [], eager.attend
+
+    def seen(query, key, value, bias, scale):
+        if key.shape[2] == 4:
+            biases.append(bias)
+        return attend(query, key, value, bias, scale)
+
+    monkeypatch.setattr(eager, "attend", seen)
+    removed, empty = torch.zeros(1, 4), routed.clone()
+    removed[0, 1], empty[0, 2] = -torch.inf, -1
+    cases = [(routed, None), (routed, torch.zeros(1, 4)), (routed, removed), (empty, None)]
+    for indices, weights in cases:
+        routed_window_attention(q, k, v, routed_indices=indices, log_weights=weights, **place)
+    assert [bias is None for bias in biases] == [True, True, False, False]
+
+    def loss(weights, way):
+        out = way(q, k, v, routed_indices=routed, log_weights=weights, **place)
+        return (out * randn(*out.shape, seed=9)).sum()
+
+    grads = []
+    for way in (routed_window_attention, reference):
+        weights = torch.zeros(1, 4, dtype=q.dtype, requires_grad=True)
+        loss(weights, way).backward()
+        grads.append(weights.grad)
+    assert grads[0].abs().min() > 0
+    torch.testing.assert_close(*grads)

@@ -107,13 +107,17 @@ def test_a_batch_gives_what_its_samples_give_and_masked_tokens_have_no_influence
     close(found[kept], expected[kept], 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_runs_in_lower_precision(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.003)]
+)
+def test_runs_in_lower_precision(dtype, tolerance):
+    """As near as its roundings where all keys are drawn; few keys may be others."""
     qkv, call = inputs((9, 11), dtype=dtype)
-    out = routing()(*qkv, **call)
-    assert out.dtype == dtype and out.isfinite().all()
-    (q, k, v), exact = inputs((9, 11))
-    close(out.double(), routing()(q, k, v, **exact), {torch.float32: 1e-4}.get(dtype, 3.0))
+    out = routing(1.0)(*qkv, **call)
+    full = F.scaled_dot_product_attention(*(x.double() for x in qkv))
+    assert out.dtype == dtype and (out - full).norm() < tolerance * full.norm()
+    some = routing(trained=False)(*qkv, **call)
+    assert some.dtype == dtype and 0.05 < (some - full).norm() / full.norm() < 1
 
 
 def test_compiles_whole_copies_and_takes_a_gradient():
@@ -131,8 +135,11 @@ def test_compiles_whole_copies_and_takes_a_gradient():
 def test_bad_arguments_are_told():
     qkv, call = inputs((9, 11))
     del call["features"]
-    with pytest.raises(ValueError, match="^features: needed by router='learned_grouped'"):
+    with pytest.raises(ValueError, match=r"^features: expected \(2, 99, 12\).*got None"):
         routing()(*qkv, **call)
+    for shape in ((2, 99, 5), (2, 98, 12), (1, 99, 12), (2, 1, 12), (99, 12)):
+        with pytest.raises(ValueError, match=r"^features: expected \(2, 99, 12\)"):
+            routing()(*qkv, features=torch.zeros(shape), **call)
     with pytest.raises(TypeError, match="^dim"):
         GroupedAttention(window_size=3, num_heavy_tokens_kv=3, router="learned_grouped")
     for name, value in (("dim", 4), ("device", "cpu")):

@@ -36,8 +36,11 @@ def test_bad_arguments(how, error, match):
 
 def test_bad_inputs():
     q, k, v = tensors()
-    with pytest.raises(ValueError, match="features: needed by router='learned'"):
-        routing(router="learned")(q, k, v, grid_size=GRID)
+    made = routing(router="learned")
+    expected = rf"^features: expected \({q.shape[0]}, {TOKENS}, \d+\) for router='learned', got"
+    for features in (None, torch.zeros(1, TOKENS, 12), torch.zeros(2, TOKENS, 5), "all"):
+        with pytest.raises(ValueError, match=expected):
+            made(q, k, v, grid_size=GRID, features=features)
     with pytest.raises(ValueError, match="grid_size"):
         routing(router="window")(q, k, v, grid_size=(6, 6))
 

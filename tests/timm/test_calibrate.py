@@ -313,6 +313,7 @@ def test_times_are_measured(monkeypatch):
         ({"settings": [{"router": "learned"}]}, ValueError, "settings"),
         ({"settings": [{"layers": [0]}]}, ValueError, "settings"),
         ({"model": 3}, TypeError, "model"),
+        ({"checkpoint": 5}, TypeError, "checkpoint: expected a path, got int"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_changed(how, error, match):

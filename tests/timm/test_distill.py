@@ -193,6 +193,7 @@ def test_checkpoints_that_are_no_good(tmp_path):
         ({"num_queries": 0}, ValueError, "num_queries"),
         ({"save_every": 0}, ValueError, "save_every"),
         ({"steps": 2.5}, TypeError, "steps"),
+        ({"checkpoint": 5}, TypeError, "checkpoint: expected a path, got int"),
     ],
 )
 def test_bad_arguments_of_distillation(how, error, match):
@@ -260,3 +261,22 @@ def test_a_checkpoint_of_other_settings_is_refused(other, tmp_path):
         distill_routers(toy(), pictures(1), **call | other)
     with pytest.raises(ValueError, match="blocks.0.attn: expected that of the checkpoint"):
         distill_routers(toy(share=0.5), pictures(1), **call)
+
+
+def test_a_checkpoint_of_the_other_kind_of_router_is_told(tmp_path):
+    call = {"steps": 2, "num_queries": 8, "progress": False, "checkpoint": tmp_path / "state.pt"}
+    distill_routers(toy(router="learned_grouped"), pictures(1), **call)
+    with pytest.raises(ValueError, match=r'^blocks\.0\.attn: .*"learned_grouped".*"learned"'):
+        distill_routers(toy(router="learned"), pictures(1), **call)
+
+
+def test_why_no_layer_was_routed_is_told():
+    """Relative positions: no tile can have them."""
+    model = routed(CASES["beit"], router="learned_grouped", trained=False, dtype=torch.float32)
+    with pytest.raises(ValueError, match="exact so far: a bias of pairs, which router='learned_gr"):
+        distill_routers(model, [picture(CASES["beit"])], steps=2, progress=False)
+
+
+def test_within_inference_mode_it_says_so():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="no torch.inference_mode"):
+        distill_routers(toy(), pictures(1), steps=1, progress=False)
