@@ -209,8 +209,7 @@ class GroupedAttention(nn.Module):
             num_prefix_tokens=prefix,
             scale=scale,
         )
-        group = group_of_token(probes.groups, q.shape[2] - prefix)[:, None, :, None]
-        correction = missing.gather(2, group.expand(-1, q.shape[1], -1, q.shape[3]))
+        correction = _by_token(missing, probes.groups, q.shape[2] - prefix)
         return out + nn.functional.pad(correction, (0, 0, prefix, 0)).to(out.dtype)
 
     def probe(
@@ -335,3 +334,9 @@ def _estimate(
         whole = share.sum(-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
         outs.append(share @ value / whole)
     return torch.cat(outs, 2)
+
+
+def _by_token(x: Tensor, groups: Tensor, tokens: int) -> Tensor:
+    """(B, heads, G, D), each token with what its group has: (B, heads, N, D)."""
+    group = group_of_token(groups, tokens)[:, None, :, None]
+    return x.gather(2, group.expand(-1, x.shape[1], -1, x.shape[3]))
