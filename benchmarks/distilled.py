@@ -33,9 +33,11 @@ ROUTERS = ("sampled", "learned", "grouped", "learned_grouped")
 TILE = 16  # least side of what ``"grouped"`` chooses keys for
 HEAD = ["network", "size", "router", "squared error of a layer", "error", "worst", "times as fast"]
 HOW = (
-    "Keys 1/16. Windows of 14 (DINOv2) and 8 (UNet); tiles of at least 16 for the grouped routers. "
+    f"Keys 1/{1 / SHARE:g}. Windows of 14 (DINOv2) and 8 (UNet); tiles of at least {TILE} for the "
+    "grouped routers. "
     f"DINOv2 is trained on {', '.join(PHOTOS)}, and tried on coffee, china, retina and Hubble's "
-    "deep field. The UNet is trained on the noises 10 to 15, and tried on 0 to 2. "
+    f"deep field. The UNet is trained on the noises {NOISES[0]} to {NOISES[-1]}, and tried on "
+    f"{OTHER_NOISES[0]} to {OTHER_NOISES[-1]}. "
     "Relative errors of the outputs, the geometric mean over inputs and draws, and the worst. "
     "*Squared error of a layer*: what is expected on the training inputs, over that before "
     "training. *Times as fast* as full attention, the whole forward, of one run."
@@ -172,7 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     rows += rows_of(unet(args.cache, args.unet_sizes), args)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     lines = ["# Trained routers on inputs that they were not trained on", ""]
-    lines += [f"{machine}, not run on a GPU. {args.steps} steps of training.", "", HOW, ""]
+    about = f"{machine}, not run on a GPU. {args.steps} steps of training, {args.draws} draws."
+    lines += [f"{about} Maps of at least {args.min_tokens} tokens are routed.", "", HOW, ""]
     lines += table(HEAD, rows)
     (args.output / "distilled.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

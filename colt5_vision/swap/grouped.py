@@ -223,13 +223,27 @@ class GroupedAttention(nn.Module):
         key_mask: Tensor | None,
         scale: float | None,
     ) -> Probes:
-        """What the mean queries of groups of alike ones tell, of each tile (tiles, S)."""
+        """What the mean queries of groups of alike ones tell.
+
+        Args:
+            q, k, v, grid_size, scale: as for :meth:`forward`.
+            tiles: (tiles, S) raster indices, -1 for none.
+            prefix: P.
+            key_mask: (B, P + N) bool, True = may be attended to.
+        """
         scale, curve = checked_scale(scale, q.shape[-1]), curve_of(grid_size, q.device)
         groups = alike_groups(q, k, tiles, curve, prefix, key_mask, scale)
         return _probe(q, k, v, groups, tiles.shape[0], prefix, key_mask, scale)
 
     def correct(self, logits: Tensor, tiles: Tensor, grid_size: Grid, features: Tensor) -> Tensor:
-        """(B, tiles, N), what training has added to the log importance, of the same shape."""
+        """What training has added to the log importance of keys, (B, tiles, N).
+
+        Args:
+            logits: log importance, (B, tiles, N).
+            tiles: (tiles, S) raster indices, -1 for none.
+            grid_size: of the map or maps.
+            features: (B, N, dim).
+        """
         of_key = self.correction(features.detach()).mT  # (B, 1, N)
         away = away_from(tiles, grid_size)
         level = (logits.detach() + math.log(logits.shape[-1])) / 5  # 0: as much as the others
